@@ -1,0 +1,252 @@
+"""Model in, training form out: a scale on every unit, outputs unchanged.
+
+``start="keep"``      s = 1, p = 0: nothing changes.
+``start="identity"``  s = 1, p = 1. An untrained net simply gets the shortcut (that is what makes deep
+                      plain nets trainable). From the kernel of a trained one the identity is taken
+                      out, W <- W - (sigma / g) * Dirac, so its outputs do not change either.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import ConversionError
+from .gates import BranchGate, Gate, ResConv, is_plain_norm
+from .trace import evaluating, record, to_device_of, unwrap
+from .units import Candidate, find_blocks, find_layers, tap
+
+__all__ = ["State", "convert", "state_of"]
+
+
+@dataclass
+class State:
+    """What a converted model knows about where it came from; plain data on ``resconv_state``."""
+
+    example_inputs: Any
+    source: dict[str, Any] | None = None
+    edits: list[dict[str, Any]] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> State:
+    """Return the conversion state.
+
+    Raises:
+        ConversionError: the model was not converted.
+    """
+    state = getattr(unwrap(model), "resconv_state", None)
+    if not isinstance(state, State):
+        raise ConversionError(
+            f"{type(model).__name__} is not a converted model. "
+            "Call resconv.convert(model, example_inputs) first."
+        )
+    return state
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    units: str = "layers",
+    start: str = "keep",
+    filter: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Return a copy of ``model`` in training form; ``model`` is left as it was.
+
+    Args:
+        model: any module whose forward runs on ``example_inputs``.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        units: "layers" (conv layers get a shortcut), "blocks" (residual branches get a scale)
+            or "all".
+        start: "keep" or "identity"; see the module's header.
+        filter: ``filter(name, module) -> bool``; a unit for which it is false stays ordinary.
+
+    Raises:
+        ConversionError: there is nothing to convert (the reasons are listed), or the outputs
+            would change.
+        TraceError: the model does not run on ``example_inputs``.
+    """
+    if units not in ("layers", "blocks", "all"):
+        raise ConversionError(f"units={units!r}; choose 'layers', 'blocks' or 'all'.")
+    if start not in ("keep", "identity"):
+        raise ConversionError(f"start={start!r}; choose 'keep' or 'identity'.")
+    model = unwrap(model)
+    if any(isinstance(m, Gate) for m in model.modules()):
+        raise ConversionError(
+            "The model has gates already. Fuse it first (resconv.fuse) to convert it anew."
+        )
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:
+        raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
+    graph = record(model, example_inputs)
+    layers = find_layers(model, graph) if units in ("layers", "all") else []
+    blocks = find_blocks(model, graph) if units in ("blocks", "all") else []
+    kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
+    chosen = [c for c in (*layers, *blocks) if c.unit.removable]
+    if filter is not None:
+        chosen = [
+            c for c in chosen if filter(c.unit.name, model.get_submodule(c.conv or c.gate))
+        ]
+    if not chosen:
+        reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
+        raise ConversionError(
+            f"Nothing to convert with units={units!r}: {len(kept)} candidates stay ({reasons}"
+            f"{'; ...' if len(kept) > 8 else ''}). Try units='all'."
+        )
+    fresh = is_fresh(model)
+    record_before = getattr(model, "resconv_record", None) or {}
+    state = State(
+        example_inputs,
+        source=record_before.get("source") or getattr(model, "resconv_source", None),
+        edits=copy.deepcopy(record_before.get("edits") or []),
+    )
+    for candidate in chosen:
+        if candidate.unit.kind == "layer":
+            _insert_layer(model, candidate, state, start == "identity", fresh)
+    gated: set[str] = set()
+    for candidate in chosen:
+        if candidate.unit.kind == "block" and candidate.gate not in gated:
+            gated.add(candidate.gate)
+            gate = BranchGate(model.get_submodule(candidate.gate))
+            gate.unit = candidate.unit.name
+            set_submodule(model, candidate.gate, gate)
+    model.resconv_state = state  # type: ignore[assignment]
+    if start == "keep" or not fresh:
+        _check(model, example_inputs, graph.output)
+    return model
+
+
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def is_fresh(model: nn.Module) -> bool:
+    """Whether no BatchNorm of the model has seen a batch (a net without any counts as trained)."""
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    return bool(norms) and all(
+        not m.num_batches_tracked and not m.running_mean.any()  # type: ignore[union-attr]
+        for m in norms
+    )
+
+
+def plain_norm(norm: nn.Module) -> nn.Module:
+    """Return torch's own BatchNorm with the parameters of ``norm``, a subclass of it."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if is_plain_norm(norm):
+        return norm
+    kinds = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    cls = next((k for k in kinds if isinstance(norm, k)), nn.BatchNorm2d)
+    plain = cls(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    plain.weight, plain.bias = norm.weight, norm.bias
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(plain, name, getattr(norm, name))
+    plain.train(norm.training)
+    return plain
+
+
+def _insert_layer(
+    model: nn.Module, candidate: Candidate, state: State, identity: bool, fresh: bool
+) -> None:
+    conv = model.get_submodule(candidate.conv)
+    norm = None
+    if candidate.norm is not None:
+        whole = model.get_submodule(candidate.norm)
+        norm = plain_norm(whole)
+        edit = {"op": "children", "path": candidate.norm, "names": list(candidate.norm_children)}
+        state.edits.append(edit)
+        from .edits import apply_edit
+
+        apply_edit(model, edit)
+    control = 0.0
+    if identity and (fresh or take_out_identity(conv, norm)):
+        control = 1.0
+    gate = ResConv(conv, norm, 1.0, control)
+    gate.unit = candidate.conv
+    set_submodule(model, candidate.conv, gate)
+
+
+def take_out_identity(conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Subtract from the kernel what ``+ x`` adds behind the norm; False where that is impossible.
+
+    W <- W - (sigma / g) * Dirac. A channel whose norm weight ``g`` is (nearly) 0 would need an
+    unbounded kernel, so such a layer keeps s = 1, p = 0.
+    """
+    from .fuse import add_identity
+
+    weight = conv.weight
+    assert isinstance(weight, Tensor)
+    amount = torch.ones(weight.shape[0], dtype=torch.float64, device=weight.device)
+    if norm is not None:
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        assert norm.running_var is not None
+        sigma = (norm.running_var.double() + norm.eps).sqrt()
+        g = torch.ones_like(sigma) if norm.weight is None else norm.weight.detach().double()
+        if bool((g.abs() < 1e-3 * sigma).any()):
+            return False
+        amount = sigma / g
+    where = tap(conv)
+    if where is None:
+        return False
+    with torch.no_grad():
+        weight.copy_(add_identity(weight.double(), -amount, where).to(weight.dtype))
+    return True
+
+
+def _check(model: nn.Module, example_inputs: Any, before: Any) -> None:
+    from .trace import as_call
+
+    args, kwargs = as_call(to_device_of(model, example_inputs))
+    with evaluating(model):
+        try:
+            after = model(*args, **kwargs)
+        except Exception as error:
+            raise ConversionError(
+                f"The converted model does not run ({type(error).__name__}: {error}). Some code "
+                "of the model reaches into a layer that was replaced; leave it out with filter=."
+            ) from error
+    error_size = relative_error(after, before)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    if not error_size <= (5e-2 if half else 1e-4):
+        raise ConversionError(
+            f"Converting would change the outputs by {error_size:.2e} (relative). The forward pass "
+            "is random in eval mode, or uses a layer in a way the record does not show."
+        )
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """Return the largest difference of two outputs over the largest entry of the second.
+
+    Infinite where structure or shapes differ, or where one has a NaN that the other has not.
+    """
+    worst = 0.0
+    xs = [t for t in tree_leaves(a) if isinstance(t, Tensor)]
+    ys = [t for t in tree_leaves(b) if isinstance(t, Tensor)]
+    if len(xs) != len(ys):
+        return float("inf")
+    for x, y in zip(xs, ys, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if not x.numel():
+            continue
+        x, y = x.detach().to(y.device).double(), y.detach().double()
+        if not bool((x.isfinite() == y.isfinite()).all()):
+            return float("inf")
+        x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
+        worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)))
+    return worst
+
+
+def detached(tree: Any) -> Any:
+    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

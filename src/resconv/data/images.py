@@ -1,0 +1,165 @@
+"""Decode image files and bytes to uint8 tensors; a broken one is named in the error."""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resconv.errors import DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["EncodedImage", "Probe", "decode", "decode_all", "fit_square", "probe"]
+
+_PROBED = 1000  # images whose headers are read to find out channels and size
+_DEFAULT_SIZE = 224
+_THREADED_BYTES = 8192  # below this, threads spend longer waiting for the GIL than they win
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A file, or a file's bytes, and its place as an error message names it."""
+
+    place: str
+    content: Path | bytes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Channels (1 if every image is grey, else 3) and the natural side of the square."""
+
+    channels: int
+    image_size: int
+
+
+def probe(images: Sequence[EncodedImage]) -> Probe:
+    """Read the headers of up to 1,000 evenly spaced images.
+
+    The size is that of the images where all are squares of one size, else 224.
+
+    Raises:
+        DataError: one of them is not a readable image.
+    """
+    step = max(1, len(images) // _PROBED)
+    modes, sizes = set(), set()
+    for image in images[::step]:
+        with _open(image) as opened:
+            modes.add(opened.mode)
+            sizes.add(opened.size)
+    width, height = next(iter(sizes), (_DEFAULT_SIZE, _DEFAULT_SIZE))
+    same = len(sizes) == 1 and width == height
+    return Probe(1 if modes <= {"1", "L"} else 3, width if same else _DEFAULT_SIZE)
+
+
+def fit_square(image: "Image", image_size: int) -> "Image":
+    """Return the centre square of ``image``, resized to ``image_size`` pixels.
+
+    From 160 pixels up the border is cut too (224 out of 256), as is usual in evaluation.
+    """
+    from PIL import Image
+
+    if image.size == (image_size, image_size):
+        return image
+    side = round(image_size * 256 / 224) if image_size >= 160 else image_size
+    scale = min(image.size) / side
+    crop = image_size * scale
+    left, top = (image.width - crop) / 2, (image.height - crop) / 2
+    return image.resize(
+        (image_size, image_size),
+        Image.Resampling.BILINEAR,
+        box=(left, top, left + crop, top + crop),
+    )
+
+
+def decode(
+    image: EncodedImage,
+    channels: int,
+    image_size: int,
+    transform: Callable[["Image"], "Image"] | None = None,
+) -> Tensor:
+    """Return one image as uint8, shape (channels, image_size, image_size).
+
+    Raises:
+        DataError: it is not a readable 8-bit image; the message names it.
+    """
+    return torch.from_numpy(_decode(image, channels, image_size, transform)).permute(2, 0, 1)
+
+
+def decode_all(images: Sequence[EncodedImage], channels: int, image_size: int) -> Tensor:
+    """Return the images as uint8, shape (N, channels, image_size, image_size).
+
+    Raises:
+        DataError: one is not a readable 8-bit image; the message names it.
+    """
+    out = torch.empty((len(images), channels, image_size, image_size), dtype=torch.uint8)
+    view = out.permute(0, 2, 3, 1).numpy()
+
+    def fill(rows: range) -> None:
+        for row in rows:
+            view[row] = _decode(images[row], channels, image_size)
+
+    chunks = [range(s, min(s + 256, len(images))) for s in range(0, len(images), 256)]
+    small = images and all(_count_bytes(image) < _THREADED_BYTES for image in images[:64])
+    if small or len(chunks) < 2:
+        for chunk in chunks:
+            fill(chunk)
+    else:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(fill, chunks):
+                pass
+    return out
+
+
+def _count_bytes(image: EncodedImage) -> int:
+    content = image.content
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _decode(
+    image: EncodedImage,
+    channels: int,
+    image_size: int,
+    transform: Callable[["Image"], "Image"] | None = None,
+) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    with _open(image) as opened:
+        try:
+            opened.draft(None, (2 * image_size, 2 * image_size))  # JPEG: skip what is not needed
+            pixels = opened.convert(_MODES[channels])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _unreadable(image, error) from error
+    square = transform(pixels) if transform else fit_square(pixels, image_size)
+    return np.array(square, dtype=np.uint8).reshape(image_size, image_size, channels)
+
+
+def _open(image: EncodedImage) -> "Image":
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "train", "Reading images") from error
+    content = image.content
+    try:
+        opened = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(image, error) from error
+    if opened.mode[0] in "IF":
+        raise DataError(
+            f"{image.place} has pixels of {opened.mode!r}, more than 8 bits: read are 8-bit grey "
+            "and colour images. Convert the images to 8 bits."
+        )
+    return opened
+
+
+def _unreadable(image: EncodedImage, error: Exception) -> DataError:
+    return DataError(
+        f"{image.place} is not a readable image ({type(error).__name__}: {error}). "
+        "Remove or replace it."
+    )

@@ -1,0 +1,191 @@
+"""Structural edits of a module tree, as plain data: made by ``prune``, replayed by ``load``.
+
+    conv      put an ordinary convolution of the given geometry at ``path``
+    identity  the module at ``path`` does nothing any more (taken out of an ``nn.Sequential``)
+    children  the module at ``path`` runs only the named children of itself, in that order
+    bypass    in the forward of the module at ``path``, the named operations return one of their
+              arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward
+    multiply  a constant factor that could not be absorbed, in place of the module at ``path``
+    append    the same, behind the module at ``path``
+
+Replaying runs nothing but this file and the constructors named in it.
+"""
+
+import hashlib
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import PruneError
+
+__all__ = ["apply_edit", "apply_edits", "trace_forward"]
+
+_CONVS: dict[str, type[nn.Module]] = {
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+}
+_FIELDS = {
+    "conv": {"path", "type", "args"},
+    "identity": {"path"},
+    "children": {"path", "names"},
+    "bypass": {"path", "constants", "nodes", "code"},
+    "multiply": {"path", "factor"},
+    "append": {"path", "factor"},
+}
+_CONV_ARGS = {
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "bias",
+    "padding_mode",
+}
+
+
+class _OwnForward(fx.Tracer):
+    """Traces one module's own forward; every module it calls stays a call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
+    """Return the graph of the module's own forward, arguments in ``constants`` fixed."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        return _OwnForward().trace(module, concrete_args=constants or None)
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def digest(graph: fx.Graph) -> str:
+    """Return a checksum of the operations in a graph."""
+    lines = [f"{n.op} {n.name} {n.target if n.op == 'call_module' else ''}" for n in graph.nodes]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def apply_edits(model: nn.Module, edits: list[dict[str, Any]]) -> nn.Module:
+    """Replay structural edits on ``model``, in place, and return it.
+
+    Where the model's own forward was rewritten, what comes back is a new root.
+
+    Raises:
+        PruneError: an edit is malformed, or does not fit the model.
+    """
+    if not isinstance(edits, list):
+        raise PruneError(f"edits must be a list, not a {type(edits).__name__}.")
+    for edit in edits:
+        model = apply_edit(model, edit)
+    return model
+
+
+def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
+    """Replay one edit on ``model``, in place, and return it; see :func:`apply_edits`."""
+    op = edit.get("op") if isinstance(edit, dict) else None
+    if op not in _FIELDS or set(edit) - {"_original"} != _FIELDS[op] | {"op"} or not isinstance(edit["path"], str):
+        raise PruneError(f"Not an edit: {str(edit)[:200]}")
+    path = edit["path"]
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise PruneError(
+            f"The edits name {path!r}, which {type(model).__name__} does not have. "
+            "Was the model's source changed since?"
+        ) from None
+    if not path and op != "bypass":
+        raise PruneError(f"An edit {op!r} cannot replace the whole model.")
+    new = _edited(module, edit)
+    if not path:
+        return new
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if isinstance(new, nn.Identity) and _is_plain_sequential(parent) and len(parent) > 1:
+        delattr(parent, name)
+    else:
+        setattr(parent, name, new)
+    return model
+
+
+def _is_plain_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
+    op, path = edit["op"], edit["path"]
+    if op == "identity":
+        return nn.Identity()
+    if op == "conv":
+        args = edit["args"]
+        if edit["type"] not in _CONVS or not isinstance(args, dict) or not set(args) <= _CONV_ARGS:
+            raise PruneError(f"Not a convolution at {path!r}: {str(edit)[:200]}")
+        weight = getattr(module, "weight", None)
+        like = weight if isinstance(weight, torch.Tensor) else torch.empty(0)
+        try:
+            made = _CONVS[edit["type"]](
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()},
+                device=like.device,
+                dtype=like.dtype,
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PruneError(f"Not a convolution at {path!r}: {error}") from error
+        return made.train(module.training)
+    if op == "children":
+        names = edit["names"]
+        children = dict(module.named_children())
+        if not isinstance(names, list) or any(n not in children for n in names):
+            raise PruneError(f"{path!r} has not the children {names!r}.")
+        kept = [children[n] for n in names if not isinstance(children[n], nn.Identity)]
+        if not kept:
+            return nn.Identity()
+        new: nn.Module = kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+        return new
+    if op in ("multiply", "append"):
+        factor = edit["factor"]
+        if not isinstance(factor, float | int) or isinstance(factor, bool):
+            raise PruneError(f"The factor at {path!r} is no number: {factor!r}")
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output(graph.call_function(operator.mul, (x, float(factor))))
+        multiply = fx.GraphModule(nn.Module(), graph, "Multiply")
+        return multiply if op == "multiply" else nn.Sequential(module, multiply)
+    return _bypassed(module, edit)
+
+
+def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
+    path = edit["path"]
+    try:
+        graph = trace_forward(module, edit["constants"])
+    except Exception as error:
+        raise PruneError(f"The forward of {path!r} cannot be rewritten: {error}") from error
+    if digest(graph) != edit["code"]:
+        raise PruneError(
+            f"The forward of {path!r} ({type(module).__name__}) differs from the one that was "
+            "pruned. Use the same version of the library the model comes from."
+        )
+    by_name = {n.name: n for n in graph.nodes}
+    read = {n for n in graph.nodes if n.users}
+    for name, argument in edit["nodes"]:
+        node = by_name.get(name)
+        if node is None or not isinstance(argument, int) or len(node.args) <= argument:
+            raise PruneError(f"The forward of {path!r} has no operation {name!r} to pass by.")
+        replacement = node.args[argument]
+        if not isinstance(replacement, fx.Node):
+            raise PruneError(f"Operation {name!r} of {path!r} does not pass a value on.")
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+    # An operation nobody read from the start writes in place, or checks something: it stays.
+    for node in reversed(list(graph.nodes)):
+        if node in read and not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    graph.lint()
+    new = fx.GraphModule(module, graph, type(module).__name__)
+    new.train(module.training)
+    return new

@@ -1,0 +1,80 @@
+"""Every error meant for a user: each states the fact, the numbers and the next step."""
+
+__all__ = [
+    "BudgetError",
+    "ConversionError",
+    "DataError",
+    "ExportError",
+    "FusionError",
+    "LoadError",
+    "MissingExtraError",
+    "ModelError",
+    "PlanError",
+    "PruneError",
+    "ResConvError",
+    "RunError",
+    "TraceError",
+    "VerificationError",
+]
+
+
+class ResConvError(Exception):
+    """Base of every error that resconv raises for a user's mistake or an impossible request."""
+
+
+class TraceError(ResConvError):
+    """One forward pass of the model could not be recorded."""
+
+
+class ConversionError(ResConvError):
+    """The model has nothing to convert, or converting it would change its outputs."""
+
+
+class BudgetError(ResConvError):
+    """A budget is malformed, or cannot be reached with the removable units there are."""
+
+
+class PlanError(ResConvError):
+    """A plan is malformed, or names what the model does not have."""
+
+
+class PruneError(ResConvError):
+    """A plan fits the model's names, but carrying it out would not give the promised net."""
+
+
+class FusionError(ResConvError):
+    """A ResConv has no ordinary convolution that equals it as it stands."""
+
+
+class VerificationError(ResConvError):
+    """Two networks that must agree do not."""
+
+
+class LoadError(ResConvError):
+    """A saved network is missing, changed, truncated or from a newer format."""
+
+
+class ExportError(ResConvError):
+    """The network could not be written in the asked format."""
+
+
+class ModelError(ResConvError):
+    """A model's name, factory or weights cannot be used."""
+
+
+class DataError(ResConvError):
+    """A dataset is missing, unreadable or does not fit the model."""
+
+
+class RunError(ResConvError):
+    """A run folder is missing a stage, or belongs to another configuration."""
+
+
+class MissingExtraError(ResConvError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'resconv[{extra}]'"
+        )

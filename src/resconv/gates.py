@@ -1,0 +1,189 @@
+"""The training form: a scale on every unit, and a shortcut where there was none.
+
+    layer   y = s * N(C(x)) + p * x      s: ``scale``, p: ``control``
+    block   y = s * F(x) + x             the shortcut is the block's own
+
+``s`` multiplies the norm's weight and bias before the norm runs (same function, one pass over the
+activations less). ``p * x`` is one fused pass forward, and in the backward pass the gradient of
+``p`` is a dot product, so nothing the size of an activation is kept for it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+__all__ = ["BranchGate", "Gate", "ResConv", "Multiply", "gates", "is_leaf", "zeroed"]
+
+
+class _AddScaled(torch.autograd.Function):
+    """``z + p * x``; the gradient of the scalar ``p`` is one dot product."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        ctx.save_for_backward(x, p)
+        return torch.addcmul(z, x, p.to(z.dtype)) if x.dtype == z.dtype else z + x * p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, p = ctx.saved_tensors
+        grad_x = (grad * p.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grad_p = None
+        if ctx.needs_input_grad[2]:
+            a, b = _in_memory_order(grad, x)
+            # Accumulated in float32 (float64 for float64): bf16 has 8 bits for a sum of millions.
+            wide = torch.promote_types(torch.float32, p.dtype)
+            grad_p = torch.linalg.vecdot(a, b).to(wide).sum().to(p.dtype)
+        return grad, grad_x, grad_p
+
+
+def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """View both as rows of the first dimension, without a copy when their layouts agree."""
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    if a.dim() == 4 and b.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+
+
+class Gate(nn.Module):
+    """A unit that can be removed: ``scale`` decides, ``control`` weighs our own shortcut."""
+
+    scale: nn.Parameter
+    control: nn.Parameter | None
+    removable: bool = True
+    unit: str = ""
+
+    def extra_repr(self) -> str:
+        control = "" if self.control is None else f", control={self.control.item():.4g}"
+        return f"scale={self.scale.item():.4g}{control}"
+
+
+def _scaled_norm(norm: nn.Module, z: Tensor, scale: Tensor) -> Tensor:
+    """Run a BatchNorm with its weight and bias multiplied by ``scale``."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if norm.weight is None:
+        return norm(z) * scale.to(z.dtype)
+    use_batch = norm.training or norm.running_mean is None
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return F.batch_norm(
+        z,
+        norm.running_mean if not norm.training or norm.track_running_stats else None,
+        norm.running_var if not norm.training or norm.track_running_stats else None,
+        norm.weight * scale,
+        norm.bias * scale,
+        use_batch,
+        momentum,
+        norm.eps,
+    )
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether the module is a BatchNorm whose forward is torch's own."""
+    return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class ResConv(Gate):
+    """``y = scale * norm(conv(x)) + control * x`` (arXiv 2011.14356; see docs/method.md).
+
+    Shapes: x and y are (N, C, *spatial); ``scale`` and ``control`` are scalars.
+    """
+
+    def __init__(
+        self, conv: nn.Module, norm: nn.Module | None, scale: float = 1.0, control: float = 0.0
+    ) -> None:
+        super().__init__()
+        assert norm is None or is_plain_norm(norm)
+        like = conv.weight
+        assert isinstance(like, Tensor)
+        # Scalars stay in float32 at least: bf16 cannot hold the small steps of the proximal update.
+        dtype = torch.promote_types(torch.float32, like.dtype)
+        self.conv = conv
+        self.norm = norm
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=like.device))
+        self.control = nn.Parameter(torch.tensor(control, dtype=dtype, device=like.device))
+        self.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        if self.norm is not None:
+            z = _scaled_norm(self.norm, z, self.scale)
+        else:
+            z = z * self.scale.to(z.dtype)
+        assert self.control is not None
+        return _AddScaled.apply(z, x, self.control)  # type: ignore[no-any-return]
+
+    # Code of the net that asks its conv for these goes on working.
+    @property
+    def weight(self) -> Any:
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.conv.bias
+
+
+class Multiply(nn.Module):
+    """Multiplies a branch by its scale; one node in a record."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale.to(x.dtype)
+
+
+class BranchGate(Gate):
+    """``scale`` times what ``module``, the last layer of a residual branch, returns."""
+
+    def __init__(self, module: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        like = next((p for p in module.parameters() if p.is_floating_point()), None)
+        dtype = torch.float32 if like is None else torch.promote_types(torch.float32, like.dtype)
+        device = None if like is None else like.device
+        self.module = module
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
+        self.control = None
+        self.multiply = Multiply()
+        self.train(module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_plain_norm(self.module):
+            return _scaled_norm(self.module, args[0], self.scale)
+        return self.multiply(self.module(*args, **kwargs), self.scale)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a record shows this module as one ``gate`` node."""
+    if isinstance(module, BranchGate):
+        return is_plain_norm(module.module)
+    return isinstance(module, ResConv | Multiply)
+
+
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """Return ``{name: gate}`` of a converted model, in the order of its modules.
+
+    Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None).
+    """
+    found = {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
+    return found
+
+
+@contextmanager
+def zeroed(model: nn.Module, names: Iterator[str] | tuple[str, ...]) -> Iterator[None]:
+    """Set the named scales to exactly 0 for the time of the block."""
+    every = gates(model)
+    before = {name: every[name].scale.detach().clone() for name in names}
+    try:
+        with torch.no_grad():
+            for name in before:
+                every[name].scale.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                every[name].scale.copy_(value)

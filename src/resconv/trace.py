@@ -1,0 +1,406 @@
+"""One real forward pass, recorded: which operation read what, inside which module.
+
+Why recording and not torch.fx or torch.export: the record is for analysis only, the user's classes
+stay as they are, so nothing has to be executable again. Watching a real forward at the dispatcher
+sees every tensor operation of any model that runs at all (control flow, scripted helpers, custom
+blocks), costs one forward, and needs no per-architecture code. In-place writes are turned into new
+values on the way, so a value never changes once it is made.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from .errors import TraceError
+
+__all__ = ["Call", "Count", "Graph", "Node", "Ref", "Value", "count", "record", "unwrap"]
+
+# These change a tensor's shape in place, not its data.
+_METADATA_WRITES = {"as_strided_", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_"}
+_NO_VALUE = {"empty", "empty_like", "new_empty", "empty_strided"}
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor's place in an argument list: the value it held."""
+
+    value: int
+
+
+@dataclass
+class Value:
+    """What one operation made. ``param`` is a parameter's or buffer's name, if it is one."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    producer: int | None = None
+    param: str | None = None
+    constant: bool = False  # computed from parameters alone
+
+
+@dataclass
+class Call:
+    """One call of one module, with the operations (nodes ``start:end``) it ran."""
+
+    index: int
+    path: str
+    module: nn.Module
+    parent: "Call | None"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    end: int = -1
+    output: Any = None
+
+    def holds(self, node: "Node") -> bool:
+        return self.start <= node.index < self.end
+
+
+@dataclass
+class Node:
+    """One operation: ``op`` is the ATen name without its overload, or ``gate``."""
+
+    index: int
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    call: Call
+    macs: int = 0
+    tag: str | None = None
+
+
+@dataclass
+class Graph:
+    """The record of one forward pass. Modules are called by their first name in the model."""
+
+    nodes: list[Node] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    output: Any = None
+    control_flow_on_values: bool = False
+
+    def __post_init__(self) -> None:
+        self._users: dict[int, list[Node]] | None = None
+
+    @property
+    def users(self) -> dict[int, list[Node]]:
+        """Readers of each value."""
+        if self._users is None:
+            self._users = {}
+            for node in self.nodes:
+                for value in dict.fromkeys(node.inputs):
+                    self._users.setdefault(value, []).append(node)
+        return self._users
+
+    def calls_of(self, path: str) -> list[Call]:
+        return [call for call in self.calls if call.path == path]
+
+    def producer(self, value: int) -> Node | None:
+        index = self.values[value].producer
+        return None if index is None else self.nodes[index]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Multiply-accumulates of one forward pass at the example's batch size 1, and parameters."""
+
+    macs: int
+    num_params: int
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module inside DataParallel, DDP or ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that ``example_inputs`` stands for.
+
+    A tensor is the one argument, a tuple or list the positional ones, a dict the keyword ones.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TraceError(
+        f"example_inputs is a {type(example_inputs).__name__}; "
+        "give a tensor, a tuple of arguments or a dict of keyword arguments."
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, without gradients, and restore each one's own mode after."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
+    """Move example tensors to the model's device (floats to its dtype when they differ)."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return example_inputs
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else None)
+
+    return tree_map(move, example_inputs)
+
+
+def record(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    leaf: Callable[[nn.Module], bool] = lambda module: False,
+    tag: Callable[[], str | None] = lambda: None,
+) -> Graph:
+    """Run ``model`` once in eval mode and return what happened.
+
+    A module for which ``leaf`` holds is recorded as one node, ``gate``. The model is left as it was.
+
+    Raises:
+        TraceError: the forward pass itself fails on these inputs.
+    """
+    args, kwargs = as_call(to_device_of(model, example_inputs))
+    recorder = _Recorder(model, leaf, tag)
+    with evaluating(model):
+        try:
+            return recorder.run(args, kwargs)
+        except Exception as error:
+            where = recorder.stack[-1].path if recorder.stack else ""
+            shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+            raise TraceError(
+                f"{type(model).__name__} does not run on inputs of shape {shapes}: "
+                f"{type(error).__name__} in {where or 'its own forward'}: {error}"
+            ) from error
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(
+        self, model: nn.Module, leaf: Callable[[nn.Module], bool], tag: Callable[[], str | None]
+    ) -> None:
+        super().__init__()
+        self.model, self.leaf, self.tag = model, leaf, tag
+        self.graph = Graph()
+        self.stack: list[Call] = []
+        self.inside_leaf: nn.Module | None = None
+        self.leaf_macs = 0
+        # Tensors are kept alive, so that an id stays one tensor's for the whole pass.
+        self.known: dict[int, tuple[Tensor, int]] = {}
+        self.by_storage: dict[int, list[Tensor]] = {}
+        self.param_names = {id(p): n for n, p in model.named_parameters()}
+        self.param_names |= {id(b): n for n, b in model.named_buffers()}
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+        graph = self.graph
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                graph.inputs.append(self._new(leaf))
+        handles = []
+        try:
+            for path, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+                    continue
+                handles.append(
+                    module.register_forward_pre_hook(
+                        self._enter(path), with_kwargs=True, prepend=False
+                    )
+                )
+                handles.append(module.register_forward_hook(self._leave, prepend=True))
+            with self:
+                output = self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        graph.output = output
+        graph.outputs = [self._value(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
+        self.known.clear()
+        self.by_storage.clear()
+        return graph
+
+    def _refs(self, tree: Any) -> Any:
+        return tree_map(lambda a: Ref(self._value(a)) if isinstance(a, Tensor) else a, tree)
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.inside_leaf is not None:
+                return
+            parent = self.stack[-1] if self.stack else None
+            refs = self._refs((args, kwargs))
+            call = Call(
+                len(self.graph.calls), path, module, parent, *refs, start=len(self.graph.nodes)
+            )
+            self.graph.calls.append(call)
+            self.stack.append(call)
+            if self.leaf(module):
+                self.inside_leaf, self.leaf_macs = module, 0
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.inside_leaf is not None and self.inside_leaf is not module:
+            return
+        call = self.stack.pop()
+        if self.inside_leaf is module:
+            self.inside_leaf = None
+            value = self._new(output)
+            self._node("gate", call.args, {}, (call.args[0].value,), (value,), call, self.leaf_macs)
+        call.end = len(self.graph.nodes)
+        call.output = self._refs(output)
+
+    def _new(self, tensor: Tensor, producer: int | None = None, constant: bool = False) -> int:
+        values = self.graph.values
+        value = Value(len(values), tuple(tensor.shape), tensor.dtype, producer, constant=constant)
+        values.append(value)
+        self._bind(tensor, value.index)
+        return value.index
+
+    def _bind(self, tensor: Tensor, value: int) -> None:
+        if id(tensor) not in self.known:
+            self.by_storage.setdefault(_storage(tensor), []).append(tensor)
+        self.known[id(tensor)] = (tensor, value)
+
+    def _value(self, tensor: Tensor) -> int:
+        if id(tensor) in self.known:
+            return self.known[id(tensor)][1]
+        value = self._new(tensor, constant=True)
+        self.graph.values[value].param = self.param_names.get(id(tensor))
+        return value
+
+    def _node(
+        self,
+        op: str,
+        args: Any,
+        kwargs: Any,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        call: Call,
+        macs: int = 0,
+    ) -> Node:
+        node = Node(
+            len(self.graph.nodes), op, args, kwargs, inputs, outputs, call, macs, self.tag()
+        )
+        self.graph.nodes.append(node)
+        for value in outputs:
+            self.graph.values[value].producer = node.index
+        return node
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[-1]
+        if self.inside_leaf is None and self.stack:
+            refs, kwrefs = self._refs(tuple(args)), self._refs(kwargs)
+        output = func(*args, **kwargs)
+        macs = _macs(func, args, kwargs, output)
+        if self.inside_leaf is not None:
+            self.leaf_macs += macs
+            return output
+        if not self.stack:  # outside every hooked module
+            return output
+        if name in ("_local_scalar_dense", "nonzero"):
+            self.graph.control_flow_on_values = True
+        inputs = tuple(a.value for a in tree_leaves((refs, kwrefs)) if isinstance(a, Ref))
+        constant = all(self.graph.values[v].constant for v in inputs)
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if name not in _NO_VALUE or inputs:
+            index = len(self.graph.nodes)
+            made = tuple(self._new(t, index, constant) for t in tensors)
+            self._node(name, refs, kwrefs, inputs, made, self.stack[-1], macs)
+            if name not in _METADATA_WRITES:
+                self._spread_write(func, args, kwargs)
+        else:
+            for tensor in tensors:
+                self._new(tensor, constant=True)
+        return output
+
+    def _spread_write(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """An in-place write reaches every tensor that shares the memory: give each a new value."""
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[i] if i < len(args) else kwargs.get(argument.name)
+            for tensor in [t for t in tree_leaves(target) if isinstance(t, Tensor)]:
+                written = self._value(tensor)
+                for other in list(self.by_storage.get(_storage(tensor), ())):
+                    if other is tensor:
+                        continue
+                    if _geometry(other) == _geometry(tensor):
+                        self._bind(other, written)
+                    else:
+                        old = self._value(other)
+                        index = len(self.graph.nodes)
+                        new = self._new(other, index)
+                        self._node(
+                            "aliased_write", (), {}, (written, old), (new,), self.stack[-1]
+                        )
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _macs(func: Any, args: Any, kwargs: Any, output: Any) -> int:
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return 0
+    try:
+        return int(formula(*args, **kwargs, out_val=output)) // 2
+    except (TypeError, AssertionError, RuntimeError):
+        return 0
+
+
+def count(model: nn.Module, example_inputs: Any) -> Count:
+    """Return the MACs of one forward pass and the number of parameters.
+
+    MACs are multiply-accumulates of convolutions and matrix products (torch's own formulas, two
+    FLOPs each), divided by the example's batch size. Elementwise work is not counted.
+    """
+    model = unwrap(model)
+    graph = record(model, example_inputs)
+    return Count(
+        sum(node.macs for node in graph.nodes) // batch_size(example_inputs),
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def batch_size(example_inputs: Any) -> int:
+    """Return the first dimension of the first example tensor (1 when it has none)."""
+    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
