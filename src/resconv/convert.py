@@ -89,9 +89,7 @@ def convert(
     kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
     chosen = [c for c in (*layers, *blocks) if c.unit.removable]
     if filter is not None:
-        chosen = [
-            c for c in chosen if filter(c.unit.name, model.get_submodule(c.conv or c.gate))
-        ]
+        chosen = [c for c in chosen if filter(c.unit.name, model.get_submodule(c.conv or c.gate))]
     if not chosen:
         reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
         raise ConversionError(
@@ -146,9 +144,7 @@ def plain_norm(norm: nn.Module) -> nn.Module:
         return norm
     kinds = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
     cls = next((k for k in kinds if isinstance(norm, k)), nn.BatchNorm2d)
-    plain = cls(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
+    plain = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     plain.weight, plain.bias = norm.weight, norm.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(plain, name, getattr(norm, name))

@@ -90,7 +90,11 @@ def apply_edits(model: nn.Module, edits: list[dict[str, Any]]) -> nn.Module:
 def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
     """Replay one edit on ``model``, in place, and return it; see :func:`apply_edits`."""
     op = edit.get("op") if isinstance(edit, dict) else None
-    if op not in _FIELDS or set(edit) - {"_original"} != _FIELDS[op] | {"op"} or not isinstance(edit["path"], str):
+    if (
+        op not in _FIELDS
+        or set(edit) - {"_original"} != _FIELDS[op] | {"op"}
+        or not isinstance(edit["path"], str)
+    ):
         raise PruneError(f"Not an edit: {str(edit)[:200]}")
     path = edit["path"]
     try:

@@ -1,7 +1,7 @@
 """Files for other runtimes, each checked by running the file itself.
 
-    .onnx   ONNX, read back by ONNX Runtime      .pt2   torch.export, loads without this package
-    .xml    OpenVINO IR, by its own converter
+.onnx   ONNX, read back by ONNX Runtime      .pt2   torch.export, loads without this package
+.xml    OpenVINO IR, by its own converter
 """
 
 import copy
@@ -140,7 +140,9 @@ def _write_onnx(
     for dynamic, args, kwargs, shapes in _attempts(net, inputs):
         names = [f"input{i}" if i else "input" for i in range(len(tree_leaves((args, kwargs))))]
 
-        def run(args: Any = args, kwargs: Any = kwargs, shapes: Any = shapes, names: Any = names) -> Any:
+        def run(
+            args: Any = args, kwargs: Any = kwargs, shapes: Any = shapes, names: Any = names
+        ) -> Any:
             return torch.onnx.export(
                 net,
                 args,
@@ -165,7 +167,9 @@ def _write_onnx(
             entry.key, entry.value = key, value
         found: list[Verification] = []
 
-        def write(temporary: Path, proto: Any = proto, found: Any = found, dynamic: bool = dynamic) -> None:
+        def write(
+            temporary: Path, proto: Any = proto, found: Any = found, dynamic: bool = dynamic
+        ) -> None:
             onnx.save(proto, temporary)
             found.append(_check_onnx(temporary, net, inputs, dynamic, tolerance))
 
@@ -251,8 +255,13 @@ def _write_pt2(
         found: list[Verification] = []
         extra = {"resconv.json": json.dumps({"plan": plan and json.loads(plan.to_json())})}
 
-        def write(temporary: Path, program: Any = program, found: Any = found,
-                  dynamic: bool = dynamic, extra: Any = extra) -> None:
+        def write(
+            temporary: Path,
+            program: Any = program,
+            found: Any = found,
+            dynamic: bool = dynamic,
+            extra: Any = extra,
+        ) -> None:
             _quietly(lambda: torch.export.save(program, temporary, extra_files=extra))
             back = torch.export.load(temporary).module()
 
@@ -287,9 +296,7 @@ def _write_openvino(
         converted.set_rt_info(plan.to_json(), ["resconv", "plan"])
     path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(converted, path, compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(
-        path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(x: Any) -> list[Tensor]:
         result = compiled([t.numpy() for t in tree_leaves(x) if isinstance(t, Tensor)])

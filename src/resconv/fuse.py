@@ -96,8 +96,8 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             Call ``model.eval()`` first.
         PruneError: the model's forward cannot be recorded any more.
     """
-    from .prune import fold_norms, operate
     from .gates import gates
+    from .prune import fold_norms, operate
 
     if gates(model):
         for name, gate in gates(model).items():

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
-__all__ = ["BranchGate", "Gate", "ResConv", "Multiply", "gates", "is_leaf", "zeroed"]
+__all__ = ["BranchGate", "Gate", "Multiply", "ResConv", "gates", "is_leaf", "zeroed"]
 
 
 class _AddScaled(torch.autograd.Function):

@@ -53,9 +53,7 @@ def time_together(
 
 
 def _timing(values: list[float]) -> Timing:
-    low, median, high = (
-        statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    )
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return Timing(median, low, high, min(values), len(values))
 
 

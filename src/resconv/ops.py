@@ -145,9 +145,11 @@ def kind(graph: Graph, node: Node) -> str:
     if op in ("add", "sub"):
         # A constant summand has no factor to give up.
         tensors = sum(isinstance(a, Ref) for a in node.args)
-        return "homogeneous" if tensors == 2 == len([*node.inputs]) and len(data) == len(
-            dict.fromkeys(node.inputs)
-        ) else "opaque"
+        return (
+            "homogeneous"
+            if tensors == 2 == len([*node.inputs]) and len(data) == len(dict.fromkeys(node.inputs))
+            else "opaque"
+        )
     if op in ("mul", "div"):
         tensors = [a.value for a in node.args if isinstance(a, Ref)]
         if len(tensors) == 1:

@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_map
 
 from .convert import State, set_submodule, state_of
 from .edits import apply_edits, digest, trace_forward
-from .errors import PlanError, PruneError, TraceError
+from .errors import PlanError, PruneError
 from .fuse import fold_norm, fused_kernel
 from .gates import BranchGate, Gate, Multiply, ResConv, gates, is_leaf
 from .ops import NORMS, bounds, kind, weight_values
 from .plan import Plan
 from .scaling import Potentials
 from .trace import Graph, Node, Ref, record, unwrap
-from .units import find_blocks, find_layers
+from .units import find_blocks
 
 __all__ = ["fold_norms", "leftovers", "operate", "prune"]
 
@@ -119,8 +119,12 @@ def _take_out(model: nn.Module, todo: _Surgery, remove: tuple[str, ...]) -> None
     """Decide which values stand for which others once the units are gone."""
     graph = todo.graph
     every = gates(model)
-    paths = {name: p for p, m in model.named_modules() for name in [getattr(m, "unit", None)]
-             if isinstance(m, Gate) and name in remove}
+    paths = {
+        name: p
+        for p, m in model.named_modules()
+        for name in [getattr(m, "unit", None)]
+        if isinstance(m, Gate) and name in remove
+    }
     blocks = {c.gate: c for c in find_blocks(model, graph)}
     for name in remove:
         gate, path = every[name], paths[name]
@@ -129,9 +133,7 @@ def _take_out(model: nn.Module, todo: _Surgery, remove: tuple[str, ...]) -> None
             if candidate is None or not candidate.unit.removable:
                 raise PruneError(f"{name} is no residual branch of the recorded forward any more.")
             add = graph.nodes[candidate.add]
-            position = next(
-                i for i, a in enumerate(add.args[:2]) if a == Ref(candidate.value)
-            )
+            position = next(i for i, a in enumerate(add.args[:2]) if a == Ref(candidate.value))
             todo.bypassed[add.index] = position
             todo.same_as[add.outputs[0]] = candidate.value
             todo.dead |= candidate.nodes
@@ -256,8 +258,10 @@ def _factors(
             todo.bypassed.pop(node.index, None)
             todo.same_as.pop(y, None)
     for node, p in demands:
-        path = node.call.path if not isinstance(node.call.module, Multiply) else (
-            node.call.parent.path if node.call.parent else ""
+        path = (
+            node.call.path
+            if not isinstance(node.call.module, Multiply)
+            else (node.call.parent.path if node.call.parent else "")
         )
         if path in todo.multiply:
             x, y = node.inputs[0], node.outputs[0]
@@ -308,8 +312,21 @@ def _param_of(graph: Graph, value: int) -> tuple[str, bool] | None:
 
 
 def kind_of_view(node: Node) -> bool:
-    return node.op in ("view", "t", "transpose", "unsqueeze", "permute", "reshape", "_to_copy",
-                       "expand", "clone", "detach", "squeeze", "alias", "_reshape_alias")
+    return node.op in (
+        "view",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "permute",
+        "reshape",
+        "_to_copy",
+        "expand",
+        "clone",
+        "detach",
+        "squeeze",
+        "alias",
+        "_reshape_alias",
+    )
 
 
 def _param_uses(graph: Graph, dead: set[int]) -> dict[str, int]:
@@ -450,8 +467,16 @@ def _conv_edit(path: str, conv: nn.Module, bias: bool) -> dict[str, Any]:
     name = next(n for k, n in kinds.items() if isinstance(conv, k))
     args = {
         key: list(value) if isinstance(value := getattr(conv, key), tuple) else value
-        for key in ("in_channels", "out_channels", "kernel_size", "stride", "padding",
-                    "dilation", "groups", "padding_mode")
+        for key in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
     }
     return {"op": "conv", "path": path, "type": name, "args": {**args, "bias": bias}}
 
@@ -560,9 +585,12 @@ def _rewrite(
         bound.apply_defaults()
         signature = dict(bound.arguments)
         constants = {k: v for k, v in signature.items() if not _has_ref(v)}
-        bad = {k: v for k, v in constants.items()
-               if not isinstance(v, bool | int | float | str | type(None))
-               and (k in given or v not in ((), {}))}
+        bad = {
+            k: v
+            for k, v in constants.items()
+            if not isinstance(v, bool | int | float | str | type(None))
+            and (k in given or v not in ((), {}))
+        }
         nested = {k for k, v in signature.items() if _has_ref(v) and not isinstance(v, Ref)}
         if bad or nested:
             return refuse(f"its argument {next(iter(bad or nested))!r} is no plain value")
@@ -638,9 +666,7 @@ def _tagged(
     return gm, [(n.op, n.tag) for n in seen.nodes]
 
 
-def _without_gates(
-    model: nn.Module, *, everything: bool, removed: tuple[str, ...]
-) -> nn.Module:
+def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:
     """Put the layers that gates hold back in their places (in place)."""
     for path, module in list(model.named_modules())[::-1]:
         if not isinstance(module, Gate) or not (everything or module.unit in removed):
@@ -676,7 +702,7 @@ def leftovers(compact: nn.Module) -> dict[str, float]:
 
 def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Return a copy with every BatchNorm that alone reads a conv folded into that conv."""
-    from .units import owner_of, why_untouchable, _norm_after
+    from .units import _norm_after, owner_of, why_untouchable
 
     model = copy.deepcopy(unwrap(model))
     graph = record(model, example_inputs)

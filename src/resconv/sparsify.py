@@ -30,7 +30,7 @@ from .ledger import Ledger, ledger
 from .plan import floor
 from .trace import unwrap
 
-__all__ = ["Sparsifier", "Snapshot"]
+__all__ = ["Snapshot", "Sparsifier"]
 
 _EPS = 0.1
 _LEARN = 0.05  # share of the run that only collects scores
@@ -149,9 +149,7 @@ class Sparsifier:
                 "A learning rate scheduler was made before the Sparsifier. Attach the Sparsifier "
                 "to the optimizer first, then make the scheduler."
             )
-        scalars = [
-            p for g in self.gates.values() for p in (g.scale, g.control) if p is not None
-        ]
+        scalars = [p for g in self.gates.values() for p in (g.scale, g.control) if p is not None]
         ids = {id(p) for p in scalars}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
@@ -296,7 +294,10 @@ class Sparsifier:
             saved = self.costs.saving(taken)
             size = (whole[0] - saved.macs, whole[1] - saved.num_params)
             # Where the schedule wants the net to be now; the limit itself at the end.
-            wanted = [w - max(0.0, w - min(w, lim)) * progress for w, lim in zip(whole, limits, strict=True)]
+            wanted = [
+                w - max(0.0, w - min(w, lim)) * progress
+                for w, lim in zip(whole, limits, strict=True)
+            ]
             if all(s <= w + 1e-9 for s, w in zip(size, wanted, strict=True)):
                 return
             name = self._least(taken, saved.macs)

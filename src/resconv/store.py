@@ -247,7 +247,11 @@ def _base(
             "resconv.nets.create). Give the unpruned net: resconv.load(path, model=your_net)."
         )
     name, kwargs = source.get("name"), source.get("kwargs")
-    if not isinstance(name, str) or not isinstance(kwargs, dict) or set(source) != {"name", "kwargs"}:
+    if (
+        not isinstance(name, str)
+        or not isinstance(kwargs, dict)
+        or set(source) != {"name", "kwargs"}
+    ):
         raise LoadError(f"{folder / 'model.json'}: 'source' is no name with keywords.")
     large = [k for k, v in kwargs.items() if isinstance(v, int | float) and abs(v) > 10**6]
     if large:
@@ -273,10 +277,15 @@ def _check_sizes(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if not isinstance(edit, dict) or edit.get("op") != "conv":
             continue
         args = edit.get("args")
-        numbers = [] if not isinstance(args, dict) else [
-            args.get("in_channels"), args.get("out_channels"),
-            *(args.get("kernel_size") if isinstance(args.get("kernel_size"), list) else []),
-        ]
+        numbers = (
+            []
+            if not isinstance(args, dict)
+            else [
+                args.get("in_channels"),
+                args.get("out_channels"),
+                *(args.get("kernel_size") if isinstance(args.get("kernel_size"), list) else []),
+            ]
+        )
         groups = args.get("groups", 1) if isinstance(args, dict) else 0
         if any(not isinstance(n, int) or n < 1 for n in [*numbers, groups]) or (
             math.prod(numbers) // groups > held

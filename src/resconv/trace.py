@@ -360,9 +360,7 @@ class _Recorder(TorchDispatchMode):
                         old = self._value(other)
                         index = len(self.graph.nodes)
                         new = self._new(other, index)
-                        self._node(
-                            "aliased_write", (), {}, (written, old), (new,), self.stack[-1]
-                        )
+                        self._node("aliased_write", (), {}, (written, old), (new,), self.stack[-1])
 
 
 def _storage(tensor: Tensor) -> int:

@@ -283,12 +283,7 @@ def _block(
 ) -> Candidate:
     inside = {n.index for n in region}
     macs = sum(n.macs for n in region)
-    params = {
-        p
-        for n in region
-        for value in n.inputs
-        for p in _params_behind(graph, value)
-    }
+    params = {p for n in region for value in n.inputs for p in _params_behind(graph, value)}
     params |= {
         f"{n.call.path}.{p}"
         for n in region
@@ -303,14 +298,14 @@ def _block(
             outside = [u for u in graph.users.get(value, []) if u.index not in inside]
             outside = [u for u in outside if u is not add or value != w]
             if outside or value in graph.outputs:
-                reason = f"an inner value of the branch ({n.op} in {n.call.path}) is used outside it"
+                reason = (
+                    f"an inner value of the branch ({n.op} in {n.call.path}) is used outside it"
+                )
     gate = "" if reason else find_gate(model, graph, w, inside, add)
     if reason is None and not gate:
         reason = "no module at the branch's end whose output can be scaled"
     unit = Unit(add.call.path, "block", macs, num_params, reason is None, reason)
-    return Candidate(
-        unit, gate=gate, add=add.index, value=v, nodes=frozenset(inside)
-    )
+    return Candidate(unit, gate=gate, add=add.index, value=v, nodes=frozenset(inside))
 
 
 def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Node) -> str:
@@ -323,18 +318,26 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
     value = w
     while True:
         # A BatchNorm first: there the scale costs no pass over the activations.
-        for candidate in sorted(reversed(graph.calls), key=lambda c: not is_plain_norm(c.module)):
+        # The gate of an earlier conversion before anything else.
+        for candidate in sorted(
+            reversed(graph.calls),
+            key=lambda c: 0 if isinstance(c.module, BranchGate) else 2 - is_plain_norm(c.module),
+        ):
             if candidate.output != Ref(value) or candidate.index in ancestors:
                 continue
             if candidate.start == candidate.end and graph.values[value].producer is None:
                 continue
-            if any(i not in inside for i in range(candidate.start, candidate.end)
-                   if graph.nodes[i].op != "empty" and not _constant(graph, graph.nodes[i])):
+            if any(
+                i not in inside
+                for i in range(candidate.start, candidate.end)
+                if graph.nodes[i].op != "empty" and not _constant(graph, graph.nodes[i])
+            ):
                 continue
             if isinstance(candidate.module, BranchGate):
                 return candidate.path
-            if any(isinstance(model.get_submodule(p), BranchGate)
-                   for p in _parents(candidate.path)):
+            if any(
+                isinstance(model.get_submodule(p), BranchGate) for p in _parents(candidate.path)
+            ):
                 continue
             if why_untouchable(model, graph, candidate.path) is None and not isinstance(
                 candidate.module, ResConv

@@ -1,0 +1,76 @@
+"""``resconv inspect``: what could go, without training."""
+
+from typing import Annotated
+
+import typer
+
+from .options import ImageSize, example_for, show_table
+
+__all__ = ["register"]
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  resconv inspect resnet56
+
+  resconv inspect timm:mobilenetv3_small_100
+
+  resconv inspect my_package.nets:build --image-size 96 --json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EXAMPLES)(inspect)
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(help="resnet20, timm:NAME, torchvision:NAME, package.module:factory."),
+    ],
+    image_size: ImageSize = None,
+    json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say which layers and branches could go, which not and why, and what that would save."""
+    import dataclasses
+    import json as json_module
+
+    import resconv
+    from resconv.ledger import ledger
+
+    net, example = example_for(model, image_size)
+    found = resconv.units(net, example)
+    total = resconv.count(net, example)
+    if json:
+        typer.echo(json_module.dumps([dataclasses.asdict(u) for u in found], indent=2))
+        return
+    rows = [
+        (
+            u.name,
+            u.kind,
+            f"{u.macs:,}",
+            f"{u.macs / max(1, total.macs):.1%}",
+            f"{u.num_params:,}",
+            "yes" if u.removable else "no",
+            u.reason or "",
+        )
+        for u in found
+    ]
+    show_table(
+        f"{model} at {'x'.join(map(str, example.shape[1:]))}",
+        ["unit", "kind", "MACs", "share", "parameters", "removable", "why not"],
+        rows,
+    )
+    removable = [u for u in found if u.removable]
+    text = f"{total.macs:,} MACs, {total.num_params:,} parameters."
+    if removable:
+        gated = resconv.convert(net, example, units="all")
+        costs = ledger(gated, example)
+        left = total.macs - costs.saving(costs.names).macs
+        text += (
+            f" {len(removable)} of {len(found)} units are removable; with all of them gone "
+            f"{left:,} MACs ({left / max(1, total.macs):.1%}) are left."
+        )
+    else:
+        text += " Nothing is removable."
+    typer.echo(text)

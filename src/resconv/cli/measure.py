@@ -1,0 +1,28 @@
+"""``resconv measure``: latency and memory, side by side."""
+
+import typer
+
+from .options import RunPath, show_table
+
+__all__ = ["register"]
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  resconv measure runs/digits
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EXAMPLES)(measure)
+
+
+def measure(run: RunPath) -> None:
+    """Measure the dense and the compact net of a run in turn, and write the report."""
+    from resconv import run as runs
+    from resconv.report.table import rows
+
+    current = runs.open_run(run, typer.echo)
+    runs.run_stage(current, "measure", again=True)
+    runs.run_stage(current, "report", again=True)
+    show_table(str(run), ["", "dense", "compact", "change"], rows(current.folder.metrics()))

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resconv.errors import BudgetError
+
+__all__ = ["Data", "ImageSize", "Model", "Out", "RunPath", "amount", "example_for", "show_table"]
+
+Model = Annotated[
+    str,
+    typer.Option(help="resnet20, vgg16_bn, timm:NAME, torchvision:NAME or package.module:factory."),
+]
+Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder:PATH or parquet:PATH.")]
+Out = Annotated[Path, typer.Option(help="The run folder.")]
+RunPath = Annotated[Path, typer.Argument(help="A run folder.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+
+
+def amount(text: str | None, name: str) -> float | int | None:
+    """Read a fraction (0.5, 50%) or an absolute number (40000000, 40M)."""
+    if text is None:
+        return None
+    units = {"%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
+    raw = text.strip().lower().replace("_", "").replace(",", "")
+    try:
+        if raw and raw[-1] in units:
+            value = float(raw[:-1]) * units[raw[-1]]
+            return value if raw[-1] == "%" else round(value)
+        return float(raw) if "." in raw or "e" in raw or raw == "1" else int(raw)
+    except ValueError:
+        raise BudgetError(
+            f"--{name} {text}: give a fraction (0.5 or 50%) or a number (40000000 or 40M)."
+        ) from None
+
+
+def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:
+    """Build a net by name, without weights, and an example batch for it."""
+    import torch
+
+    from resconv import nets
+
+    model = nets.create(name).eval()
+    channels, height, width = nets.default_input_size(name, model)
+    if image_size is not None:
+        height = width = image_size
+    return model, torch.randn(1, channels, height, width)
+
+
+def show_table(title: str, header: list[str], rows: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,42 @@
+"""``resconv verify``: do two networks compute the same?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["register"]
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+  resconv verify runs/digits runs/digits/model.onnx
+
+  resconv verify a.pt2 b.onnx --shape 1,3,32,32
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EXAMPLES)(verify)
+
+
+def verify(
+    a: Annotated[Path, typer.Argument(help="A run folder, saved network, .onnx or .pt2.")],
+    b: Annotated[Path, typer.Argument(help="The other one.")],
+    shape: Annotated[
+        str | None, typer.Option(help="Input shape, such as 1,3,224,224; default: as saved.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest relative error.")] = 1e-4,
+    trust_source: Annotated[
+        bool, typer.Option(help="Allow a saved net to import its package.module:factory.")
+    ] = False,
+) -> None:
+    """Run two networks on the same random input and compare their outputs."""
+    from resconv.compare import compare
+
+    result = compare(a, b, shape=shape, tolerance=tolerance, trust_source=trust_source)
+    typer.echo(
+        f"{a} and {b} agree: {result.num_outputs} outputs, largest difference "
+        f"{result.max_abs_error:.2e}, relative {result.max_rel_error:.2e} "
+        f"(allowed {result.tolerance:.0e})."
+    )

@@ -1,0 +1,95 @@
+"""Fill the page's template with the numbers of a run folder."""
+
+import io
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from resconv.errors import MissingExtraError
+from resconv.files import write_text
+from resconv.run.folder import RunFolder
+
+from .table import rows
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write ``report.html`` into the run folder and return its path.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError(error.name or "jinja2", "report", "The report") from error
+    matplotlib.use("Agg")
+    metrics = folder.metrics()
+    plan = folder.read_json("plan.json")
+    history = folder.read_json("scales.json")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(
+        files("resconv.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        config=folder.config(),
+        metrics=metrics,
+        rows=rows(metrics),
+        units=_units(plan, history),
+        plots=[_scales_plot(history, plan["remove"]), _macs_plot(history)],
+        removed=plan["remove"],
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _units(plan: dict[str, Any], history: list[Any]) -> list[dict[str, Any]]:
+    removed = set(plan["remove"])
+    controls = history[-1][2] if history else {}
+    return [
+        {"name": n, "scale": s, "control": controls.get(n), "removed": n in removed}
+        for n, s in plan["scales"].items()
+    ]
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _scales_plot(history: list[Any], removed: list[str]) -> str:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6))
+    steps = [row[0] for row in history]
+    gone = set(removed)
+    for name in history[-1][1] if history else []:
+        values = [row[1][name] for row in history]
+        color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
+        axes.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
+    axes.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
+    axes.plot([], [], color="#7f8c8d", label="kept")
+    axes.set(xlabel="optimizer step", ylabel="layer scaling factor s")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _macs_plot(history: list[Any]) -> str:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.2))
+    axes.step([r[0] for r in history], [100 * r[3] for r in history], where="post", color="#2c3e50")
+    axes.set(xlabel="optimizer step", ylabel="MACs left by\nthe zeros (%)")
+    axes.set_ylim(0, 105)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)

@@ -1,0 +1,44 @@
+"""The before/after table, for the terminal, the page and the docs."""
+
+from typing import Any
+
+__all__ = ["rows"]
+
+
+def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return (what, dense, compact, change) of everything a run has measured so far."""
+    table: list[tuple[str, str, str, str]] = []
+    dense = metrics.get("top1_dense")
+    for key, label in (
+        ("top1_gated", "top-1 after sparse training (%)"),
+        ("top1_pruned", "top-1 pruned, no retraining (%)"),
+        ("top1_finetuned", "top-1 finetuned (%)"),
+    ):
+        if dense is not None and metrics.get(key) is not None:
+            value = metrics[key]
+            table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
+    for key, label in (("macs", "MACs"), ("num_params", "parameters")):
+        before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
+        if before and after is not None:
+            table.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
+    for runtime, found in metrics.get("latency", {}).items():
+        table.append(
+            (
+                f"latency, {runtime} (ms)",
+                f"{found['dense_ms']:.2f}",
+                f"{found['compact_ms']:.2f}",
+                f"{found['ratio']:.2f}x",
+            )
+        )
+    memory = metrics.get("peak_memory_bytes")
+    if memory:
+        before, after = memory["dense"], memory["compact"]
+        table.append(
+            (
+                "peak memory (KiB)",
+                f"{before / 1024:,.0f}",
+                f"{after / 1024:,.0f}",
+                f"{after / before - 1:+.1%}",
+            )
+        )
+    return table

@@ -1,0 +1,7 @@
+"""The main job as a run folder: stages that are done once, and picked up where they stopped."""
+
+from .config import Config
+from .folder import RunFolder
+from .pipeline import STAGES, compress, open_run, run_stage
+
+__all__ = ["STAGES", "Config", "RunFolder", "compress", "open_run", "run_stage"]

@@ -1,0 +1,91 @@
+"""What a run was asked to do."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from resconv.budget import Budget
+from resconv.errors import RunError
+
+__all__ = ["Config"]
+
+_EPOCHS = {"digits": (12, 10, 0)}
+_DEFAULT_EPOCHS = (30, 20, 10)
+# These change how a run is carried out, not what comes out of it.
+_FREE = {"progress", "devices"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; JSON in ``config.json``. None means: the default for the data."""
+
+    model: str
+    data: str
+    macs: float | int | None = None
+    num_params: float | int | None = None
+    weights: str | None = None
+    epochs: int | None = None
+    sparse_epochs: int | None = None
+    finetune_epochs: int | None = None
+    distill: bool = False
+    units: str = "all"
+    lr: float = 0.1
+    sparse_lr: float | None = None
+    batch_size: int = 128
+    seed: int = 0
+    image_size: int | None = None
+    channels: int | None = None
+    limit: int | None = None
+    precision: str = "auto"
+    devices: int | str = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "sparse_epochs", "finetune_epochs"):
+            value = getattr(self, key)
+            least = 0 if key == "finetune_epochs" else 1
+            if value is not None and value < least:
+                raise RunError(f"{key}={value}: at least {least}.")
+        if not self.lr > 0 or self.batch_size < 1:
+            raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")
+        if self.macs is not None or self.num_params is not None:
+            self.budget()
+
+    def budget(self) -> Budget:
+        """Return the target.
+
+        Raises:
+            RunError: none was given.
+        """
+        if self.macs is None and self.num_params is None:
+            raise RunError("Nothing is asked for: give --macs 0.5 (half the MACs) or --params 0.5.")
+        return Budget(macs=self.macs, num_params=self.num_params)
+
+    def stage_epochs(self) -> tuple[int, int, int]:
+        """Return the epochs of dense, sparse and finetuning."""
+        default = _EPOCHS.get(self.data, _DEFAULT_EPOCHS)
+        asked = (self.epochs, self.sparse_epochs, self.finetune_epochs)
+        dense, sparse, fine = (d if a is None else a for a, d in zip(asked, default, strict=True))
+        return dense, sparse, fine
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Config":
+        known = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or not {"model", "data"} <= set(content):
+            raise RunError("config.json is no run's configuration.")
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise RunError(f"config.json has unknown keys: {', '.join(unknown)}.")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise RunError(f"config.json is damaged: {error}.") from error
+
+    def differences(self, other: "Config") -> list[str]:
+        return [
+            f"{f.name}: {getattr(self, f.name)!r} there, {getattr(other, f.name)!r} now"
+            for f in fields(self)
+            if f.name not in _FREE and getattr(self, f.name) != getattr(other, f.name)
+        ]

@@ -1,0 +1,100 @@
+"""The run folder: which stages are done, and the files they left."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from resconv.errors import RunError
+from resconv.files import write_text
+
+from .config import Config
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """A folder with ``config.json``, ``metrics.json``, the networks and the logs of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @classmethod
+    def begin(cls, path: Path, config: Config, *, fresh: bool = False) -> "RunFolder":
+        """Make the folder, or open it again when it holds a run of the same configuration.
+
+        Raises:
+            RunError: it holds another run, or things that are no run.
+        """
+        folder = cls(path)
+        if path.is_file():
+            raise RunError(f"{path} is a file. Choose another --out.")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "config.json").is_file():
+                raise RunError(f"{path} holds files but no run. Choose another --out.")
+            if fresh:
+                shutil.rmtree(path)
+            else:
+                differences = folder.config().differences(config)
+                if differences:
+                    raise RunError(
+                        f"{path} holds a run with other settings ({'; '.join(differences)}). "
+                        "Choose another --out, or add --fresh to start anew."
+                    )
+        path.mkdir(parents=True, exist_ok=True)
+        folder.write_json("config.json", config.to_dict())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not (path / "config.json").is_file():
+            why = "it does not exist" if not path.exists() else "it has no config.json"
+            raise RunError(
+                f"{path} is no run folder: {why}. Make one with `resconv compress ... --out {path}`."
+            )
+        return cls(path)
+
+    def config(self) -> Config:
+        return Config.from_dict(self.read_json("config.json"))
+
+    def read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunError(f"{self.path} has no {name}. Run the stage before it first.") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / name} cannot be read: {error}.") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def metrics(self) -> dict[str, Any]:
+        found = self.read_json("metrics.json") if (self.path / "metrics.json").is_file() else {}
+        if not isinstance(found, dict):
+            raise RunError(f"{self.path / 'metrics.json'} holds no metrics.")
+        return found
+
+    def add_metrics(self, **values: Any) -> None:
+        self.write_json("metrics.json", {**self.metrics(), **values})
+
+    def done(self) -> list[str]:
+        found = self.read_json("stages.json") if (self.path / "stages.json").is_file() else []
+        return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
+
+    def mark(self, stage: str) -> None:
+        self.write_json("stages.json", [*[s for s in self.done() if s != stage], stage])
+
+    def unmark(self, stages: tuple[str, ...]) -> None:
+        self.write_json("stages.json", [s for s in self.done() if s not in stages])

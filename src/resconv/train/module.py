@@ -1,0 +1,148 @@
+"""The LightningModule of an image classifier, with pressure on its scales when asked."""
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from resconv.budget import Budget
+from resconv.data import BatchLoader, ImageData, default_augment
+from resconv.sparsify import Sparsifier
+
+from .recipe import Recipe
+
+__all__ = ["Classifier"]
+
+
+class Classifier(lightning.LightningModule):
+    """Trains ``model`` on ``data``: SGD, warm-up and cosine, cross-entropy.
+
+    Args:
+        target: sparse training towards this budget.
+        teacher: a dense net whose logits are followed as well (knowledge distillation,
+            Hinton et al. 2015), weighted by ``recipe.distill``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        *,
+        channels_last: bool,
+        target: Budget | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.data, self.recipe, self.channels_last = data, recipe, channels_last
+        self.target = target
+        self.sparsifier: Sparsifier | None = None
+        self._resumed: dict[str, Any] | None = None
+        # In a list, so that its weights are neither trained nor saved with the net's.
+        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
+
+    def train_dataloader(self) -> BatchLoader:
+        data, recipe = self.data, self.recipe
+        size = min(recipe.batch_size, len(data.train))
+        return BatchLoader(
+            data.train,
+            size,
+            shuffle=True,
+            seed=recipe.seed,
+            augment=default_augment(data.name, data.image_size, data.class_names),
+            mean=data.mean,
+            std=data.std,
+            drop_last=True,
+            device=self.device,
+            channels_last=self.channels_last,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def val_dataloader(self) -> BatchLoader:
+        return BatchLoader(
+            self.data.val,
+            500,
+            shuffle=False,
+            seed=0,
+            augment=None,
+            mean=self.data.mean,
+            std=self.data.std,
+            device=self.device,
+            channels_last=self.channels_last,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(
+            [g for g in groups if g["params"]], lr=recipe.lr, momentum=0.9, nesterov=True
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        if self.target is not None:
+            self.sparsifier = Sparsifier(self.model, target=self.target, total_steps=total).attach(
+                optimizer
+            )
+            if self._resumed is not None:
+                self.sparsifier.load_state_dict(self._resumed)
+        warmup = max(1, int(total * recipe.warmup))
+
+        def rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, labels = batch
+        logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        if self._teacher:
+            teacher = self._teacher[0].to(self.device)
+            with torch.no_grad():
+                wanted = teacher(images).float()
+            t, share = 4.0, self.recipe.distill
+            soft = F.kl_div(
+                F.log_softmax(logits.float() / t, 1),
+                F.log_softmax(wanted / t, 1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            loss = (1 - share) * loss + share * t * t * soft
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.sparsifier is not None and self.sparsifier.history:
+            self.log("macs", self.sparsifier.history[-1].macs, prog_bar=True)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        images, labels = batch
+        self.accuracy(self.model(images).float(), labels)
+        self.log("top1", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.sparsifier is not None:
+            checkpoint["sparsifier"] = self.sparsifier.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("sparsifier")
+        if self.sparsifier is not None and self._resumed is not None:
+            self.sparsifier.load_state_dict(self._resumed)

@@ -1,0 +1,22 @@
+"""How long and how fast to train."""
+
+from dataclasses import dataclass
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum 0.9, warm-up over a share of the steps, then cosine to 0.
+
+    ``weight_decay`` leaves norms, biases and gates alone. ``distill`` is the share of the loss
+    that follows the teacher, where there is one.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    seed: int = 0
+    distill: float = 0.5
