@@ -169,8 +169,7 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
     Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None).
     """
-    found = {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
-    return found
+    return {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
 
 
 @contextmanager

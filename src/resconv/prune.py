@@ -185,10 +185,13 @@ def _drop_activations(model: nn.Module, todo: _Surgery, every: dict[str, Gate]) 
             todo.bypassed[node.index] = 0
             todo.same_as[node.outputs[0]] = node.inputs[0]
             after_removal.add(node.outputs[0])
-        elif node.inputs and kind(graph, node) == "homogeneous" and len(node.inputs) == 1:
+        elif (
+            len(node.inputs) == 1
+            and node.inputs[0] in after_removal
+            and kind(graph, node) == "homogeneous"
+        ):
             # a copy or a dropout between the unit and its activation
-            if node.inputs[0] in after_removal:
-                after_removal.update(node.outputs)
+            after_removal.update(node.outputs)
         for value in node.outputs:
             known[value] = span
 

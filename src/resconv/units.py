@@ -320,8 +320,11 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
         # A BatchNorm first: there the scale costs no pass over the activations.
         # The gate of an earlier conversion before anything else.
         for candidate in sorted(
-            reversed(graph.calls),
-            key=lambda c: 0 if isinstance(c.module, BranchGate) else 2 - is_plain_norm(c.module),
+            graph.calls,
+            key=lambda c: (
+                0 if isinstance(c.module, BranchGate) else 2 - is_plain_norm(c.module),
+                -c.index,
+            ),
         ):
             if candidate.output != Ref(value) or candidate.index in ancestors:
                 continue

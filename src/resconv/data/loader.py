@@ -145,7 +145,12 @@ class BatchLoader:
 
     @property
     def sampler(self) -> "BatchLoader":
-        """This object: Lightning looks here for ``set_epoch``."""
+        """The loader itself: Lightning looks here for ``set_epoch``."""
+        return self
+
+    @property
+    def batch_sampler(self) -> "BatchLoader":
+        """The loader itself, for the same reason."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
