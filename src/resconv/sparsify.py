@@ -5,10 +5,11 @@ After every ``optimizer.step()`` a proximal L1 step is taken on the layer scalin
 its share of the MACs and as ``1 / (s + eps)``: pressure that is the same on all shrinks a whole
 residual stage without making one scale 0 (reweighted L1).
 
-With a ``target``, no strength has to be found. Every unit is scored by what the loss says about it,
-``sqrt(mean((s * dL/ds)^2))`` per MAC; on a schedule that ends at 60 % of the run, the next units in
-that order are put under a penalty that grows until their scale is 0. So exactly enough scales end
-at 0, and the rest of the run trains the net that will be shipped.
+With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
+the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per MAC (a removed layer becomes
+the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``). On a schedule that ends at
+60 % of the run, the next units in that order are put under a penalty that grows until their scale
+is 0. So exactly enough scales end at 0, and the rest of the run trains the net that will be shipped.
 
 ``s`` and the norm's weight ``g`` multiply, so L1 alone is cheated (``s`` shrinks, ``g`` grows). After
 each step ``(s, g, b)`` becomes ``(s r, g / r, b / r)`` with ``r`` the root mean square of ``g``: the same
@@ -35,6 +36,7 @@ __all__ = ["Snapshot", "Sparsifier"]
 _EPS = 0.1
 _LEARN = 0.05  # share of the run that only collects scores
 _DONE = 0.6  # share of the run by which every planned scale is 0
+_LEAST_CONTROL = 0.05  # of a removed layer: a control of 0 would cut the net in two
 _REFRESH = 100  # steps between two refreshes without a target
 
 
@@ -182,13 +184,20 @@ class Sparsifier:
             self._clip()
 
     def _observe(self) -> None:
-        """Follow the score of each unit: the root mean square of ``s * dL/ds``."""
+        """Follow the score of each unit: what removing it does to the loss, to first order."""
         names = [n for n in self.costs.names if self.gates[n].scale.grad is not None]
         if not names:
             return
-        grads = torch.stack([self.gates[n].scale.grad for n in names])  # type: ignore[misc]
-        values = torch.stack([self.gates[n].scale.detach() for n in names])
-        squares = (grads.float() * values.float()).square().tolist()
+        changes = []
+        for name in names:
+            gate = self.gates[name]
+            assert gate.scale.grad is not None
+            change = -gate.scale.detach() * gate.scale.grad
+            if gate.control is not None and gate.control.grad is not None:
+                # A layer does not vanish, it becomes the identity: p goes to 1 meanwhile.
+                change = change + (1 - gate.control.detach()) * gate.control.grad
+            changes.append(change)
+        squares = torch.stack(changes).float().square().tolist()
         state = self._state
         for name, square in zip(names, squares, strict=True):
             if math.isfinite(square):
@@ -264,13 +273,17 @@ class Sparsifier:
     def _steer(self) -> None:
         state, total = self._state, self.total_steps
         assert total is not None
-        window = max(1, total // 20)
+        window = max(1, total // 10)
         refresh = max(1, total // 200)
         if state.step >= total * _LEARN and state.step % refresh == 0:
             self._choose(total, window)
         for name, fade in list(state.fading.items()):
             scale = self.gates[name].scale
             left = (fade.end - state.step) / max(1, fade.end - fade.start)
+            control = self.gates[name].control
+            if control is not None:
+                # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
+                control.clamp_(min=min(1.0, 1 - left))
             if left <= 0:
                 scale.zero_()
                 del state.fading[name]
@@ -278,7 +291,10 @@ class Sparsifier:
             else:
                 scale.clamp_(max=fade.scale * left)
         for name in state.zero:
-            self.gates[name].scale.zero_()
+            gate = self.gates[name]
+            gate.scale.zero_()
+            if gate.control is not None:
+                gate.control.clamp_(min=_LEAST_CONTROL)
 
     def _choose(self, total: int, window: int) -> None:
         """Put the next units under pressure, as many as the schedule asks for by now."""
@@ -300,26 +316,34 @@ class Sparsifier:
             ]
             if all(s <= w + 1e-9 for s, w in zip(size, wanted, strict=True)):
                 return
-            name = self._least(taken, saved.macs)
+            name = self._least(
+                taken, [max(0.0, s - lim) for s, lim in zip(size, limits, strict=True)]
+            )
             if name is None:
                 return
             taken.append(name)
             end = min(state.step + window, max(state.step + 1, int(total * 0.95)))
             state.fading[name] = _Fade(state.step, end, self.gates[name].scale.item())
 
-    def _least(self, taken: list[str], saved_macs: int) -> str | None:
+    def _least(self, taken: list[str], missing: list[float]) -> str | None:
+        """Return the unit whose removal costs least for what it brings nearer to the limits.
+
+        ``missing`` is what is over the limits (MACs, parameters). More than that is of no use, so
+        the last unit is one that fits, not the one that is cheapest per MAC.
+        """
+        whole = (max(1, self.costs.macs), max(1, self.costs.num_params))
+        now = self.costs.saving(taken)
         best, best_score = None, math.inf
         for name in self.costs.names:
             if name in taken or self.costs.empties(name, taken):
                 continue
-            gate = self.gates[name]
-            if gate.control is not None and not gate.control.item() > 0:
+            then = self.costs.saving([*taken, name])
+            gains = (then.macs - now.macs, then.num_params - now.num_params)
+            useful = sum(min(g, m) / w for g, m, w in zip(gains, missing, whole, strict=True))
+            if useful <= 0:
                 continue
-            gain = self.costs.saving([*taken, name]).macs - saved_macs
-            if gain <= 0:
-                continue
-            score = math.sqrt(self._state.scores.get(name, math.inf)) / gain
-            if score < best_score:
+            score = math.sqrt(self._state.scores.get(name, math.inf)) / useful
+            if best is None or score < best_score:
                 best, best_score = name, score
         return best
 

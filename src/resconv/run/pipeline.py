@@ -75,7 +75,7 @@ class Run:
     def gated(self) -> nn.Module:
         """Return the net as sparse training left it."""
         model = resconv.convert(
-            self.dense(), self.example(2), units=self.config.units, start="identity"
+            self.dense(), self.example(2), units=self.config.units, start="keep"
         )
         _load_state(model, self.folder / "gated.safetensors")
         return model.eval()
@@ -181,7 +181,7 @@ def _dense(run: Run) -> None:
 
 def _sparse(run: Run) -> None:
     config = run.config
-    model = resconv.convert(run.dense(), run.example(2), units=config.units, start="identity")
+    model = resconv.convert(run.dense(), run.example(2), units=config.units, start="keep")
     epochs = config.stage_epochs()[1]
     run.say(
         f"Sparse training for {epochs} epochs: {len(resconv.gates(model))} units, target "
