@@ -179,7 +179,7 @@ def take_out_identity(conv: nn.Module, norm: nn.Module | None) -> bool:
     W <- W - (sigma / g) * Dirac. A channel whose norm weight ``g`` is (nearly) 0 would need an
     unbounded kernel, so such a layer keeps s = 1, p = 0.
     """
-    from .fuse import add_identity
+    from .kernel import add_identity
 
     weight = conv.weight
     assert isinstance(weight, Tensor)

@@ -111,7 +111,11 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
         return new
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    if isinstance(new, nn.Identity) and _is_plain_sequential(parent) and len(parent) > 1:
+    if (
+        isinstance(new, nn.Identity)
+        and _is_plain_sequential(parent)
+        and len(list(parent.children())) > 1
+    ):
         delattr(parent, name)
     else:
         setattr(parent, name, new)

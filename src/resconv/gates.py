@@ -65,8 +65,9 @@ class Gate(nn.Module):
 def _scaled_norm(norm: nn.Module, z: Tensor, scale: Tensor) -> Tensor:
     """Run a BatchNorm with its weight and bias multiplied by ``scale``."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    if norm.weight is None:
-        return norm(z) * scale.to(z.dtype)
+    weight: Tensor | None = norm.weight
+    if weight is None:
+        return norm(z) * scale.to(z.dtype)  # type: ignore[no-any-return]
     use_batch = norm.training or norm.running_mean is None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -77,7 +78,7 @@ def _scaled_norm(norm: nn.Module, z: Tensor, scale: Tensor) -> Tensor:
         z,
         norm.running_mean if not norm.training or norm.track_running_stats else None,
         norm.running_var if not norm.training or norm.track_running_stats else None,
-        norm.weight * scale,
+        weight * scale,
         norm.bias * scale,
         use_batch,
         momentum,
@@ -88,6 +89,11 @@ def _scaled_norm(norm: nn.Module, z: Tensor, scale: Tensor) -> Tensor:
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether the module is a BatchNorm whose forward is torch's own."""
     return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _takes_scale(module: nn.Module) -> bool:
+    """Whether a scale can go into the module's own weight and bias."""
+    return is_plain_norm(module) and getattr(module, "weight", None) is not None
 
 
 class ResConv(Gate):
@@ -152,7 +158,7 @@ class BranchGate(Gate):
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if is_plain_norm(self.module):
+        if _takes_scale(self.module):
             return _scaled_norm(self.module, args[0], self.scale)
         return self.multiply(self.module(*args, **kwargs), self.scale)
 
@@ -160,7 +166,7 @@ class BranchGate(Gate):
 def is_leaf(module: nn.Module) -> bool:
     """Whether a record shows this module as one ``gate`` node."""
     if isinstance(module, BranchGate):
-        return is_plain_norm(module.module)
+        return _takes_scale(module.module)
     return isinstance(module, ResConv | Multiply)
 
 

@@ -132,13 +132,14 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     known = {*held, *(t.untyped_storage().data_ptr() for t in inputs)}
     with evaluating(model), _Alive(base, known) as alive:
         model(*args, **kwargs)
-    return alive.peak
+    return int(alive.peak)
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, base: int, known: set[int]) -> None:
-        super().__init__()
-        self.now = self.peak = base
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = base
+        self.peak: int = base
         self.known = known
         self.alive: set[int] = set()
 

@@ -151,16 +151,16 @@ def kind(graph: Graph, node: Node) -> str:
             else "opaque"
         )
     if op in ("mul", "div"):
-        tensors = [a.value for a in node.args if isinstance(a, Ref)]
-        if len(tensors) == 1:
+        read = [a.value for a in node.args if isinstance(a, Ref)]
+        if len(read) == 1:
             scalar = next((a for a in node.args if isinstance(a, int | float)), None)
             first_is_value = isinstance(node.args[0], Ref)
             if scalar is not None and (op == "mul" or first_is_value):
                 return "homogeneous"
             return "opaque"
         if len(data) == 1:
-            return "homogeneous" if op == "mul" or tensors[0] == data[0] else "opaque"
-        return "product" if op == "mul" and tensors[0] != tensors[1] else "opaque"
+            return "homogeneous" if op == "mul" or read[0] == data[0] else "opaque"
+        return "product" if op == "mul" and read[0] != read[1] else "opaque"
     if node.op in ("constant_pad_nd",):
         value = node.args[2] if len(node.args) > 2 else 0
         return "homogeneous" if value == 0 else "opaque"
@@ -187,10 +187,13 @@ def bounds(graph: Graph, node: Node, known: Sequence[tuple[float, float]]) -> tu
         low, high = ins[0]
         return max(low, 0.0), max(high, 0.0)
     if op in ("hardtanh", "clamp"):
-        low = node.args[1] if len(node.args) > 1 else (-1.0 if op == "hardtanh" else None)
-        high = node.args[2] if len(node.args) > 2 else (1.0 if op == "hardtanh" else None)
-        lower = -math.inf if low is None else float(low)
-        upper = math.inf if high is None else float(high)
+        default = (-1.0, 1.0) if op == "hardtanh" else (None, None)
+        least = node.args[1] if len(node.args) > 1 else default[0]
+        most = node.args[2] if len(node.args) > 2 else default[1]
+        if any(isinstance(limit, Ref) for limit in (least, most)):
+            return everything
+        lower = -math.inf if least is None else float(least)
+        upper = math.inf if most is None else float(most)
         return max(ins[0][0], lower), min(max(ins[0][1], lower), upper)
     if op in _MOVES or node.op in _IDENTITY:
         return min(i[0] for i in ins), max(i[1] for i in ins)

@@ -35,7 +35,7 @@ class Plan:
     scales: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = self.remove
+        names: Any = self.remove
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise PlanError(f"remove={names!r}: give a list of unit names.")
         names = tuple(names)

@@ -232,8 +232,9 @@ class Sparsifier:
     def _project(self) -> None:
         """Keep ``s >= 0``, and ``p >= 0``, so that a ReLU behind the unit can go with it."""
         if self.mode == "proximal":
-            torch._foreach_clamp_min_([g.scale for g in self.gates.values()], 0.0)
-        controls = [g.control for g in self.gates.values() if g.control is not None]
+            scales: list[Tensor] = [g.scale for g in self.gates.values()]
+            torch._foreach_clamp_min_(scales, 0.0)
+        controls: list[Tensor] = [g.control for g in self.gates.values() if g.control is not None]
         if controls:
             torch._foreach_clamp_min_(controls, 0.0)
 
@@ -252,8 +253,8 @@ class Sparsifier:
         pieces = [r.to(w.dtype) for r, w in zip(ratios.unbind(), weights, strict=True)]
         torch._foreach_div_(weights, pieces)
         torch._foreach_div_([n.bias for _, n in found], pieces)
-        scales = [g.scale for g, _ in found]
-        torch._foreach_mul_(scales, [r.to(s.dtype) for r, s in zip(pieces, scales, strict=True)])
+        for ratio, (gate, _) in zip(pieces, found, strict=True):
+            gate.scale.mul_(ratio.to(gate.scale.dtype))
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Take the reweighted proximal L1 step."""

@@ -31,7 +31,7 @@ __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 FORMAT_VERSION = 1
 _MAX_JSON = 64 * 2**20
-_KEYS = {
+_KEYS: dict[str, Any] = {
     "format_version": int,
     "resconv_version": str,
     "torch_version": str,
@@ -276,21 +276,17 @@ def _check_sizes(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     for edit in header["edits"]:
         if not isinstance(edit, dict) or edit.get("op") != "conv":
             continue
-        args = edit.get("args")
-        numbers = (
-            []
-            if not isinstance(args, dict)
-            else [
-                args.get("in_channels"),
-                args.get("out_channels"),
-                *(args.get("kernel_size") if isinstance(args.get("kernel_size"), list) else []),
-            ]
-        )
-        groups = args.get("groups", 1) if isinstance(args, dict) else 0
-        if any(not isinstance(n, int) or n < 1 for n in [*numbers, groups]) or (
-            math.prod(numbers) // groups > held
-        ):
-            raise LoadError(f"model.json asks for a convolution the weights do not fill: {args}")
+        args: Any = edit.get("args")
+        numbers: list[Any] = [0]
+        if isinstance(args, dict):
+            kernel = args.get("kernel_size")
+            numbers = [args.get("in_channels"), args.get("out_channels"), args.get("groups", 1)]
+            numbers += kernel if isinstance(kernel, list) else [0]
+        whole = all(isinstance(n, int) and n >= 1 for n in numbers)
+        if not whole or math.prod(numbers) // numbers[2] ** 2 > held:
+            raise LoadError(
+                f"model.json asks for a convolution that the weights do not fill: {str(args)[:200]}"
+            )
 
 
 def _fill(net: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

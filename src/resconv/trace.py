@@ -203,11 +203,11 @@ def record(
             ) from error
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, model: nn.Module, leaf: Callable[[nn.Module], bool], tag: Callable[[], str | None]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.leaf, self.tag = model, leaf, tag
         self.graph = Graph()
         self.stack: list[Call] = []
@@ -256,7 +256,7 @@ class _Recorder(TorchDispatchMode):
             parent = self.stack[-1] if self.stack else None
             refs = self._refs((args, kwargs))
             call = Call(
-                len(self.graph.calls), path, module, parent, *refs, start=len(self.graph.nodes)
+                len(self.graph.calls), path, module, parent, refs[0], refs[1], len(self.graph.nodes)
             )
             self.graph.calls.append(call)
             self.stack.append(call)

@@ -16,7 +16,17 @@ from .gates import BranchGate, ResConv, is_leaf, is_plain_norm
 from .ops import NORMS, is_identity, kind
 from .trace import Call, Graph, Node, Ref, batch_size, record, unwrap
 
-__all__ = ["Candidate", "Unit", "find_blocks", "find_layers", "units"]
+__all__ = [
+    "Candidate",
+    "Unit",
+    "find_blocks",
+    "find_layers",
+    "norm_after",
+    "owner_of",
+    "tap",
+    "units",
+    "why_untouchable",
+]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,8 +95,9 @@ def why_untouchable(model: nn.Module, graph: Graph, path: str) -> str | None:
         return f"the same module stands at {len(paths)} places: {', '.join(paths[:3])}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return f"{path} carries a hook, which would be lost"
-    if hasattr(module, "parametrizations"):
-        return f"{path} is parametrised ({', '.join(module.parametrizations)})"
+    parametrized = getattr(module, "parametrizations", None)
+    if isinstance(parametrized, nn.ModuleDict):
+        return f"{path} is parametrised ({', '.join(parametrized)})"
     return None
 
 
@@ -121,7 +132,7 @@ def _layer(model: nn.Module, graph: Graph, node: Node, shared: set[str]) -> Cand
     base = Unit(path, "layer", node.macs, num_params, reason is None, reason)
     if reason is not None:
         return Candidate(base, conv=path, nodes=frozenset({node.index}))
-    norm, children, norm_nodes = _norm_after(model, graph, node)
+    norm, children, norm_nodes = norm_after(model, graph, node)
     if norm is not None:
         base = replace(base, num_params=num_params + _num_params(model.get_submodule(norm)))
     nodes = frozenset({node.index, *norm_nodes})
@@ -186,7 +197,7 @@ def tap(conv: nn.Module) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def _norm_after(
+def norm_after(
     model: nn.Module, graph: Graph, conv: Node
 ) -> tuple[str | None, tuple[str, ...], tuple[int, ...]]:
     """Return the BatchNorm that alone reads the conv, and the layers its module runs after it."""

@@ -105,7 +105,7 @@ def split_stratified(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for label in labels.unique():
+    for label in torch.unique(labels):
         members = (labels == label).nonzero().flatten()
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         drawn.append(members[torch.randperm(len(members), generator=generator)[:count]])

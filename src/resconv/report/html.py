@@ -7,15 +7,16 @@ from typing import Any
 
 from resconv.errors import MissingExtraError
 from resconv.files import write_text
-from resconv.run.folder import RunFolder
 
 from .table import rows
 
 __all__ = ["write_report"]
 
 
-def write_report(folder: RunFolder) -> Path:
-    """Write ``report.html`` into the run folder and return its path.
+def write_report(
+    path: Path, config: Any, metrics: dict[str, Any], plan: dict[str, Any], history: list[Any]
+) -> Path:
+    """Write the page about a run to ``path``, and return it.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -26,22 +27,18 @@ def write_report(folder: RunFolder) -> Path:
     except ImportError as error:
         raise MissingExtraError(error.name or "jinja2", "report", "The report") from error
     matplotlib.use("Agg")
-    metrics = folder.metrics()
-    plan = folder.read_json("plan.json")
-    history = folder.read_json("scales.json")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(
         files("resconv.report").joinpath("template.html").read_text(encoding="utf-8")
     )
     page = template.render(
-        config=folder.config(),
+        config=config,
         metrics=metrics,
         rows=rows(metrics),
         units=_units(plan, history),
         plots=[_scales_plot(history, plan["remove"]), _macs_plot(history)],
         removed=plan["remove"],
     )
-    path = folder / "report.html"
     write_text(path, page)
     return path
 

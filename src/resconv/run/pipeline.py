@@ -20,6 +20,7 @@ from resconv.files import write_atomic
 from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner
 from resconv.plan import Plan
 from resconv.prune import leftovers
+from resconv.report import write_report
 from resconv.sparsify import Snapshot
 from resconv.train import Recipe, choose_precision, evaluate, fit
 
@@ -356,11 +357,15 @@ def _measure(run: Run) -> None:
 
 
 def _report(run: Run) -> None:
-    from resconv.report import write_report
-
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
     try:
-        path = write_report(run.folder)
+        path = write_report(
+            run.folder / "report.html",
+            run.config,
+            run.folder.metrics(),
+            run.folder.read_json("plan.json"),
+            run.folder.read_json("scales.json"),
+        )
     except MissingExtraError as error:
         run.say(f"No report: {error}")
         return

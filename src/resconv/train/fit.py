@@ -57,7 +57,7 @@ def fit(
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if precision.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     module = Classifier(
         model, data, recipe, channels_last=precision.channels_last, target=target, teacher=teacher
     )

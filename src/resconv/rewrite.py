@@ -1,0 +1,208 @@
+"""The edits of the module tree that carry out what a surgery decided.
+
+A module that only passes its input on becomes an identity. Where a module's own forward has to
+change (two branches in one block, a functional activation), that forward is traced by torch.fx with
+every child as one call, and the operations are passed by; the trace is matched with the record by
+running it once.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from .edits import digest, trace_forward
+from .errors import PruneError
+from .gates import BranchGate, ResConv, is_leaf
+from .surgery import Surgery, original_path
+from .trace import Graph, Ref, record
+
+__all__ = ["tree_edits"]
+
+
+def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
+    """Return the edits of the module tree that carry out what the values say."""
+    graph = todo.graph
+    times: dict[str, int] = {}
+    for call in graph.calls:
+        times[call.path] = times.get(call.path, 0) + 1
+    names: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        names[id(module)] = names.get(id(module), 0) + 1
+    identities: list[str] = []
+    covered: set[int] = set()
+    for call in graph.calls:
+        if not call.path or any(call.path.startswith(p + ".") for p in identities):
+            continue
+        if any(call.path == p for p in identities):
+            continue
+        if not isinstance(call.output, Ref) or len(call.args) != 1 or call.kwargs:
+            continue
+        if not isinstance(call.args[0], Ref) or call.output == call.args[0]:
+            continue
+        inside = [i for i in todo.bypassed if call.start <= i < call.end]
+        if not inside or todo.resolve(call.output.value) != todo.resolve(call.args[0].value):
+            continue
+        module = call.module
+        if times[call.path] > 1 or names[id(module)] > 1 or _has_hooks(module):
+            continue
+        identities.append(call.path)
+        covered.update(range(call.start, call.end))
+    edits: list[dict[str, Any]] = [
+        {"op": "identity", "path": original_path(model, p)} for p in identities
+    ]
+    edits += [
+        {"op": "multiply", "path": original_path(model, p), "factor": factor}
+        for p, factor in todo.multiply.items()
+        if isinstance(model.get_submodule(p), ResConv)
+    ]
+    branch = [p for p in todo.multiply if isinstance(model.get_submodule(p), BranchGate)]
+    if branch:
+        edits += [
+            {"op": "append", "path": original_path(model, p), "factor": todo.multiply[p]}
+            for p in branch
+        ]
+    rest: dict[str, list[int]] = {}
+    for index in todo.bypassed:
+        if index in covered or (index in todo.dead):
+            continue
+        owner = graph.nodes[index].call
+        # A shared or childless activation is passed by where it is called.
+        while owner.parent is not None and owner.args and _whole(graph, owner, index):
+            owner = owner.parent
+        rest.setdefault(owner.path, []).append(index)
+    rewritten = []
+    for path, indices in rest.items():
+        rewrite = _rewrite(model, todo, path, sorted(indices))
+        if rewrite is not None:
+            rewritten.append(rewrite)
+    # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
+    rewritten.sort(key=lambda e: -e["path"].count("."))
+    return edits + rewritten
+
+
+def _whole(graph: Graph, call: Any, index: int) -> bool:
+    """Whether the call does nothing but this one operation."""
+    nodes = [n for n in graph.nodes[call.start : call.end] if n.op != "empty"]
+    return len(nodes) == 1 and nodes[0].index == index
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _rewrite(
+    model: nn.Module, todo: Surgery, path: str, indices: list[int]
+) -> dict[str, Any] | None:
+    """Return the edit that passes the operations by in the forward of the module at ``path``.
+
+    Activations that stay because their forward cannot be rewritten only cost time; a unit that
+    stays would be wrong, so that is refused.
+    """
+    graph = todo.graph
+    module = model.get_submodule(path)
+    calls = graph.calls_of(path)
+    must = [i for i in indices if graph.nodes[i].op in ("add", "add_", "gate")]
+
+    def refuse(why: str) -> dict[str, Any] | None:
+        if must:
+            raise PruneError(
+                f"The forward of {path or type(model).__name__} ({type(module).__name__}) has to "
+                f"be rewritten to remove a unit from it, and cannot be: {why}."
+            )
+        return None
+
+    if len(calls) != 1:
+        return refuse(f"it is called {len(calls)} times in one pass")
+    if _has_hooks(module):
+        return refuse("it carries hooks")
+    call = calls[0]
+    signature: dict[str, Any] = {}
+    try:
+        bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+        signature = dict(bound.arguments)
+        given = set(signature)
+        bound.apply_defaults()
+        signature = dict(bound.arguments)
+        constants = {k: v for k, v in signature.items() if not _has_ref(v)}
+        bad = {
+            k: v
+            for k, v in constants.items()
+            if not isinstance(v, bool | int | float | str | type(None))
+            and (k in given or v not in ((), {}))
+        }
+        nested = {k for k, v in signature.items() if _has_ref(v) and not isinstance(v, Ref)}
+        if bad or nested:
+            return refuse(f"its argument {next(iter(bad or nested))!r} is no plain value")
+        constants = {k: v for k, v in constants.items() if v not in ((), {}) or v is None}
+        gm, tags = _tagged(graph, module, signature, constants)
+    except Exception as error:
+        return refuse(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+    mine = graph.nodes[call.start : call.end]
+    if [n.op for n in mine] != [op for op, _ in tags]:
+        return refuse("it does other things when it is traced")
+    nodes = []
+    for index in indices:
+        name = tags[index - call.start][1]
+        if name is None:
+            return refuse("an operation has no name in the trace")
+        nodes.append([name, todo.bypassed[index]])
+    return {
+        "op": "bypass",
+        "path": original_path(model, path),
+        "constants": constants,
+        "nodes": nodes,
+        "code": digest(gm.graph),
+    }
+
+
+def _has_ref(tree: Any) -> bool:
+    if isinstance(tree, Ref):
+        return True
+    if isinstance(tree, list | tuple):
+        return any(_has_ref(t) for t in tree)
+    return isinstance(tree, dict) and any(_has_ref(t) for t in tree.values())
+
+
+class _Tagging(fx.Interpreter):
+    current: str | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+
+def _tagged(
+    graph: Graph, module: nn.Module, signature: dict[str, Any], constants: dict[str, Any]
+) -> tuple[fx.GraphModule, list[tuple[str, str | None]]]:
+    """Trace the module's own forward, and say which traced node ran each recorded operation."""
+    gm = fx.GraphModule(module, trace_forward(module, constants))
+    names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
+
+    def fill(ref: Any) -> Any:
+        if not isinstance(ref, Ref):
+            return ref
+        value = graph.values[ref.value]
+        if value.dtype.is_floating_point:
+            return torch.rand(value.shape, dtype=value.dtype)
+        return torch.zeros(value.shape, dtype=value.dtype)
+
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    ordered = [tree_map(fill, signature[n]) for n in signature]
+    ordered = [t.to(device) if isinstance(t, Tensor) else t for t in ordered]
+    if len(names) != len(ordered):
+        ordered = [t for t, n in zip(ordered, signature, strict=True) if n not in constants]
+    interpreter = _Tagging(gm)
+
+    class Runner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gm = gm
+
+        def forward(self, *args: Any) -> Any:
+            return interpreter.run(*args)
+
+    seen = record(Runner(), tuple(ordered), leaf=is_leaf, tag=lambda: interpreter.current)
+    return gm, [(n.op, n.tag) for n in seen.nodes]

@@ -1,0 +1,36 @@
+"""What a surgery has decided so far: values that stand for others, operations passed by."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .gates import BranchGate
+from .scaling import Potentials
+from .trace import Graph
+
+__all__ = ["Surgery", "original_path"]
+
+
+@dataclass
+class Surgery:
+    graph: Graph
+    same_as: dict[int, int] = field(default_factory=dict)  # value -> value that takes its place
+    bypassed: dict[int, int] = field(default_factory=dict)  # node -> position of what it passes on
+    multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
+    dead: set[int] = field(default_factory=set)
+    potentials: Potentials = field(default_factory=Potentials)
+
+    def resolve(self, value: int) -> int:
+        while value in self.same_as:
+            value = self.same_as[value]
+        return value
+
+
+def original_path(model: nn.Module, path: str) -> str:
+    """Return the path without the steps that gates added."""
+    parts, kept, module = path.split(".") if path else [], [], model
+    for part in parts:
+        if not (isinstance(module, BranchGate) and part == "module"):
+            kept.append(part)
+        module = getattr(module, part)
+    return ".".join(kept)
