@@ -159,7 +159,8 @@ def _why_kept(
     own = [n for n in graph.nodes[call.start : call.end] if n.op != "empty"]
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], Ref):
         return f"{path} is called with more than one argument"
-    if len([n for n in own if n.op == "convolution"]) != 1 or len(own) > 2:
+    # torch's own classes pad in their forward (padding_mode), and do nothing else.
+    if len([n for n in own if n.op == "convolution"]) != 1:
         return f"{path} does more than one convolution in its forward"
     if type(module) not in _CONVS and len(own) != 1:
         return f"{path} is a {type(module).__name__}, which prepares its input or kernel itself"

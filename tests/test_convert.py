@@ -1,0 +1,127 @@
+"""Converting keeps the outputs; what cannot be converted says why."""
+
+import pytest
+import torch
+from torch import nn
+
+import resconv
+from resconv import nets
+
+from .helpers import randomise
+
+
+@pytest.mark.parametrize("start", ["keep", "identity"])
+@pytest.mark.parametrize("units", ["layers", "blocks", "all"])
+@pytest.mark.parametrize("name", ["resnet20", "plainnet20", "vgg16_bn"])
+def test_convert_keeps_outputs(name, units, start, images):
+    model = randomise(nets.create(name).double())
+    if units == "blocks" and name != "resnet20":
+        with pytest.raises(resconv.ResConvError, match="Nothing to convert"):
+            resconv.convert(model, images, units=units)
+        return
+    before = model(images)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    gated = resconv.convert(model, images, units=units, start=start)
+    torch.testing.assert_close(gated(images), before, rtol=1e-9, atol=1e-9)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])  # the argument is left as it was
+    # Negative control: every gate matters.
+    for name, gate in resconv.gates(gated).items():
+        with torch.no_grad():
+            gate.scale.mul_(0.5)
+        assert not torch.allclose(gated(images), before, rtol=1e-6), name
+        with torch.no_grad():
+            gate.scale.mul_(2)
+
+
+def test_a_fresh_net_gets_the_plain_shortcut(images):
+    gated = resconv.convert(nets.create("plainnet20").double(), images, start="identity")
+    assert all(g.control.item() == 1 for g in resconv.gates(gated).values())
+
+
+def test_units_say_why_they_stay(images):
+    found = {u.name: u for u in resconv.units(nets.create("resnet20").double(), images)}
+    assert found["layer2.0.conv1"].reason == "stride 2 changes the size"
+    assert found["conv1"].reason == "3 channels in, 16 out"
+    assert found["layer1.0.conv1"].removable
+    assert found["layer1.0.conv1"].macs == 32 * 32 * 16 * 16 * 9
+    assert found["layer1.0.conv1"].num_params == 16 * 16 * 9 + 32
+    assert found["layer1.0"].kind == "block"
+    assert found["layer1.0"].macs == 2 * found["layer1.0.conv1"].macs
+    assert "layer2.0" not in found or not found["layer2.0"].removable
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.conv(x)))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(nn.functional.conv2d(x, self.conv.weight, self.conv.bias, padding=1))
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.conv.register_forward_hook(lambda m, a, y: y * 2)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Twice(), "called 2 times"),
+        (Functional(), "never called as a module"),
+        (Hooked(), "carries a hook"),
+        (
+            nn.Sequential(
+                nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3, padding=1)), nn.ReLU()
+            ),
+            "computed in its forward|parametrised",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()), "size 32 in, 30 out"),
+        (nn.Sequential(nn.ConvTranspose2d(3, 3, 3, padding=1), nn.ReLU()), "transposed"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)), "no such layer"),
+    ],
+)
+def test_refusals_name_the_layer_and_the_reason(model, reason, images):
+    model = model.double().eval()
+    with pytest.raises(resconv.ResConvError, match=reason):
+        resconv.convert(model, images)
+
+
+def test_bad_arguments(images):
+    model = nets.create("resnet20").double()
+    with pytest.raises(resconv.ResConvError, match="units='channels'"):
+        resconv.convert(model, images, units="channels")
+    with pytest.raises(resconv.ResConvError, match="start='zero'"):
+        resconv.convert(model, images, start="zero")
+    with pytest.raises(resconv.ResConvError, match="does not run on inputs of shape"):
+        resconv.convert(model, torch.randn(1, 5, 32, 32))
+    gated = resconv.convert(model, images)
+    with pytest.raises(resconv.ResConvError, match="has gates already"):
+        resconv.convert(gated, images)
+
+
+def test_filter_chooses(images):
+    model = nets.create("resnet20").double().eval()
+    gated = resconv.convert(model, images, filter=lambda name, module: name.startswith("layer3"))
+    assert set(resconv.gates(gated)) == {
+        "layer3.0.conv2",
+        "layer3.1.conv1",
+        "layer3.1.conv2",
+        "layer3.2.conv1",
+        "layer3.2.conv2",
+    }
