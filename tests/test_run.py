@@ -1,0 +1,268 @@
+"""The command line and the run folder: the main job, stopped and resumed, and bad input."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import resconv
+from resconv import data, nets, run
+from resconv.cli.app import app, run_app
+from resconv.errors import RunError
+from resconv.run.pipeline import STAGES
+
+SMALL = [
+    "--model",
+    "resnet20",
+    "--data",
+    "digits",
+    "--limit",
+    "256",
+    "--epochs",
+    "1",
+    "--sparse-epochs",
+    "4",
+    "--finetune-epochs",
+    "1",
+    "--batch-size",
+    "32",
+]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(map(str, args)), catch_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "x"
+    result = invoke("compress", *SMALL, "--macs", "0.5", "--out", out)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_compress_leaves_everything_behind(finished):
+    out, output = finished
+    for name in (
+        "config.json",
+        "plan.json",
+        "model.safetensors",
+        "model.json",
+        "model.onnx",
+        "metrics.json",
+        "report.html",
+        "logs",
+    ):
+        assert (out / name).exists(), name
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["macs_compact"] <= 0.5 * metrics["macs_dense"]
+    assert metrics["removed_with_nonzero_scale"] == []
+    assert metrics["top1_pruned"] == metrics["top1_gated"]
+    assert metrics["verify"]["max_rel_error"] < 1e-4
+    assert "top1_finetuned" in metrics
+    assert {"torch", "onnxruntime"} <= set(metrics["latency"])
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert "latency" in output
+
+
+def test_the_folder_loads_and_equals_the_onnx(finished):
+    out, _ = finished
+    net = resconv.load(out)
+    assert not resconv.gates(net)
+    assert invoke("verify", out, out / "model.onnx").exit_code == 0
+    other = nets.create("resnet20", in_channels=1).eval()
+    resconv.export(other, out.parent / "other.onnx", torch.randn(1, 1, 8, 8))
+    result = invoke("verify", out, out.parent / "other.onnx")
+    assert isinstance(result.exception, resconv.ResConvError)
+
+
+def test_a_second_call_does_nothing_again(finished):
+    out, _ = finished
+    before = (out / "dense.safetensors").stat().st_mtime_ns
+    result = invoke("compress", *SMALL, "--macs", "0.5", "--out", out)
+    assert result.output.count("done already") == len(STAGES)
+    assert (out / "dense.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_configuration_is_refused(finished):
+    out, _ = finished
+    result = invoke("compress", *SMALL, "--macs", "0.4", "--out", out)
+    assert "macs: 0.5 there, 0.4 now" in str(result.exception)
+
+
+def test_stages_are_commands(finished):
+    out, _ = finished
+    assert invoke("export", out, "--to", out / "model.pt2").exit_code == 0
+    assert (out / "model.pt2").is_file()
+    plan = out / "mine.json"
+    plan.write_text('{"remove": ["layer3.1"]}')
+    assert invoke("prune", out, "--plan", plan).exit_code == 0
+    assert invoke("export", out).exit_code == 0
+    result = invoke("measure", out)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    config = run.Config(
+        model="resnet20",
+        data="digits",
+        macs=0.6,
+        limit=128,
+        epochs=3,
+        sparse_epochs=3,
+        finetune_epochs=0,
+        batch_size=32,
+        progress=False,
+    )
+    from lightning.pytorch.callbacks import Callback
+
+    from resconv.train import fit
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    folder = run.RunFolder.begin(tmp_path / "a", config)
+    stopped = run.open_run(folder.path, lambda text: None)
+    model = stopped.create()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(
+            model,
+            stopped.data,
+            stopped.recipe(3, 0.1),
+            folder.logs / "dense",
+            progress=False,
+            callbacks=(Stop(),),
+        )
+    assert (folder.logs / "dense" / "last.ckpt").is_file()
+    run.run_stage(stopped, "dense")
+    whole = run.open_run(run.RunFolder.begin(tmp_path / "b", config).path, lambda text: None)
+    run.run_stage(whole, "dense")
+    a, b = stopped.dense().state_dict(), whole.dense().state_dict()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3)
+    with pytest.raises(RunError, match="'sparse' has to be run before 'prune'"):
+        run.run_stage(whole, "prune")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["compress", "--model", "resnet21", "--data", "digits", "--macs", "0.5"],
+            "No built-in net",
+        ),
+        (
+            ["compress", "--model", "resnet20", "--data", "digit", "--macs", "0.5"],
+            "Did you mean 'digits'",
+        ),
+        (["compress", "--model", "resnet20", "--data", "digits"], "Nothing is asked for"),
+        (
+            ["compress", "--model", "resnet20", "--data", "digits", "--macs", "half"],
+            "give a fraction",
+        ),
+        (
+            ["compress", "--model", "resnet20", "--data", "folder:/nowhere", "--macs", "0.5"],
+            "/nowhere",
+        ),
+        (
+            ["compress", "--model", "vgg16_bn", "--data", "digits", "--macs", "0.5"],
+            "image-size|image_size",
+        ),
+        (
+            ["compress", "--model", "torchvision:resnet18", "--data", "digits", "--macs", "0.5"],
+            "3 channels",
+        ),
+        (
+            [
+                "compress",
+                "--model",
+                "resnet20",
+                "--data",
+                "digits",
+                "--macs",
+                "0.5",
+                "--weights",
+                "no.pt",
+            ],
+            "no weights file",
+        ),
+    ],
+)
+def test_bad_input_is_a_clear_error(args, message, tmp_path):
+    result = invoke(*args, "--out", tmp_path / "out")
+    assert isinstance(result.exception, resconv.ResConvError), result.output
+    assert __import__("re").search(message, str(result.exception)), result.exception
+
+
+def test_errors_end_as_a_panel_and_status_two(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["resconv", "prune", "/nowhere"])
+    assert run_app(app) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_help_ends_in_examples():
+    for command in ("compress", "inspect", "train", "prune", "export", "measure", "verify"):
+        result = invoke(command, "--help")
+        assert result.exit_code == 0
+        assert "Examples" in result.output, command
+
+
+def test_inspect():
+    result = invoke("inspect", "resnet20", "--json")
+    rows = json.loads(result.output)
+    assert {r["name"]: r for r in rows}["conv1"]["reason"] == "3 channels in, 16 out"
+    assert "units are removable" in invoke("inspect", "resnet20").output
+
+
+def test_own_images_and_own_net(tmp_path, monkeypatch):
+    for split, count in (("train", 12), ("val", 4)):
+        for label, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            folder = tmp_path / "photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 16), tuple(c + i for c in colour)).save(folder / f"{i}.png")
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = invoke(
+        "compress",
+        "--model",
+        "mynet:build",
+        "--data",
+        "folder:photos",
+        "--macs",
+        "0.6",
+        "--image-size",
+        "16",
+        "--epochs",
+        "2",
+        "--sparse-epochs",
+        "8",
+        "--batch-size",
+        "8",
+        "--finetune-epochs",
+        "0",
+        "--out",
+        "out",
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    with pytest.raises(resconv.ResConvError, match="trust"):
+        resconv.load("out")
+    assert resconv.load("out", trust_source=True)(torch.randn(1, 3, 16, 16)).shape == (1, 2)
+    Image.new("RGB", (4, 4)).save("photos/val/cat/zz.png")
+    (tmp_path / "photos/val/cat/broken.png").write_bytes(b"not an image")
+    with pytest.raises(resconv.ResConvError, match=r"broken\.png"):
+        data.load("folder:photos", image_size=16)
