@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/resconv compress --model resnet20 --data digits --macs 0.5 --out runs/demo --fresh
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: install
 	$(BIN)/ruff check .

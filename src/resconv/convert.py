@@ -106,13 +106,17 @@ def convert(
     for candidate in chosen:
         if candidate.unit.kind == "layer":
             _insert_layer(model, candidate, state, start == "identity", fresh)
-    gated: set[str] = set()
+    # A norm that went into a ResConv may be gone from its place: the ResConv ends the branch now.
+    moved = {c.norm: c.conv for c in chosen if c.norm is not None and not c.norm_children}
+    places: dict[str, str] = {}
     for candidate in chosen:
-        if candidate.unit.kind == "block" and candidate.gate not in gated:
-            gated.add(candidate.gate)
-            gate = BranchGate(model.get_submodule(candidate.gate))
-            gate.unit = candidate.unit.name
-            set_submodule(model, candidate.gate, gate)
+        if candidate.unit.kind == "block":
+            places.setdefault(moved.get(candidate.gate, candidate.gate), candidate.unit.name)
+    # The innermost first: a gate around it lengthens the paths of all that it holds.
+    for place in sorted(places, key=lambda p: -p.count(".")):
+        gate = BranchGate(model.get_submodule(place))
+        gate.unit = places[place]
+        set_submodule(model, place, gate)
     model.resconv_state = state  # type: ignore[assignment]
     if start == "keep" or not fresh:
         _check(model, example_inputs, graph.output)

@@ -1,6 +1,7 @@
 """The stages of the main job, in order: each reads what those before it left, and is done once."""
 
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -238,6 +239,8 @@ def _prune(run: Run) -> None:
     top1 = evaluate(compact, run.data)
     nonzero = [n for n in plan.remove if resconv.gates(gated)[n].scale.item() != 0]
     _finish(run, compact, plan)
+    # A checkpoint of another plan's finetuning would not fit.
+    shutil.rmtree(run.folder.logs / "finetune", ignore_errors=True)
     run.folder.add_metrics(
         top1_pruned=top1,
         verify={

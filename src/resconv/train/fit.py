@@ -61,7 +61,10 @@ def fit(
     module = Classifier(
         model, data, recipe, channels_last=precision.channels_last, target=target, teacher=teacher
     )
-    checkpoint = ModelCheckpoint(folder, filename="best", save_last=True, save_top_k=0)
+    # One file, written over after every epoch.
+    checkpoint = ModelCheckpoint(
+        folder, filename="last", save_top_k=1, enable_version_counter=False
+    )
     shown: list[Callback] = [RichProgressBar(leave=False)] if progress else []
     last = folder / "last.ckpt"
     kwargs: dict[str, Any] = {}
@@ -85,6 +88,10 @@ def fit(
         )
         try:
             trainer.fit(module, ckpt_path=str(last) if last.is_file() else None)
+        except SystemExit:
+            if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
+                raise KeyboardInterrupt from None
+            raise
         except RuntimeError as error:
             if last.is_file() and "state_dict" in str(error):
                 raise RunError(
