@@ -1,0 +1,46 @@
+"""Sections of a results page, each written by the command that measured it."""
+
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from resconv.run.pipeline import machine
+
+__all__ = ["stamp", "table", "write_section"]
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def stamp(seed: int | str = 0, command: str | None = None) -> str:
+    command = command or "python -m benchmarks." + Path(sys.argv[0]).stem + "".join(
+        f" {a}" for a in sys.argv[1:]
+    )
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return f"`{command}`, {date}, seed {seed}, {machine()}."
+
+
+def write_section(title: str, body: str, page: str = "results.md") -> None:
+    """Replace (or add) one section of a page in docs/."""
+    path = DOCS / page
+    text = (
+        path.read_text(encoding="utf-8")
+        if path.is_file()
+        else (
+            "# Results\n\nEvery section is written by the command named in it; nothing is typed in.\n"
+        )
+    )
+    section = f"## {title}\n\n{body.strip()}\n"
+    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.M | re.S)
+    text = (
+        pattern.sub(lambda _: section + "\n", text)
+        if pattern.search(text)
+        else (text.rstrip() + "\n\n" + section)
+    )
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(section)
