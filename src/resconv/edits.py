@@ -2,6 +2,9 @@
 
     conv      put an ordinary convolution of the given geometry at ``path``
     identity  the module at ``path`` does nothing any more (taken out of an ``nn.Sequential``)
+    clone     the module at ``path`` only copies its input (an in-place operation behind it would
+              otherwise write into a value that is still needed)
+    outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
               arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward
@@ -30,6 +33,8 @@ _CONVS: dict[str, type[nn.Module]] = {
 _FIELDS = {
     "conv": {"path", "type", "args"},
     "identity": {"path"},
+    "clone": {"path"},
+    "outplace": {"path"},
     "children": {"path", "names"},
     "bypass": {"path", "constants", "nodes", "code"},
     "multiply": {"path", "factor"},
@@ -130,6 +135,15 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     op, path = edit["op"], edit["path"]
     if op == "identity":
         return nn.Identity()
+    if op == "outplace":
+        if not isinstance(getattr(module, "inplace", None), bool):
+            raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")
+        module.inplace = False  # type: ignore[assignment]
+        return module
+    if op == "clone":
+        copying = fx.Graph()
+        copying.output(copying.call_method("clone", (copying.placeholder("x"),)))
+        return fx.GraphModule(nn.Module(), copying, "Clone")
     if op == "conv":
         args = edit["args"]
         if edit["type"] not in _CONVS or not isinstance(args, dict) or not set(args) <= _CONV_ARGS:

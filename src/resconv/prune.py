@@ -195,6 +195,10 @@ def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
             module = module.module
         path.append(part)
         module = getattr(module, part)
+    # Edits speak of the original layers, which stand inside the gates that stay.
+    while isinstance(module, BranchGate):
+        path.append("module")
+        module = module.module
     return {**edit, "path": ".".join(path), "_original": edit["path"]}
 
 

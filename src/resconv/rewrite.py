@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .edits import digest, trace_forward
 from .errors import PruneError
 from .gates import BranchGate, ResConv, is_leaf
+from .inplace import unsafe_writes
 from .surgery import Surgery, original_path
 from .trace import Graph, Ref, record
 
@@ -50,9 +51,12 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
+    outplace, cloned = unsafe_writes(todo, identities, covered)
     edits: list[dict[str, Any]] = [
-        {"op": "identity", "path": original_path(model, p)} for p in identities
+        {"op": "clone" if p in cloned else "identity", "path": original_path(model, p)}
+        for p in identities
     ]
+    edits += [{"op": "outplace", "path": original_path(model, p)} for p in outplace]
     edits += [
         {"op": "multiply", "path": original_path(model, p), "factor": factor}
         for p, factor in todo.multiply.items()
