@@ -178,3 +178,45 @@ def test_verify_finds_a_changed_weight(images):
         compact.fc.weight[0, 0] += 1e-3
     with pytest.raises(resconv.ResConvError, match="largest difference"):
         resconv.verify(gated, compact, images, plan=plan)
+
+
+def test_scales_of_zero_or_below_that_are_not_planned(images):
+    gated = gated_net("resnet20", images)
+    with torch.no_grad():
+        resconv.gates(gated)["layer1.1"].scale.zero_()
+        resconv.gates(gated)["layer1.2"].scale.fill_(-0.7)
+        resconv.gates(gated)["layer2.1.conv1"].scale.zero_()
+        resconv.gates(gated)["layer2.2.conv1"].scale.fill_(-0.4)
+    plan = resconv.Plan(["layer3.1"])
+    resconv.verify(gated, resconv.prune(gated, plan), images, plan=plan)
+    resconv.verify(gated, resconv.prune(gated, plan, fuse=False), images, plan=plan)
+
+
+class InPlace(nn.Module):
+    """A branch whose activation writes in place, or whose sum does."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.functional = functional
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv1(x)
+        y = torch.relu_(y) if self.functional else self.act(y)
+        return x + self.conv2(y)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_in_place_operations_do_not_reach_the_shortcut(functional, images):
+    model = InPlace(functional).double().eval()
+    gated = randomise_gates(resconv.convert(model, images))
+    plan = resconv.Plan(["conv1"])
+    compact = resconv.prune(gated, plan)
+    resconv.verify(gated, compact, images, plan=plan)
+    if not functional:
+        assert compact.act.inplace is False
+        assert model.act.inplace is True

@@ -65,23 +65,32 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     state = copy.copy(state)
     state.edits = list(state.edits)
     graph = record(model, state.example_inputs, leaf=is_leaf)
+    if fuse:
+        # A branch that counts nothing need not be computed, whether it was planned or not.
+        remove += tuple(
+            name
+            for name, gate in gates(model).items()
+            if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
+        )
     todo = Surgery(graph)
     _take_out(model, todo, remove)
     kept = tie_factors(model, todo, fuse)
     absorb(model, todo, fuse)
-    edits = tree_edits(model, todo)
-    restore: dict[str, tuple[Tensor, Tensor | None]] = {}
-    if fuse:
-        for path, (weight, bias, like) in kept.items():
-            original = original_path(model, path)
-            edits.append(conv_edit(original, like, bias is not None))
-            restore[original] = (weight, bias)
+    structure = tree_edits(model, todo)
+    convs: list[dict[str, Any]] = []
+    kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for path, (weight, bias, like) in kept.items():
+        original = original_path(model, path)
+        convs.append(conv_edit(original, like, bias is not None))
+        kernels[original] = (weight, bias)
     model = _without_gates(model, everything=fuse, removed=remove)
     if not fuse:
-        edits = [_gated_path(model, e) for e in edits]
-    model = apply_edits(model, edits)
-    fill_convs(model, restore)
-    state.edits += [_original_edit(e) for e in edits]
+        structure = [_gated_path(model, e) for e in structure]
+    # Kernels first: what is put behind a conv later gives it another path.
+    model = apply_edits(model, convs)
+    fill_convs(model, kernels)
+    model = apply_edits(model, structure)
+    state.edits += [_original_edit(e) for e in (*convs, *structure)]
     _label(model, state, fuse)
     return model
 

@@ -145,7 +145,8 @@ def _rewrite(
     except Exception as error:
         return refuse(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
     mine = graph.nodes[call.start : call.end]
-    if [n.op for n in mine] != [op for op, _ in tags]:
+    # torch.fx turns `x += y` into `x + y`.
+    if [n.op.rstrip("_") for n in mine] != [op.rstrip("_") for op, _ in tags]:
         return refuse("it does other things when it is traced")
     nodes = []
     for index in indices:
