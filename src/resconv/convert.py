@@ -103,13 +103,11 @@ def convert(
         source=record_before.get("source") or getattr(model, "resconv_source", None),
         edits=copy.deepcopy(record_before.get("edits") or []),
     )
-    behind = _behind_norms(model, chosen)
+    # A norm that goes into a ResConv leaves its place; a branch may have ended there.
+    moved = _behind_norms(model, chosen)
     for candidate in chosen:
         if candidate.unit.kind == "layer":
             _insert_layer(model, candidate, state, start == "identity", fresh)
-    # A norm that went into a ResConv may be gone from its place: the ResConv ends the branch now.
-    moved = {c.norm: c.conv for c in chosen if c.norm is not None and not c.norm_children}
-    moved |= behind
     places: dict[str, str] = {}
     for candidate in chosen:
         if candidate.unit.kind == "block":
@@ -125,9 +123,9 @@ def convert(
     return model
 
 
-def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str | None, str]:
+def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
     """Return where the layers inside a norm's module will stand once the norm is out of it."""
-    places: dict[str | None, str] = {}
+    places: dict[str, str] = {}
     for c in chosen:
         if c.norm is None:
             continue
@@ -136,6 +134,9 @@ def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str | None,
             for name in c.norm_children
             if not isinstance(model.get_submodule(f"{c.norm}.{name}"), nn.Identity)
         ]
+        if not left:  # only identities stood there: the ResConv ends the branch now
+            places |= {f"{c.norm}.{name}": c.conv for name in c.norm_children}
+            places[c.norm] = c.conv
         for i, name in enumerate(left):
             places[f"{c.norm}.{name}"] = c.norm if len(left) == 1 else f"{c.norm}.{i}"
     return places

@@ -3,6 +3,7 @@
 Machines are noisy: the networks take turns, repeat by repeat, and medians are compared.
 """
 
+import random
 import statistics
 import time
 import weakref
@@ -44,8 +45,9 @@ def time_together(
             runners[name]()
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        # A fixed or rotating order would give each call the same predecessor, whose leftovers in
+        # the caches it would pay for every time.
+        for name in random.Random(turn).sample(names, len(names)):
             start = time.perf_counter()
             runners[name]()
             taken[name].append((time.perf_counter() - start) * 1e3)
