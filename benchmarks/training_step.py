@@ -25,41 +25,46 @@ def step_of(model, optimizer, x, y, autocast):
 def main() -> None:
     precision = choose_precision()
     rows = []
-    for name in ("resnet20", "resnet56"):
-        for autocast in (False, True):
-            torch.manual_seed(0)
-            x = torch.randn(128, 3, 32, 32)
-            y = torch.arange(128) % 10
-            layout = torch.channels_last if autocast else torch.contiguous_format
-            x = x.to(memory_format=layout)
-            base = nets.create(name)
-            steps = {}
-            for arm in ("plain", "blocks", "layers", "all", "all + Sparsifier"):
-                model = base
-                if arm != "plain":
-                    model = resconv.convert(base, x[:2], units=arm.split()[0], start="identity")
-                model = model.train().to(memory_format=layout)
-                optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-                if "Sparsifier" in arm:
-                    resconv.Sparsifier(
-                        model, target=resconv.Budget(macs=0.5), total_steps=100_000
-                    ).attach(optimizer)
-                steps[arm] = step_of(model, optimizer, x, y, autocast)
-            timings = time_together(steps, repeats=12, warmup=2)
-            plain = timings["plain"].median_ms
-            rows.append(
-                [name, "bf16, channels last" if autocast else "float32", f"{plain:.0f}"]
-                + [f"{timings[a].median_ms / plain:.3f}" for a in steps if a != "plain"]
-            )
+    cases = [
+        (name, autocast, start)
+        for name, autocast in (("resnet20", False), ("resnet20", True), ("resnet56", True))
+        for start in ("keep", "identity")
+    ]
+    for name, autocast, start in cases:
+        torch.manual_seed(0)
+        x = torch.randn(128, 3, 32, 32)
+        y = torch.arange(128) % 10
+        layout = torch.channels_last if autocast else torch.contiguous_format
+        x = x.to(memory_format=layout)
+        base = nets.create(name)
+        steps = {}
+        for arm in ("plain", "blocks", "layers", "all", "all + Sparsifier"):
+            model = base
+            if arm != "plain":
+                model = resconv.convert(base, x[:2], units=arm.split()[0], start=start)
+            model = model.train().to(memory_format=layout)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+            if "Sparsifier" in arm:
+                resconv.Sparsifier(
+                    model, target=resconv.Budget(macs=0.5), total_steps=100_000
+                ).attach(optimizer)
+            steps[arm] = step_of(model, optimizer, x, y, autocast)
+        timings = time_together(steps, repeats=6, warmup=1)
+        plain = timings["plain"].median_ms
+        rows.append(
+            [name, start, "bf16, channels last" if autocast else "float32", f"{plain:.0f}"]
+            + [f"{timings[a].median_ms / plain:.3f}" for a in steps if a != "plain"]
+        )
     write_section(
         "Cost of a training step",
         f"{stamp()} Batch 128, interleaved, medians; the columns after the plain net's "
         f"milliseconds are ratios to it. This machine trains in {precision.name} "
-        f"({precision.reason}). What a layer unit costs is one pass `z + p * x` forward, and one "
+        f"({precision.reason}). With `start="keep"` the shortcut is closed (p = 0) until training opens it. What a layer unit costs is one pass `z + p * x` forward, and one "
         "dot product and one sum of gradients backward; a block unit costs nothing of the size of "
         "an activation, its scale goes into the norm.\n\n"
         + table(
-            ["net", "format", "plain (ms)", "blocks", "layers", "all", "all + Sparsifier"], rows
+            ["net", "start", "format", "plain (ms)", "blocks", "layers", "all", "all + Sparsifier"],
+            rows,
         ),
     )
 

@@ -51,7 +51,8 @@ def test_running_statistics_move_as_in_the_plain_norm():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_are_right(layout):
+@pytest.mark.parametrize("control", [0.4, 0.0])
+def test_gradients_are_right(layout, control):
     gate = layer(train=True)
     x = torch.randn(3, 6, 4, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
 
@@ -61,7 +62,17 @@ def test_gradients_are_right(layout):
         return torch.func.functional_call(gate, {"scale": s, "control": p}, (x,))
 
     s = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    p = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    p = torch.tensor(control, dtype=torch.float64, requires_grad=True)
+    if control == 0:
+        # Finite differences of x and p around p = 0 leave the short cut of the closed gate.
+        run(x, s, p).square().sum().backward()
+        found = (x.grad.clone(), p.grad.clone())
+        x.grad = p.grad = None
+        z = gate.scale * 0 + s  # the same formula, written out
+        y = z * gate.norm(gate.conv(x)) + p * x
+        y.square().sum().backward()
+        torch.testing.assert_close(found, (x.grad, p.grad), rtol=1e-9, atol=1e-9)
+        return
     assert torch.autograd.gradcheck(run, (x, s, p))
 
 

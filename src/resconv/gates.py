@@ -20,17 +20,27 @@ __all__ = ["BranchGate", "Gate", "Multiply", "ResConv", "gates", "is_leaf", "zer
 
 
 class _AddScaled(torch.autograd.Function):
-    """``z + p * x``; the gradient of the scalar ``p`` is one dot product."""
+    """``z + p * x``, written into ``z``; the gradient of the scalar ``p`` is one dot product.
+
+    Neither a norm nor a product needs its own output in the backward pass, so ``z`` may be reused.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, x: Tensor, p: Tensor) -> Tensor:
+        # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
+        ctx.closed = p.device.type == "cpu" and p.item() == 0
         ctx.save_for_backward(x, p)
-        return torch.addcmul(z, x, p.to(z.dtype)) if x.dtype == z.dtype else z + x * p
+        ctx.mark_dirty(z)
+        if not ctx.closed:
+            z.addcmul_(x.to(z.dtype), p.to(z.dtype))
+        return z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, p = ctx.saved_tensors
-        grad_x = (grad * p.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grad_x = None
+        if ctx.needs_input_grad[1] and not ctx.closed:
+            grad_x = (grad * p.to(grad.dtype)).to(x.dtype)
         grad_p = None
         if ctx.needs_input_grad[2]:
             a, b = _in_memory_order(grad, x)
