@@ -59,7 +59,8 @@ def main() -> None:
         "Cost of a training step",
         f"{stamp()} Batch 128, interleaved, medians; the columns after the plain net's "
         f"milliseconds are ratios to it. This machine trains in {precision.name} "
-        f"({precision.reason}). With start=keep the shortcut is closed (p = 0) until training opens it. What a layer unit costs is one pass `z + p * x` forward, and one "
+        f"({precision.reason}). With start=keep the shortcut is closed (p = 0) until "
+        "training opens it. What a layer unit costs is one pass `z + p * x` forward, and one "
         "dot product and one sum of gradients backward; a block unit costs nothing of the size of "
         "an activation, its scale goes into the norm.\n\n"
         + table(
