@@ -10,6 +10,7 @@ from .kernel import fused_kernel
 from .ops import NORMS, kind, weight_values
 from .surgery import Surgery
 from .trace import Graph, Node, Ref
+from .units import params_behind
 
 __all__ = ["absorb", "tie_factors"]
 
@@ -120,34 +121,31 @@ def _product(graph: Graph, node: Node) -> tuple[int, int]:
     return (b, a) if size[1] > size[0] else (a, b)
 
 
-def _param_of(graph: Graph, value: int) -> tuple[str, bool] | None:
-    """Return the parameter behind a constant value, seen through views, and whether it is one."""
+_VIEWS = {
+    "view",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "permute",
+    "reshape",
+    "_to_copy",
+    "expand",
+    "clone",
+    "detach",
+    "squeeze",
+    "alias",
+    "_reshape_alias",
+}
+
+
+def _param_of(graph: Graph, value: int) -> str | None:
+    """Return the parameter that a constant value is, seen through views, or None."""
     while graph.values[value].param is None:
         node = graph.producer(value)
-        if node is None or len(node.inputs) != 1 or kind_of_view(node) is False:
+        if node is None or len(node.inputs) != 1 or node.op not in _VIEWS:
             return None
         value = node.inputs[0]
-    name = graph.values[value].param
-    assert name is not None
-    return name, True
-
-
-def kind_of_view(node: Node) -> bool:
-    return node.op in (
-        "view",
-        "t",
-        "transpose",
-        "unsqueeze",
-        "permute",
-        "reshape",
-        "_to_copy",
-        "expand",
-        "clone",
-        "detach",
-        "squeeze",
-        "alias",
-        "_reshape_alias",
-    )
+    return graph.values[value].param
 
 
 def _param_uses(graph: Graph, dead: set[int]) -> dict[str, int]:
@@ -157,16 +155,9 @@ def _param_uses(graph: Graph, dead: set[int]) -> dict[str, int]:
             continue
         for v in node.inputs:
             if graph.values[v].constant:
-                for name in set(_behind(graph, v)):
+                for name in set(params_behind(graph, v)):
                     uses[name] = uses.get(name, 0) + 1
     return uses
-
-
-def _behind(graph: Graph, value: int) -> list[str]:
-    if graph.values[value].param is not None:
-        return [graph.values[value].param]  # type: ignore[list-item]
-    node = graph.producer(value)
-    return [] if node is None else [n for v in node.inputs for n in _behind(graph, v)]
 
 
 def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bool]:
@@ -174,7 +165,7 @@ def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bo
     if node.op in ("mul", "mul_"):
         constant = next((v for v in node.inputs if graph.values[v].constant), None)
         found = None if constant is None else _param_of(graph, constant)
-        return (found[0], None, True) if found else (None, None, False)
+        return found, None, found is not None
     if node.op in ("native_layer_norm", "native_group_norm"):
         start = 2 if node.op == "native_layer_norm" else 1
         refs = [a.value if isinstance(a, Ref) else None for a in node.args[start : start + 2]]
@@ -186,7 +177,7 @@ def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bo
         found = None if value is None else _param_of(graph, value)
         if value is not None and found is None:
             return None, None, False
-        names.append(found[0] if found else None)
+        names.append(found)
     return names[0], names[1], names[0] is not None
 
 
@@ -200,7 +191,7 @@ def _absorbs(graph: Graph, node: Node, uses: dict[str, int]) -> bool:
         found = _param_of(graph, mean.value) if isinstance(mean, Ref) else None
         if found is None:
             return False
-        names.append(found[0])
+        names.append(found)
     return all(uses.get(n, 0) == 1 for n in names if n is not None)
 
 
@@ -251,7 +242,7 @@ def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:
             if node.op in NORMS and f_in != 1.0:
                 mean = _param_of(graph, node.args[3].value)
                 assert mean is not None
-                scale(mean[0], f_in)
+                scale(mean, f_in)
             scale(weight, f_out / f_in)
             scale(bias, f_out)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .errors import ConversionError
 from .gates import BranchGate, Gate, ResConv, is_plain_norm
@@ -265,7 +265,3 @@ def relative_error(a: Any, b: Any) -> float:
         x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
         worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-12)))
     return worst
-
-
-def detached(tree: Any) -> Any:
-    return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from .errors import PruneError
 
-__all__ = ["apply_edit", "apply_edits", "trace_forward"]
+__all__ = ["CONV_GEOMETRY", "apply_edit", "apply_edits", "trace_forward"]
 
 _CONVS: dict[str, type[nn.Module]] = {
     "Conv1d": nn.Conv1d,
@@ -40,7 +40,7 @@ _FIELDS = {
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
 }
-_CONV_ARGS = {
+CONV_GEOMETRY = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -48,9 +48,8 @@ _CONV_ARGS = {
     "padding",
     "dilation",
     "groups",
-    "bias",
     "padding_mode",
-}
+)
 
 
 class _OwnForward(fx.Tracer):
@@ -146,7 +145,11 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         return fx.GraphModule(nn.Module(), copying, "Clone")
     if op == "conv":
         args = edit["args"]
-        if edit["type"] not in _CONVS or not isinstance(args, dict) or not set(args) <= _CONV_ARGS:
+        if (
+            edit["type"] not in _CONVS
+            or not isinstance(args, dict)
+            or not set(args) <= {*CONV_GEOMETRY, "bias"}
+        ):
             raise PruneError(f"Not a convolution at {path!r}: {str(edit)[:200]}")
         weight = getattr(module, "weight", None)
         like = weight if isinstance(weight, torch.Tensor) else torch.empty(0)

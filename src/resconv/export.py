@@ -223,14 +223,11 @@ def _check(
 def _check_onnx(
     path: Path, net: nn.Module, inputs: Any, dynamic: bool, tolerance: float | None
 ) -> Verification:
-    import onnxruntime
-
     try:
         return _check(net, lambda x: run_onnx(path, x), inputs, dynamic, tolerance)
     except VerificationError:
         raise
     except Exception as error:
-        assert onnxruntime
         raise VerificationError(
             f"ONNX Runtime cannot run the file it was given: {_first_line(error)}"
         ) from error

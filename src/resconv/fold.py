@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edits import apply_edits
+from .edits import CONV_GEOMETRY, apply_edits
 from .kernel import fold_norm
 from .trace import Ref, record, unwrap
 from .units import norm_after, owner_of, why_untouchable
@@ -19,16 +19,7 @@ def conv_edit(path: str, conv: nn.Module, bias: bool) -> dict[str, Any]:
     name = next(n for k, n in kinds.items() if isinstance(conv, k))
     args = {
         key: list(value) if isinstance(value := getattr(conv, key), tuple) else value
-        for key in (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
+        for key in CONV_GEOMETRY
     }
     return {"op": "conv", "path": path, "type": name, "args": {**args, "bias": bias}}
 

@@ -23,6 +23,7 @@ __all__ = [
     "find_layers",
     "norm_after",
     "owner_of",
+    "params_behind",
     "tap",
     "units",
     "why_untouchable",
@@ -295,7 +296,7 @@ def _block(
 ) -> Candidate:
     inside = {n.index for n in region}
     macs = sum(n.macs for n in region)
-    params = {p for n in region for value in n.inputs for p in _params_behind(graph, value)}
+    params = {p for n in region for value in n.inputs for p in params_behind(graph, value)}
     params |= {
         f"{n.call.path}.{p}"
         for n in region
@@ -402,12 +403,12 @@ def _with_names(found: list[Candidate], graph: Graph) -> list[Candidate]:
     return found
 
 
-def _params_behind(graph: Graph, value: int) -> Iterator[str]:
+def params_behind(graph: Graph, value: int) -> Iterator[str]:
     if graph.values[value].param is not None:
         yield graph.values[value].param  # type: ignore[misc]
     elif graph.values[value].constant and (node := graph.producer(value)) is not None:
         for v in node.inputs:
-            yield from _params_behind(graph, v)
+            yield from params_behind(graph, v)
 
 
 def _shared_params(model: nn.Module) -> set[str]:
