@@ -29,6 +29,7 @@ from .errors import BudgetError, ConversionError
 from .gates import BranchGate, Gate, ResConv, gates
 from .ledger import Ledger, ledger
 from .plan import floor
+from .scalars import Scalars
 from .trace import unwrap
 
 __all__ = ["Snapshot", "Sparsifier"]
@@ -109,13 +110,19 @@ class Sparsifier:
         if example_inputs is None:
             example_inputs = state_of(self.model).example_inputs
         self.strength, self.mode, self.target = strength, mode, target
-        self.learning_rate = learning_rate
         self.total_steps = total_steps
         self.costs: Ledger = ledger(self.model, example_inputs)
         self.history: list[Snapshot] = []
         self._state = _State()
         self._weights = dict.fromkeys(self.costs.names, 1.0)
         self._macs = {n: max(self.costs.own_macs(n), 1) for n in self.costs.names}
+        scalars = {
+            f"{n}.{kind}": p
+            for n, g in self.gates.items()
+            for kind, p in (("scale", g.scale), ("control", g.control))
+            if p is not None
+        }
+        self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
         if target is not None:
             self._check_target(target)
 
@@ -138,64 +145,45 @@ class Sparsifier:
             )
 
     def attach(self, optimizer: Optimizer) -> "Sparsifier":
-        """Follow ``optimizer``: a group of their own for the scalars, a step after each step.
+        """Follow ``optimizer``: after each of its steps, take a step on the scales.
 
-        The group has no weight decay, no momentum and a smaller rate: scalars with a large
-        gradient overshoot otherwise. Attach before a learning rate scheduler is made.
+        The optimizer keeps the scalars in its groups and leaves their update to the Sparsifier (see
+        scalars.py), so it does not matter whether schedulers are made before or after. Attached to
+        another optimizer, the Sparsifier leaves the first.
 
         Raises:
-            ConversionError: a scheduler was made before.
+            ConversionError: the optimizer does not hold the scales: it was made from another model.
         """
-        if any("initial_lr" in group for group in optimizer.param_groups):
-            raise ConversionError(
-                "A learning rate scheduler was made before the Sparsifier. Attach the Sparsifier "
-                "to the optimizer first, then make the scheduler."
-            )
-        scalars = [p for g in self.gates.values() for p in (g.scale, g.control) if p is not None]
-        ids = {id(p) for p in scalars}
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in ids]
-        rates = [float(g["lr"]) for g in optimizer.param_groups if g["params"]] or [
-            float(g["lr"]) for g in optimizer.param_groups
-        ]
-        own: dict[str, Any] = {"params": scalars, "weight_decay": 0.0}
-        own["lr"] = max(rates) * self.learning_rate
-        if "momentum" in optimizer.defaults:
-            own |= {"momentum": 0.0}
-        if "nesterov" in optimizer.defaults:
-            own |= {"nesterov": False}
-        optimizer.add_param_group(own)
+        self._scalars.attach(optimizer)
         self._normalise()
         self._snapshot()
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
         return self
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with torch.no_grad():
-            if self.mode == "subgradient":
-                for name, gate in self.gates.items():
-                    if gate.scale.grad is not None:
-                        weight = self.strength * self._weights.get(name, 1.0)
-                        gate.scale.grad.add_(weight * gate.scale.sign())
-                return
-            if self.target is not None:
-                self._observe()
-            self._clip()
+    def detach(self) -> None:
+        """Leave the optimizer; scales at 0 are then held there by nothing."""
+        self._scalars.detach()
 
-    def _observe(self) -> None:
+    def _observe(self, grads: dict[int, Tensor]) -> None:
+        if self.mode == "subgradient":
+            for name, gate in self.gates.items():
+                if id(gate.scale) in grads:
+                    weight = self.strength * self._weights.get(name, 1.0)
+                    grads[id(gate.scale)].add_(weight * gate.scale.sign())
+        elif self.target is not None:
+            self._score(grads)
+
+    def _score(self, grads: dict[int, Tensor]) -> None:
         """Follow the score of each unit: what removing it does to the loss, to first order."""
-        names = [n for n in self.costs.names if self.gates[n].scale.grad is not None]
+        names = [n for n in self.costs.names if id(self.gates[n].scale) in grads]
         if not names:
             return
         changes = []
         for name in names:
             gate = self.gates[name]
-            assert gate.scale.grad is not None
-            change = -gate.scale.detach() * gate.scale.grad
-            if gate.control is not None and gate.control.grad is not None:
+            change = -gate.scale.detach() * grads[id(gate.scale)]
+            if gate.control is not None and id(gate.control) in grads:
                 # A layer does not vanish, it becomes the identity: p goes to 1 meanwhile.
-                change = change + (1 - gate.control.detach()) * gate.control.grad
+                change = change + (1 - gate.control.detach()) * grads[id(gate.control)]
             changes.append(change)
         squares = torch.stack(changes).float().square().tolist()
         state = self._state
@@ -204,19 +192,7 @@ class Sparsifier:
                 old = state.scores.get(name)
                 state.scores[name] = square if old is None else 0.98 * old + 0.02 * square
 
-    def _clip(self) -> None:
-        """Keep one scalar's gradient from throwing it across the whole range in a step."""
-        grads = [
-            p.grad
-            for g in self.gates.values()
-            for p in (g.scale, g.control)
-            if p is not None and p.grad is not None
-        ]
-        for grad in grads:
-            grad.clamp_(-1.0, 1.0)
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _finish_step(self, optimizer: Optimizer) -> None:
         self._state.step += 1
         self._project()
         self._normalise()
@@ -371,6 +347,7 @@ class Sparsifier:
             "fading": {n: [f.start, f.end, f.scale] for n, f in state.fading.items()},
             "zero": list(state.zero),
             "weights": dict(self._weights),
+            "scalars": self._scalars.state_dict(),
             "history": [[s.step, s.scales, s.controls, s.macs] for s in self.history],
         }
 
@@ -382,6 +359,8 @@ class Sparsifier:
             list(state["zero"]),
         )
         self._weights = dict(state["weights"])
+        if "scalars" in state:
+            self._scalars.load_state_dict(state["scalars"])
         self.history = [Snapshot(*s) for s in state["history"]]
 
 

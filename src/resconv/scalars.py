@@ -1,0 +1,161 @@
+"""How scales and controls move: beside the user's optimizer, not by it.
+
+Scalars with a large gradient overshoot, so they get no weight decay, no momentum, a smaller rate and
+a bounded step. They stay in the optimizer's groups, so that ``zero_grad``, gradient clipping and
+``GradScaler`` see them; only while it steps are their gradients put aside, and it skips them. Then
+they are moved here, with the largest rate that its groups have at that moment. So every scheduler
+works, made before or after, and groups and state of the optimizer keep their layout.
+
+    SGD and its kin   x <- x - rate * clamp(g, -1, 1)
+    all others        v <- 0.999 v + 0.001 g^2,  x <- x - rate * clamp(g / sqrt(v / (1 - 0.999^t)), -1, 1)
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import ConversionError
+
+__all__ = ["Scalars"]
+
+_BETA = 0.999
+
+
+class Scalars:
+    """Moves ``params`` after each step of the optimizer it is attached to.
+
+    Args:
+        params: the scalars by name.
+        share: of the optimizer's rate.
+        prepare: sees (and may change) the gradients before the move, by parameter id.
+        finish: is called after the move, with the optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        share: float,
+        prepare: Callable[[dict[int, Tensor]], None],
+        finish: Callable[[Optimizer], None],
+    ) -> None:
+        self.params = dict(params)
+        self.share, self.prepare, self.finish = share, prepare, finish
+        self.steps = 0
+        self.squares: dict[str, float] = {}
+        self._taken: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Follow ``optimizer`` from now on, and no other.
+
+        Raises:
+            ConversionError: it does not hold the scalars, or has no learning rate.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        out = [n for n, p in self.params.items() if p.requires_grad and id(p) not in held]
+        if out:
+            raise ConversionError(
+                f"The optimizer does not hold {len(out)} of {len(self.params)} scalars "
+                f"({', '.join(out[:3])}{', ...' if len(out) > 3 else ''}). resconv.convert returns "
+                "a copy: make the optimizer from the parameters of the converted model, after "
+                "converting it."
+            )
+        if not self._rates(optimizer):
+            raise ConversionError(
+                f"{type(optimizer).__name__} has no learning rate in its groups, which the scales "
+                "would follow. Give it one (lr=...)."
+            )
+        self.detach()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _rates(self, optimizer: Optimizer) -> list[float]:
+        groups = [g for g in optimizer.param_groups if g["params"]]
+        return [float(g["lr"]) for g in groups if g.get("lr") is not None]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._taken = {}
+        where = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if where is None:
+            self._take()
+            return None
+
+        # The gradients are made inside the step (Lightning's loop, LBFGS).
+        def closure() -> Any:
+            loss = where()
+            self._take()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _take(self) -> None:
+        for param in self.params.values():
+            if param.grad is not None:
+                self._taken[id(param)] = param.grad
+                param.grad = None
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for param in self.params.values():
+            if id(param) in self._taken:
+                param.grad = self._taken[id(param)]
+        # A fused optimizer is handed the factor of a GradScaler, and told to skip the step.
+        skip = getattr(optimizer, "found_inf", None)
+        if skip is not None and bool(skip):
+            return
+        factor = getattr(optimizer, "grad_scale", None)
+        grads = {
+            i: g.float().clone() if factor is None else g.float() / factor.to(g.device)
+            for i, g in self._taken.items()
+        }
+        self._taken = {}
+        self.prepare(grads)
+        self._move(optimizer, grads)
+        self.finish(optimizer)
+
+    def _move(self, optimizer: Optimizer, grads: dict[int, Tensor]) -> None:
+        found = [(n, p) for n, p in self.params.items() if id(p) in grads]
+        if not found:
+            return
+        rate = max(self._rates(optimizer)) * self.share
+        changes = [grads[id(p)] for _, p in found]
+        if not _steps_by_gradient(optimizer):
+            self._normalise([n for n, _ in found], changes)
+        up = any(g.get("maximize") for g in optimizer.param_groups)
+        steps = [c.clamp(-1.0, 1.0).to(p.dtype) for c, (_, p) in zip(changes, found, strict=True)]
+        torch._foreach_add_([p for _, p in found], steps, alpha=rate if up else -rate)
+
+    def _normalise(self, names: list[str], changes: list[Tensor]) -> None:
+        self.steps += 1
+        for name, change, square in zip(
+            names, changes, torch.stack(changes).square().tolist(), strict=True
+        ):
+            if math.isfinite(square):
+                old = self.squares.get(name, 0.0)
+                self.squares[name] = _BETA * old + (1 - _BETA) * square
+            mean = self.squares.get(name, 0.0) / (1 - _BETA**self.steps)
+            change.div_(math.sqrt(mean) + 1e-12)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "squares": dict(self.squares)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.squares = int(state["steps"]), dict(state["squares"])
+
+
+def _steps_by_gradient(optimizer: Optimizer) -> bool:
+    """Whether the rate is meant for raw gradients (SGD, LARS), not for normalised ones (Adam)."""
+    return any("dampening" in group for group in optimizer.param_groups)
