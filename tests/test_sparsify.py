@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 import resconv
-from resconv import nets
+from resconv import data, nets
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(16, 3, 8, 8)
+    gated = resconv.convert(nets.create("resnet20").eval(), x, units="all").train()
+    return gated, x, torch.arange(16) % 10
 
 
 def train(steps=60, seed=0, resume_at=None, **kwargs):
@@ -206,6 +213,8 @@ def test_refusals():
         resconv.Sparsifier(nets.create("resnet20"))
     with pytest.raises(resconv.ResConvError, match="total_steps"):
         resconv.Sparsifier(gated, target=resconv.Budget(macs=0.5))
+    with pytest.raises(resconv.ResConvError, match="threshold only"):
+        resconv.Sparsifier(gated, target=resconv.Budget(threshold=0.1), total_steps=100)
     with pytest.raises(resconv.ResConvError, match="cannot be reached"):
         resconv.Sparsifier(gated, target=resconv.Budget(macs=0.01), total_steps=100)
     dense = nets.create("resnet20").eval()
@@ -224,3 +233,137 @@ def test_attaching_anew_leaves_the_first_optimizer():
     sparsifier.detach()
     second.step()
     assert sparsifier.state_dict()["step"] == 1
+
+
+def test_on_digits_the_shallower_net_is_nearly_as_good():
+    digits = data.load("digits")
+    x = digits.train.images[:].float().div(255).sub(0.5).reshape(-1, 1, 8, 8)
+    y = torch.as_tensor(digits.train.labels[:]).long()
+    torch.manual_seed(0)
+    model = nets.create("resnet20", in_channels=1)
+    budget = resconv.Budget(macs=0.6)
+
+    def epochs(net, count, optimizer):
+        for _ in range(count):
+            for index in torch.randperm(len(x)).split(128):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x[index]), y[index]).backward()
+                optimizer.step()
+
+    epochs(model, 3, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    gated = resconv.convert(model.eval(), x[:2], units="all").train()
+    optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
+    steps = 5 * len(torch.arange(len(x)).split(128))
+    sparsifier = resconv.Sparsifier(gated, target=budget, total_steps=steps).attach(optimizer)
+    epochs(gated, 5, optimizer)
+    outcome = sparsifier.finish()
+    assert outcome.met, str(outcome)
+    compact = resconv.prune(gated.eval(), resconv.plan(gated, x[:2], budget))
+    assert resconv.count(compact, x[:1]).macs == outcome.macs <= 0.6 * sparsifier.costs.macs
+    with torch.no_grad():
+        # On its own training images: what is tested is that pruning arrives without ruin.
+        top1 = (compact(x).argmax(1) == y).float().mean()
+        # The control: as many units, but those that training kept.
+        wrong = [n for n in sparsifier.costs.names if n not in outcome.removed]
+        for name in wrong[: len(outcome.removed)]:
+            resconv.gates(gated)[name].scale.zero_()
+        assert (gated(x).argmax(1) == y).float().mean() < 0.8 * top1
+    assert top1 > 0.95
+
+
+def test_a_run_that_ends_early_says_what_is_missing():
+    gated, x, y = small()
+    optimizer = torch.optim.SGD(gated.parameters(), lr=0.05)
+    budget = resconv.Budget(macs=0.4)
+    sparsifier = resconv.Sparsifier(gated, target=budget, total_steps=100).attach(optimizer)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gated(x), y).backward()
+        optimizer.step()
+    with pytest.warns(
+        UserWarning, match=r"after 30 steps of the 100 announced, which leaves .* MACs"
+    ):
+        outcome = sparsifier.finish()
+    assert not outcome.met
+    assert outcome.pending
+    assert not set(outcome.pending) & set(sparsifier.removed)
+    costs = sparsifier.costs
+    assert costs.left([*outcome.removed, *outcome.pending]).macs <= 0.4 * costs.macs
+    assert costs.left(outcome.removed).macs > 0.4 * costs.macs
+    # The optimizer is left alone from here on.
+    before = len(sparsifier.history)
+    optimizer.step()
+    assert sparsifier.outcome().step == 30
+    assert len(sparsifier.history) == before
+
+
+def test_a_longer_run_keeps_its_zeros():
+    budget = resconv.Budget(macs=0.5)
+    _, sparsifier, _ = train(steps=90, target=budget, total_steps=60)
+    _, exact, _ = train(steps=60, target=budget, total_steps=60)
+    assert sparsifier.removed == exact.removed
+    assert sparsifier.finish().met
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_and_skipped_steps(fused):
+    """A GradScaler multiplies the gradients and skips steps: the plan is that of float32."""
+    plans = []
+    for scaled in (False, True):
+        gated, x, y = small()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, enabled=scaled)
+        optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, fused=fused)
+        sparsifier = resconv.Sparsifier(gated, target=resconv.Budget(macs=0.5), total_steps=40)
+        sparsifier.attach(optimizer)
+        for step in range(41 if scaled else 40):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(gated(x), y)
+            if scaled and step == 20:  # an overflow
+                bad = loss * float("inf")
+                scaler.scale(bad).backward()
+            else:
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scores = sparsifier.state_dict()["scores"]
+        assert len(scores) == len(sparsifier.costs.names)
+        plans.append((sparsifier.finish(), scores))
+    (plain, a), (amp, b) = plans
+    assert plain.met
+    assert amp.met
+    ratios = [b[n] / a[n] for n in a if a[n] > 0]
+    assert 0.2 < sorted(ratios)[len(ratios) // 2] < 5
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Between two choices nothing is read back: on a GPU each reading would wait for it."""
+    gated, x, y = small()
+    optimizer = torch.optim.SGD(gated.parameters(), lr=0.05)
+    sparsifier = resconv.Sparsifier(gated, target=resconv.Budget(macs=0.5), total_steps=10_000)
+    sparsifier.attach(optimizer)
+    nn.functional.cross_entropy(gated(x), y).backward()
+    optimizer.step()
+
+    def refuse(self):
+        raise AssertionError("read back")
+
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    optimizer.step()
+    with pytest.raises(AssertionError, match="read back"):
+        _ = sparsifier.removed
+
+
+def test_a_unit_without_gradients_is_chosen_last():
+    gated, x, y = small()
+    frozen = resconv.gates(gated)["layer2.1"]
+    frozen.scale.requires_grad_(False)
+    optimizer = torch.optim.SGD(gated.parameters(), lr=0.05)
+    sparsifier = resconv.Sparsifier(gated, target=resconv.Budget(macs=0.6), total_steps=40)
+    sparsifier.attach(optimizer)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gated(x), y).backward()
+        optimizer.step()
+    assert sparsifier.finish().met
+    assert "layer2.1" not in sparsifier.removed

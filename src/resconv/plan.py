@@ -1,4 +1,4 @@
-"""Which units go: the plan, made from the scales and a budget, or written by hand."""
+"""Which units go: the plan, made by choose.py or written by hand."""
 
 import json
 import math
@@ -9,14 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from .budget import Budget
-from .errors import BudgetError, PlanError
+from .errors import PlanError
 from .files import write_text
 from .gates import gates
-from .ledger import Ledger, ledger
 from .trace import unwrap
 
-__all__ = ["Plan", "floor", "plan", "why_not_now"]
+__all__ = ["Plan", "why_not_now"]
 
 
 @dataclass(frozen=True)
@@ -97,100 +95,3 @@ def why_not_now(model: nn.Module, name: str) -> str | None:
         if p == 0 or not math.isfinite(p):
             return f"its control is {p:g}, so nothing would pass through"
     return None
-
-
-def plan(model: nn.Module, example_inputs: Any, budget: Budget) -> Plan:
-    """Return which units to remove to meet ``budget``; the model is left as it was.
-
-    Units whose scale is 0 (or at most the threshold) always go. Then the smallest ``|scale|`` go
-    first, until every limit holds.
-
-    Raises:
-        BudgetError: the budget cannot be met; the least possible size and the reasons are given.
-        ConversionError: the model was not converted.
-    """
-    from .convert import state_of
-
-    model = unwrap(model)
-    state_of(model)
-    costs = ledger(model, example_inputs)
-    every = gates(model)
-    scales = {name: every[name].scale.item() for name in costs.names}
-    blocked = {n: r for n in costs.names if (r := why_not_now(model, n)) is not None}
-    free = [n for n in costs.names if n not in blocked]
-    limit_macs, limit_params = budget.limits(costs.macs, costs.num_params)
-    threshold = 0.0 if budget.threshold is None else budget.threshold
-    chosen = [n for n in free if abs(scales[n]) <= threshold]
-
-    def met() -> bool:
-        saved = costs.saving(chosen)
-        return (
-            costs.macs - saved.macs <= limit_macs
-            and costs.num_params - saved.num_params <= limit_params
-        )
-
-    rest = sorted(
-        (n for n in free if n not in chosen),
-        key=lambda n: (abs(scales[n]), -costs.own_macs(n)),
-    )
-    while not met():
-        name = _next(costs, rest, chosen)
-        if name is None:
-            _refuse(costs, budget, free, blocked, limit_macs, limit_params)
-        else:
-            rest.remove(name)
-            chosen.append(name)
-    saved = costs.saving(chosen)
-    return Plan(
-        remove=tuple(n for n in costs.names if n in chosen),
-        macs_before=costs.macs,
-        macs_after=costs.macs - saved.macs,
-        num_params_before=costs.num_params,
-        num_params_after=costs.num_params - saved.num_params,
-        scales=scales,
-    )
-
-
-def _next(costs: Ledger, ranked: list[str], chosen: list[str]) -> str | None:
-    """Return the first unit that still saves something; whole branches before their last layer."""
-    now = costs.saving(chosen)
-    emptying = None
-    for name in ranked:
-        if costs.saving([*chosen, name]) == now:
-            continue
-        if not costs.empties(name, chosen):
-            return name
-        emptying = emptying or name
-    return emptying
-
-
-def floor(costs: Ledger, free: Iterable[str]) -> tuple[int, int]:
-    """Return the MACs and parameters left when every unit that can go is gone."""
-    saved = costs.saving(free)
-    return costs.macs - saved.macs, costs.num_params - saved.num_params
-
-
-def _refuse(
-    costs: Ledger,
-    budget: Budget,
-    free: list[str],
-    blocked: dict[str, str],
-    limit_macs: float,
-    limit_params: float,
-) -> None:
-    macs, num_params = floor(costs, free)
-    parts = []
-    if macs > limit_macs:
-        parts.append(f"{macs:,} of {costs.macs:,} MACs (the budget is {int(limit_macs):,})")
-    if num_params > limit_params:
-        parts.append(
-            f"{num_params:,} of {costs.num_params:,} parameters (the budget is {int(limit_params):,})"
-        )
-    why = "; ".join(f"{n}: {r}" for n, r in list(blocked.items())[:5])
-    raise BudgetError(
-        f"The budget cannot be reached: removing all {len(free)} removable units leaves "
-        f"{' and '.join(parts)}."
-        + (f" {len(blocked)} more units stay for now ({why})." if blocked else "")
-        + " Raise the budget, convert with units='all', or run `resconv inspect` to see why the "
-        "other layers are kept."
-    )

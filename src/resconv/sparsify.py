@@ -2,22 +2,27 @@
 
 After every ``optimizer.step()`` a proximal L1 step is taken on the layer scaling factors:
 ``s <- max(s - lr * strength * w, 0)``, with a weight ``w`` for each unit (mean 1) that grows with
-its share of the MACs and as ``1 / (s + eps)``: pressure that is the same on all shrinks a whole
-residual stage without making one scale 0 (reweighted L1).
+its share of the MACs (or of the measured latency) and as ``1 / (s + eps)``: pressure that is the
+same on all shrinks a whole residual stage without making one scale 0 (reweighted L1).
 
 With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
-the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per MAC (a removed layer becomes
-the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``). On a schedule that ends at
-60 % of the run, the next units in that order are put under a penalty that grows until their scale
-is 0. So exactly enough scales end at 0, and the rest of the run trains the net that will be shipped.
+the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a removed
+layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``). On a
+schedule that ends at 60 % of the run, the next units in that order are put under a penalty that
+grows until their scale is 0. So exactly enough scales end at 0, and the rest of the run trains the
+net that will be shipped. A target in milliseconds is then measured on that net, once, and where it
+misses, more units go.
 
 ``s`` and the norm's weight ``g`` multiply, so L1 alone is cheated (``s`` shrinks, ``g`` grows). After
 each step ``(s, g, b)`` becomes ``(s r, g / r, b / r)`` with ``r`` the root mean square of ``g``: the same
 function, with the size of the branch in ``s`` alone.
+
+Nothing here waits for the device in an ordinary step: scores stay there until a unit is chosen.
 """
 
 import math
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,43 +32,66 @@ from torch.optim import Optimizer
 from .budget import Budget
 from .errors import BudgetError, ConversionError
 from .gates import BranchGate, Gate, ResConv, gates
-from .ledger import Ledger, ledger
-from .plan import floor
+from .ledger import Ledger, excess, ledger
 from .scalars import Scalars
+from .steering import Steering
 from .trace import unwrap
 
-__all__ = ["Snapshot", "Sparsifier"]
+__all__ = ["Outcome", "Snapshot", "Sparsifier"]
 
 _EPS = 0.1
-_LEARN = 0.05  # share of the run that only collects scores
-_DONE = 0.6  # share of the run by which every planned scale is 0
+_KEEP = 0.98  # of the old score a step
 _LEAST_CONTROL = 0.05  # of a removed layer: a control of 0 would cut the net in two
 _REFRESH = 100  # steps between two refreshes without a target
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The scales (and controls) after a step, and the share of MACs that the zeros leave."""
+    """The scales (and controls) after a step, and the share of MACs that the zeros leave.
+
+    ``latency_ms`` is what the zeros are predicted to leave, where latency was measured.
+    """
 
     step: int
     scales: dict[str, float]
     controls: dict[str, float]
     macs: float
+    latency_ms: float | None = None
 
 
-@dataclass
-class _Fade:
-    start: int
-    end: int
-    scale: float
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands: ``str()`` of it is a sentence for the user.
 
+    ``pending`` are units that the target needs and whose scale is not 0 yet.
+    """
 
-@dataclass
-class _State:
-    step: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
-    fading: dict[str, _Fade] = field(default_factory=dict)
-    zero: list[str] = field(default_factory=list)
+    step: int
+    total_steps: int | None
+    removed: tuple[str, ...]
+    pending: tuple[str, ...]
+    macs: int
+    num_params: int
+    latency_ms: float | None
+    over: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the zeros alone meet the target (true without one)."""
+        return not self.over
+
+    def __str__(self) -> str:
+        text = f"{len(self.removed)} scales are exactly 0 after {self.step:,} steps"
+        if self.met:
+            return text + "."
+        of = "" if self.total_steps is None else f" of the {self.total_steps:,} announced"
+        names = ", ".join(self.pending[:4]) + (", ..." if len(self.pending) > 4 else "")
+        return (
+            f"{text}{of}, which leaves {self.over}. {len(self.pending)} scales that should be 0 are "
+            f"not ({names}). Train on to the announced number of steps; or go on with "
+            "resconv.plan, which removes units whose scale is not 0 (the outputs change), then "
+            "resconv.recalibrate and finetune."
+        )
 
 
 class Sparsifier:
@@ -75,13 +103,15 @@ class Sparsifier:
         mode: "proximal" (reaches exactly 0) or "subgradient" (the plain reading of the paper:
             ``strength * sign(s)`` is added to the gradient; never reaches 0).
         target: a budget to arrive at; needs ``total_steps``.
-        total_steps: how many optimizer steps the run has.
+        total_steps: how many steps the optimizer will take (with gradient accumulation, fewer
+            than there are batches). A run that goes on longer keeps its zeros; for one that ends
+            earlier, :meth:`finish` says what is missing.
         example_inputs: to count MACs with; by default those of ``convert``.
         learning_rate: of scales and controls, as a share of the optimizer's own.
 
     Raises:
         ConversionError: the model has no gates.
-        BudgetError: the target cannot be reached, or ``total_steps`` is missing.
+        BudgetError: the target cannot be reached or limits nothing, or ``total_steps`` is missing.
     """
 
     def __init__(
@@ -111,11 +141,9 @@ class Sparsifier:
             example_inputs = state_of(self.model).example_inputs
         self.strength, self.mode, self.target = strength, mode, target
         self.total_steps = total_steps
-        self.costs: Ledger = ledger(self.model, example_inputs)
         self.history: list[Snapshot] = []
-        self._state = _State()
-        self._weights = dict.fromkeys(self.costs.names, 1.0)
-        self._macs = {n: max(self.costs.own_macs(n), 1) for n in self.costs.names}
+        self.costs: Ledger = ledger(self.model, example_inputs)
+        self._step = 0
         scalars = {
             f"{n}.{kind}": p
             for n, g in self.gates.items()
@@ -123,25 +151,34 @@ class Sparsifier:
             if p is not None
         }
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
+        self._scores: Tensor | None = None  # by unit, on the device; NaN: not seen yet
+        self._weights = dict.fromkeys(self.costs.names, 1.0)
+        self._costs_of = {n: max(self.costs.own_macs(n), 1) for n in self.costs.names}
+        self._steering: Steering | None = None
         if target is not None:
             self._check_target(target)
+            assert total_steps is not None
+            self._steering = Steering(self.costs, target, total_steps)
 
     def _check_target(self, target: Budget) -> None:
         if self.mode != "proximal":
             raise BudgetError("A target needs mode='proximal': the subgradient never reaches 0.")
+        if not target.sizes:
+            raise BudgetError(
+                "The target has a threshold only, which is no size to arrive at. Limit macs, "
+                "num_params or the latency; or leave the target out and set the strength."
+            )
         if not self.total_steps or self.total_steps < 20:
             raise BudgetError(
                 f"total_steps={self.total_steps!r}: with a target, say how many optimizer steps "
                 "the run has (at least 20), so that the zeros are there in time."
             )
-        limit_macs, limit_params = target.limits(self.costs.macs, self.costs.num_params)
-        macs, num_params = floor(self.costs, self.costs.names)
-        if macs > limit_macs or num_params > limit_params:
+        limits = target.limits(*self.costs.whole)
+        too_much = excess(self.costs.left(self.costs.names), self.costs.whole, limits)
+        if too_much:
             raise BudgetError(
                 f"The target cannot be reached: with all {len(self.costs.names)} units gone "
-                f"{macs:,} of {self.costs.macs:,} MACs and {num_params:,} of "
-                f"{self.costs.num_params:,} parameters are left. Raise it, or convert with "
-                "units='all'."
+                f"{too_much} are left. Raise it, or convert with units='all'."
             )
 
     def attach(self, optimizer: Optimizer) -> "Sparsifier":
@@ -163,6 +200,41 @@ class Sparsifier:
         """Leave the optimizer; scales at 0 are then held there by nothing."""
         self._scalars.detach()
 
+    def finish(self) -> Outcome:
+        """Leave the optimizer, and return where the run stands.
+
+        A run that stopped before its zeros were all there gets a warning that says what is missing.
+        """
+        self.detach()
+        if not self.history or self.history[-1].step != self._step:
+            self._snapshot()
+        outcome = self.outcome()
+        if not outcome.met:
+            warnings.warn(str(outcome), stacklevel=2)
+        return outcome
+
+    def outcome(self) -> Outcome:
+        """Return where the run stands now; nothing changes."""
+        removed = self.removed
+        left = self.costs.left(removed)
+        over = ""
+        pending: tuple[str, ...] = ()
+        if self._steering is not None:
+            over = excess(left, self.costs.whole, self._steering.limits)
+            if over:
+                planned = [*self._steering.taken, *self._steering.missing(self._host_scores())]
+                pending = tuple(n for n in planned if n not in removed)
+        return Outcome(
+            step=self._step,
+            total_steps=self.total_steps,
+            removed=tuple(removed),
+            pending=pending,
+            macs=left.macs,
+            num_params=left.num_params,
+            latency_ms=left.latency_ms if self.costs.unit_ms else None,
+            over=over,
+        )
+
     def _observe(self, grads: dict[int, Tensor]) -> None:
         if self.mode == "subgradient":
             for name, gate in self.gates.items():
@@ -174,35 +246,42 @@ class Sparsifier:
 
     def _score(self, grads: dict[int, Tensor]) -> None:
         """Follow the score of each unit: what removing it does to the loss, to first order."""
-        names = [n for n in self.costs.names if id(self.gates[n].scale) in grads]
-        if not names:
-            return
+        every = [self.gates[n] for n in self.costs.names]
+        unseen = torch.full((), math.nan, device=every[0].scale.device)
         changes = []
-        for name in names:
-            gate = self.gates[name]
+        for gate in every:
+            if id(gate.scale) not in grads:
+                changes.append(unseen)
+                continue
             change = -gate.scale.detach() * grads[id(gate.scale)]
             if gate.control is not None and id(gate.control) in grads:
                 # A layer does not vanish, it becomes the identity: p goes to 1 meanwhile.
                 change = change + (1 - gate.control.detach()) * grads[id(gate.control)]
             changes.append(change)
-        squares = torch.stack(changes).float().square().tolist()
-        state = self._state
-        for name, square in zip(names, squares, strict=True):
-            if math.isfinite(square):
-                old = state.scores.get(name)
-                state.scores[name] = square if old is None else 0.98 * old + 0.02 * square
+        now = _stack(changes).square()
+        if self._scores is None:
+            self._scores = torch.full_like(now, math.nan)
+        old = self._scores.to(now.device)
+        new = torch.where(old.isnan(), now, _KEEP * old + (1 - _KEEP) * now)
+        # A step that overflowed says nothing.
+        self._scores = torch.where(now.isfinite(), new, old)
+
+    def _host_scores(self) -> dict[str, float]:
+        if self._scores is None:
+            return {}
+        values = zip(self.costs.names, self._scores.tolist(), strict=True)
+        return {n: v for n, v in values if math.isfinite(v)}
 
     def _finish_step(self, optimizer: Optimizer) -> None:
-        self._state.step += 1
+        self._step += 1
         self._project()
         self._normalise()
-        if self.mode == "proximal":
-            if self.target is not None:
-                self._steer()
-            else:
-                self._shrink(optimizer)
+        if self._steering is not None:
+            self._steer(self._steering)
+        elif self.mode == "proximal":
+            self._shrink(optimizer)
         every = max(1, (self.total_steps or 2000) // 100)
-        if self._state.step % every == 0:
+        if self._step % every == 0:
             self._snapshot()
 
     def _project(self) -> None:
@@ -234,134 +313,96 @@ class Sparsifier:
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Take the reweighted proximal L1 step."""
-        if self._state.step % _REFRESH == 1:
-            mean = sum(self._macs.values()) / len(self._macs)
+        names = self.costs.names
+        if self._step % _REFRESH == 1:
+            values = _stack([self.gates[n].scale for n in names]).tolist()
             raw = {
-                n: self._macs[n] / mean / (abs(self.gates[n].scale.item()) + _EPS)
-                for n in self.costs.names
+                n: self._costs_of[n] / (abs(v) + _EPS) for n, v in zip(names, values, strict=True)
             }
             total = sum(raw.values()) / len(raw)
             self._weights = {n: w / total for n, w in raw.items()}
         rate = max(float(g["lr"]) for g in optimizer.param_groups)
-        for name in self.costs.names:
+        for name in names:
             scale = self.gates[name].scale
             scale.sub_(rate * self.strength * self._weights[name]).clamp_(min=0.0)
 
-    def _steer(self) -> None:
-        state, total = self._state, self.total_steps
-        assert total is not None
-        window = max(1, total // 10)
-        refresh = max(1, total // 200)
-        if state.step >= total * _LEARN and state.step % refresh == 0:
-            self._choose(total, window)
-        for name, fade in list(state.fading.items()):
-            scale = self.gates[name].scale
-            left = (fade.end - state.step) / max(1, fade.end - fade.start)
-            control = self.gates[name].control
+    def _steer(self, steering: Steering) -> None:
+        step = self._step
+        if steering.due(step):
+            steering.choose(step, self._host_scores(), lambda n: self.gates[n].scale.item())
+        for name, fade in list(steering.fading.items()):
+            scale, control = self.gates[name].scale, self.gates[name].control
+            left = (fade.end - step) / max(1, fade.end - fade.start)
             if control is not None:
                 # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
                 control.clamp_(min=min(1.0, 1 - left))
             if left <= 0:
-                scale.zero_()
-                del state.fading[name]
-                state.zero.append(name)
+                del steering.fading[name]
+                steering.zero.append(name)
             else:
                 scale.clamp_(max=fade.scale * left)
-        for name in state.zero:
+        for name in steering.zero:
             gate = self.gates[name]
             gate.scale.zero_()
             if gate.control is not None:
                 gate.control.clamp_(min=_LEAST_CONTROL)
 
-    def _choose(self, total: int, window: int) -> None:
-        """Put the next units under pressure, as many as the schedule asks for by now."""
-        state = self._state
-        assert self.target is not None
-        last = total * _DONE - window
-        first = total * _LEARN
-        progress = min(1.0, (state.step - first) / max(1.0, last - first))
-        limits = self.target.limits(self.costs.macs, self.costs.num_params)
-        whole = (self.costs.macs, self.costs.num_params)
-        taken = [*state.zero, *state.fading]
-        while True:
-            saved = self.costs.saving(taken)
-            size = (whole[0] - saved.macs, whole[1] - saved.num_params)
-            # Where the schedule wants the net to be now; the limit itself at the end.
-            wanted = [
-                w - max(0.0, w - min(w, lim)) * progress
-                for w, lim in zip(whole, limits, strict=True)
-            ]
-            if all(s <= w + 1e-9 for s, w in zip(size, wanted, strict=True)):
-                return
-            name = self._least(
-                taken, [max(0.0, s - lim) for s, lim in zip(size, limits, strict=True)]
-            )
-            if name is None:
-                return
-            taken.append(name)
-            end = min(state.step + window, max(state.step + 1, int(total * 0.95)))
-            state.fading[name] = _Fade(state.step, end, self.gates[name].scale.item())
-
-    def _least(self, taken: list[str], missing: list[float]) -> str | None:
-        """Return the unit whose removal costs least for what it brings nearer to the limits.
-
-        ``missing`` is what is over the limits (MACs, parameters). More than that is of no use, so
-        the last unit is one that fits, not the one that is cheapest per MAC.
-        """
-        whole = (max(1, self.costs.macs), max(1, self.costs.num_params))
-        now = self.costs.saving(taken)
-        best, best_score = None, math.inf
-        for name in self.costs.names:
-            if name in taken or self.costs.empties(name, taken):
-                continue
-            then = self.costs.saving([*taken, name])
-            gains = (then.macs - now.macs, then.num_params - now.num_params)
-            useful = sum(min(g, m) / w for g, m, w in zip(gains, missing, whole, strict=True))
-            if useful <= 0:
-                continue
-            score = math.sqrt(self._state.scores.get(name, math.inf)) / useful
-            if best is None or score < best_score:
-                best, best_score = name, score
-        return best
-
     def _snapshot(self) -> None:
-        scales = {n: g.scale.item() for n, g in self.gates.items()}
-        zero = [n for n in self.costs.names if scales[n] == 0]
-        left = self.costs.macs - self.costs.saving(zero).macs
-        controls = {n: g.control.item() for n, g in self.gates.items() if g.control is not None}
-        self.history.append(
-            Snapshot(self._state.step, scales, controls, left / max(1, self.costs.macs))
-        )
+        scales = _by_name({n: g.scale for n, g in self.gates.items()})
+        controls = _by_name({n: g.control for n, g in self.gates.items() if g.control is not None})
+        left = self.costs.left([n for n in self.costs.names if scales[n] == 0])
+        share = left.macs / max(1, self.costs.macs)
+        ms = left.latency_ms if self.costs.unit_ms else None
+        self.history.append(Snapshot(self._step, scales, controls, share, ms))
 
     @property
     def removed(self) -> list[str]:
         """Names of the units whose scale is 0."""
-        return [n for n, g in self.gates.items() if g.scale.item() == 0]
+        scales = _by_name({n: g.scale for n, g in self.gates.items()})
+        return [n for n, s in scales.items() if s == 0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
-        state = self._state
-        return {
-            "step": state.step,
-            "scores": dict(state.scores),
-            "fading": {n: [f.start, f.end, f.scale] for n, f in state.fading.items()},
-            "zero": list(state.zero),
+        state: dict[str, Any] = {
+            "step": self._step,
+            "scores": self._host_scores(),
+            "fading": {},
+            "zero": [],
             "weights": dict(self._weights),
             "scalars": self._scalars.state_dict(),
-            "history": [[s.step, s.scales, s.controls, s.macs] for s in self.history],
+            "history": [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in self.history],
         }
+        if self._steering is not None:
+            state |= self._steering.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = _State(
-            state["step"],
-            dict(state["scores"]),
-            {n: _Fade(*f) for n, f in state["fading"].items()},
-            list(state["zero"]),
-        )
+        """Go on from another Sparsifier's ``state_dict`` (the same model and arguments)."""
+        self._step = state["step"]
+        device = self.gates[self.costs.names[0]].scale.device
+        values = [state["scores"].get(n, math.nan) for n in self.costs.names]
+        self._scores = torch.tensor(values, device=device, dtype=torch.float32)
         self._weights = dict(state["weights"])
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
         self.history = [Snapshot(*s) for s in state["history"]]
+        if self._steering is not None:
+            self._steering.load_state_dict(state)
+
+
+def _stack(scalars: list[Tensor]) -> Tensor:
+    """Return the scalars as one float32 vector, on the device of the first."""
+    device = scalars[0].device
+    return torch.stack([s.detach().to(device, torch.float32) for s in scalars])
+
+
+def _by_name(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Read all values in one transfer."""
+    if not scalars:
+        return {}
+    first = next(iter(scalars.values()))
+    values = torch.stack([s.detach().to(first.device, first.dtype) for s in scalars.values()])
+    return dict(zip(scalars, values.tolist(), strict=True))
 
 
 def _affine(gate: Gate) -> Any:

@@ -26,6 +26,7 @@ from .files import write_atomic, write_text
 from .gates import Gate
 from .plan import Plan
 from .trace import unwrap
+from .version import __version__
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
@@ -58,8 +59,6 @@ def save(
     Raises:
         LoadError: the model has gates left, so it is no ordinary network yet.
     """
-    import resconv
-
     model = unwrap(model)
     gated = [n for n, m in model.named_modules() if isinstance(m, Gate)]
     if gated:
@@ -78,7 +77,7 @@ def save(
     record = getattr(model, "resconv_record", None) or {}
     header = {
         "format_version": FORMAT_VERSION,
-        "resconv_version": resconv.__version__,
+        "resconv_version": __version__,
         "torch_version": torch.__version__,
         "source": record.get("source") or getattr(model, "resconv_source", None),
         "edits": record.get("edits") or [],

@@ -1,6 +1,6 @@
 """Training by Lightning: dense nets, converted nets under a Sparsifier, and finetuning."""
 
-from .evaluate import evaluate, recalibrate
+from .evaluate import evaluate
 from .fit import FitResult, Recipe, fit
 from .precision import Precision, choose_precision
 
@@ -11,5 +11,4 @@ __all__ = [
     "choose_precision",
     "evaluate",
     "fit",
-    "recalibrate",
 ]

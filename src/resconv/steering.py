@@ -1,0 +1,134 @@
+"""Which unit goes next, and when: the schedule that brings a run to its target.
+
+After a share of the run that only collects scores, the net that the schedule wants shrinks linearly
+from the whole to the target. Whenever the planned zeros leave more than that, the unit that costs
+least for what it brings nearer to the limits is put under a penalty that grows until its scale is 0.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .budget import Budget
+from .ledger import Ledger, Saving
+
+__all__ = ["DONE", "Fade", "Steering"]
+
+LEARN = 0.05  # share of the run that only collects scores
+DONE = 0.6  # share of the run by which every planned scale is 0
+LAST = 0.95  # no penalty grows longer than this
+
+
+@dataclass
+class Fade:
+    """A scale on its way to 0: its bound falls linearly from ``scale``."""
+
+    start: int
+    end: int
+    scale: float
+
+
+@dataclass
+class Steering:
+    """The units that are 0, those on their way, and the choice of the next."""
+
+    costs: Ledger
+    target: Budget
+    total: int
+    fading: dict[str, Fade] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
+    limit_ms: float = math.inf  # corrected by measuring the finished net
+
+    @property
+    def window(self) -> int:
+        return max(1, self.total // 10)
+
+    @property
+    def taken(self) -> list[str]:
+        return [*self.zero, *self.fading]
+
+    @property
+    def limits(self) -> tuple[float, float, float]:
+        macs, num_params, ms = self.target.limits(*self.costs.whole)
+        return macs, num_params, min(ms, self.limit_ms)
+
+    def due(self, step: int) -> bool:
+        """Whether units may be chosen after this step."""
+        return step >= self.total * LEARN and step % max(1, self.total // 200) == 0
+
+    def progress(self, step: int) -> float:
+        first, last = self.total * LEARN, self.total * DONE - self.window
+        return min(1.0, (step - first) / max(1.0, last - first))
+
+    def choose(
+        self, step: int, scores: Mapping[str, float], scale_of: Callable[[str], float]
+    ) -> None:
+        """Put the next units under pressure, as many as the schedule asks for by now."""
+        progress = self.progress(step)
+        # Where the schedule wants the net to be now; the limit itself at the end.
+        wanted = [
+            w - max(0.0, w - min(w, lim)) * progress
+            for w, lim in zip(self.costs.whole, self.limits, strict=True)
+        ]
+        for name in self._until(wanted, self.taken, scores):
+            end = min(step + self.window, max(step + 1, int(self.total * LAST)))
+            self.fading[name] = Fade(step, end, scale_of(name))
+
+    def missing(self, scores: Mapping[str, float]) -> list[str]:
+        """Return the units that would still have to be chosen to meet the limits."""
+        return self._until(list(self.limits), self.taken, scores)
+
+    def _until(
+        self, wanted: list[float], taken: list[str], scores: Mapping[str, float]
+    ) -> list[str]:
+        taken = list(taken)
+        more: list[str] = []
+        while True:
+            left = self.costs.left(taken)
+            if all(s <= w + 1e-9 for s, w in zip(left, wanted, strict=True)):
+                return more
+            over = [max(0.0, s - lim) for s, lim in zip(left, self.limits, strict=True)]
+            name = self._least(taken, over, scores)
+            if name is None:
+                return more
+            taken.append(name)
+            more.append(name)
+
+    def _least(
+        self, taken: list[str], over: list[float], scores: Mapping[str, float]
+    ) -> str | None:
+        """Return the unit whose removal costs least for what it brings nearer to the limits.
+
+        ``over`` is what is over the limits (MACs, parameters, milliseconds). More than that is of
+        no use, so the last unit is one that fits, not the one that is cheapest per MAC.
+        """
+        whole = [max(w, 1e-9) for w in self.costs.whole]
+        now: Saving = self.costs.saving(taken)
+        best, best_score = None, math.inf
+        for name in self.costs.names:
+            if name in taken or self.costs.empties(name, taken):
+                continue
+            then = self.costs.saving([*taken, name])
+            useful = sum(
+                min(t - n, o) / w for t, n, o, w in zip(then, now, over, whole, strict=True)
+            )
+            if useful <= 1e-12:
+                continue
+            score = math.sqrt(scores.get(name, math.inf)) / useful
+            if best is None or score < best_score:
+                best, best_score = name, score
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fading": {n: [f.start, f.end, f.scale] for n, f in self.fading.items()},
+            "zero": list(self.zero),
+            "limit_ms": None if math.isinf(self.limit_ms) else self.limit_ms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.fading = {n: Fade(*f) for n, f in state["fading"].items()}
+        self.zero = list(state["zero"])
+        limit = state.get("limit_ms")
+        self.limit_ms = math.inf if limit is None else limit
