@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from resconv.budget import Budget
 from resconv.data import BatchLoader, ImageData, default_augment
+from resconv.gates import gates
 from resconv.sparsify import Sparsifier
 
 from .recipe import Recipe
@@ -97,6 +98,9 @@ class Classifier(lightning.LightningModule):
             )
             if self._resumed is not None:
                 self.sparsifier.load_state_dict(self._resumed)
+        elif gates(self.model):
+            # No pressure, but a parameter group of their own: scalars overshoot otherwise.
+            Sparsifier(self.model, strength=0.0).attach(optimizer)
         warmup = max(1, int(total * recipe.warmup))
 
         def rate(step: int) -> float:

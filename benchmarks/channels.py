@@ -1,0 +1,67 @@
+"""The filter-pruning arm: Torch-Pruning (DepGraph) on a ResNet of ours, to a number of MACs.
+
+The shortcuts of these nets pad new channels with zeros ("option A"). Torch-Pruning 1.6.1 does not
+follow channels through such a shortcut (the pruned net does not run), so the channels of the
+residual stream stay and those between the two convs of a block go, which is how filter pruning is
+commonly done on these nets. Where a block's shortcut is a conv ("option B"), all channels may go.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+import resconv
+
+__all__ = ["prune_channels"]
+
+
+def prune_channels(
+    model: nn.Module,
+    example: Tensor,
+    macs: float,
+    *,
+    round_to: int | None = None,
+    inner_only: bool = True,
+) -> tuple[nn.Module, float]:
+    """Return a copy with uniformly thinner layers at (nearly) ``macs`` times the MACs, and its ratio.
+
+    The ratio of channels is bisected until the net is at most at the budget.
+    """
+    whole = resconv.count(model, example).macs
+    low, high, best = 0.0, 0.95, None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        net = _pruned(model, example, ratio, round_to, inner_only)
+        share = resconv.count(net, example).macs / whole
+        if share <= macs:
+            best, high = (net, ratio), ratio
+        else:
+            low = ratio
+    assert best is not None, f"no ratio of channels reaches {macs:.0%} of the MACs"
+    return best
+
+
+def _pruned(
+    model: nn.Module, example: Tensor, ratio: float, round_to: int | None, inner_only: bool
+) -> nn.Module:
+    net = copy.deepcopy(model).eval()
+    keep: list[Any] = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    if inner_only:
+        # The stem and the second conv of each block write the residual stream.
+        keep += [m for n, m in net.named_modules() if n == "conv1" or n.endswith(".conv2")]
+    pruner = tp.pruner.GroupNormPruner(
+        net,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        global_pruning=False,
+        ignored_layers=keep,
+        round_to=round_to,
+    )
+    pruner.step()
+    with torch.no_grad():
+        net(example)
+    return net
