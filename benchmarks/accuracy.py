@@ -8,6 +8,7 @@ by ``python -m benchmarks.claims``.
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,12 +20,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 import resconv
 from resconv import data as datasets
 from resconv import nets
 from resconv import run as runs
+from resconv.data import BatchLoader
 from resconv.files import write_text
+from resconv.gates import zeroed
+from resconv.ledger import ledger
 from resconv.run.pipeline import machine
 from resconv.train import Recipe, evaluate, fit
 
@@ -43,7 +48,7 @@ class Job:
     """One arm: what is trained, from which other arm's net, and for how long."""
 
     name: str
-    kind: str  # dense, resconv, ours, torch-pruning, scratch
+    kind: str  # one of KINDS
     net: str
     data: str
     epochs: int
@@ -53,6 +58,7 @@ class Job:
     start: str | None = None  # the arm whose trained net this one starts from
     like: str | None = None  # the arm whose compact architecture this one trains from scratch
     units: str = "all"
+    ranking: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -88,6 +94,43 @@ def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ..
     return jobs
 
 
+def _ranked(net: str, before: int, total: int, macs: float, seeds: int = 3) -> list[Job]:
+    """Return the arms that choose whole branches by the scales, or in one shot by other rankings."""
+    jobs = []
+    for seed in range(seeds):
+        end = f"-seed{seed}"
+        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
+        base = replace(start, epochs=total - before, macs=macs, start=start.name, units="blocks")
+        jobs += [start, replace(base, name=f"digits/{net}/ranked-scales{end}", kind="ours")]
+        jobs += [
+            replace(base, name=f"digits/{net}/ranked-{r}{end}", kind="ranked", ranking=r)
+            for r in RANKINGS
+        ]
+    return jobs
+
+
+def _rates(net: str, before: int, total: int, shares: tuple[float, ...], seeds: int) -> list[Job]:
+    """Return the arms for accuracy right after pruning, over pruning rates."""
+    jobs = []
+    for seed in range(seeds):
+        end = f"-seed{seed}"
+        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
+        jobs.append(start)
+        jobs.append(replace(start, name=f"digits/{net}/whole{end}", epochs=total))
+        jobs += [
+            replace(
+                start,
+                name=f"digits/{net}/rate-{round(100 * share)}{end}",
+                kind="ours",
+                epochs=total - before,
+                macs=share,
+                start=start.name,
+            )
+            for share in shares
+        ]
+    return jobs
+
+
 def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) -> list[Job]:
     """Return the arms that train a net with ResConv and without it."""
     where = "digits" if data == "digits" else "cifar"
@@ -97,6 +140,8 @@ def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) ->
         for kind in ("dense", "resconv")
     ]
 
+
+RANKINGS = ("random", "weight", "leave-one-out")
 
 SUITES: dict[str, list[Job]] = {
     "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35)),
@@ -111,6 +156,8 @@ SUITES: dict[str, list[Job]] = {
         for net in ("plainnet20", "plainnet56", "plainnet110", "resnet20", "resnet56")
         for job in _plain(net, "digits", 30, seeds=3)
     ],
+    "rankings": _ranked("resnet56", 15, 30, 0.5),
+    "rates": _rates("resnet56", 15, 30, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
 }
 
 
@@ -217,7 +264,9 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         "layout": blocks_kept(job.net, plan["remove"]),
         "macs_after": metrics["macs_compact"],
         "num_params_after": metrics["num_params_compact"],
-        "history": [[step, scales] for step, scales, _, _ in history[:: max(1, len(history) // 25)]],
+        "history": [
+            [step, scales] for step, scales, _, _ in history[:: max(1, len(history) // 25)]
+        ],
     }
 
 
@@ -227,9 +276,70 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     model = _create(job, data)
     model.load_state_dict(load_file(_job(job.start).weights))
     example = torch.randn(1, data.channels, data.image_size, data.image_size)
-    model, ratio = prune_channels(model.eval(), example, job.macs)
+    made = prune_channels(model.eval(), example, job.macs)
+    assert made is not None
+    model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
     return _finish(_trained(model, job, data), job, data) | extra
+
+
+def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:
+    """Remove the branches that rank lowest, all at once, and train what is left."""
+    assert job.start is not None
+    assert job.macs is not None
+    model = _create(job, data)
+    model.load_state_dict(load_file(_job(job.start).weights))
+    example = torch.randn(2, data.channels, data.image_size, data.image_size)
+    gated = resconv.convert(model.eval(), example, units=job.units).eval()
+    costs = ledger(gated, example)
+    scores = _scores(gated, job, data)
+    chosen: list[str] = []
+    for name in sorted(costs.names, key=lambda n: scores[n]):
+        if costs.macs - costs.saving(chosen).macs <= job.macs * costs.macs:
+            break
+        chosen.append(name)
+    compact = resconv.prune(gated, resconv.Plan(tuple(chosen)))
+    extra = {
+        "top1_pruned": evaluate(compact, data),
+        "remove": chosen,
+        "layout": blocks_kept(job.net, chosen),
+    }
+    return _finish(_trained(compact, job, data), job, data) | extra
+
+
+def _scores(gated: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, float]:
+    """Return what each branch counts for, by the job's ranking; the lowest go."""
+    names = list(resconv.gates(gated))
+    if job.ranking == "random":
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(job.seed))
+        return dict(zip(names, order.tolist(), strict=True))
+    if job.ranking == "weight":
+        kernels = {n: p for n, p in gated.named_parameters() if p.ndim == 4}
+        return {
+            name: statistics.fmean(
+                p.detach().abs().mean().item() for n, p in kernels.items() if n.startswith(name)
+            )
+            for name in names
+        }
+    images, labels = next(
+        iter(
+            BatchLoader(
+                data.train,
+                1000,
+                shuffle=True,
+                seed=job.seed,
+                augment=None,
+                mean=data.mean,
+                std=data.std,
+                device=torch.device("cpu"),
+            )
+        )
+    )
+    scores = {}
+    for name in names:
+        with zeroed(gated, (name,)), torch.no_grad():
+            scores[name] = F.cross_entropy(gated(images), labels).item()
+    return scores
 
 
 def _scratch(job: Job, data: datasets.ImageData) -> dict[str, Any]:
@@ -244,6 +354,7 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
     "resconv": _resconv,
     "ours": _ours,
     "torch-pruning": _torch_pruning,
+    "ranked": _ranked_arm,
     "scratch": _scratch,
 }
 

@@ -87,7 +87,8 @@ class ResidualBlock(PlainBlock):
 class ResNet(nn.Module):
     """A net of ``6 * blocks_per_stage + 2`` layers.
 
-    Shape: (N, in_channels, H, W) -> (N, num_classes); any H and W from 4 up.
+    Shape: (N, in_channels, H, W) -> (N, num_classes); any H and W from 4 up. The stages have
+    ``width``, ``2 * width`` and ``4 * width`` channels.
     """
 
     def __init__(
@@ -96,17 +97,18 @@ class ResNet(nn.Module):
         blocks_per_stage: int,
         num_classes: int = 10,
         in_channels: int = 3,
+        width: int = 16,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, 16, 1)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = _conv3x3(in_channels, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu1 = nn.ReLU()
-        self.layer1 = _make_stage(block, 16, 16, 1, blocks_per_stage)
-        self.layer2 = _make_stage(block, 16, 32, 2, blocks_per_stage)
-        self.layer3 = _make_stage(block, 32, 64, 2, blocks_per_stage)
+        self.layer1 = _make_stage(block, width, width, 1, blocks_per_stage)
+        self.layer2 = _make_stage(block, width, 2 * width, 2, blocks_per_stage)
+        self.layer3 = _make_stage(block, 2 * width, 4 * width, 2, blocks_per_stage)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

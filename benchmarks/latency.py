@@ -1,0 +1,223 @@
+"""Latency, memory and file size at equal MACs: fewer layers against thinner layers.
+
+Every arm has its norms folded, runs on the same threads, and takes its turn in the same rounds. Weights
+do not matter for latency, so the arms are not trained here; ours removes the blocks that sparse
+training chose where such a run is at hand (benchmarks/results/accuracy), else evenly spread ones.
+"""
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as weight_prune
+
+import resconv
+from resconv import nets
+from resconv.files import write_text
+from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
+from resconv.nets.resnet import ResidualBlock, ResNet
+
+from .accuracy import read_results, without_units
+from .channels import prune_channels
+from .page import stamp, table, write_section
+
+RESULTS = Path(__file__).parent / "results" / "latency"
+SHARES = (0.5, 0.35, 0.25)
+# Blocks kept a stage, as published for ResNet-56 (docs/method.md names the sources).
+LAYOUTS = {"CKA [5,2,5]": (5, 2, 5), "CKA [2,2,3]": (2, 2, 3), "Consensus [2,2,2]": (2, 2, 2)}
+
+
+class ConvShortcutBlock(ResidualBlock):
+    """A residual block whose shortcut is a 1x1 conv where channels or size change ("option B")."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        if self.shortcut is not None:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+
+def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
+    """Return the blocks to remove so that ``kept`` stay in each stage (the first one always)."""
+    return [
+        f"layer{stage}.{block}"
+        for stage, keep in enumerate(kept, 1)
+        for block in range(int(keep), blocks)
+    ]
+
+
+def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the units to remove to keep ``share`` of the MACs, and where the choice comes from."""
+    trained = results.get(f"cifar/{net}/ours-{round(100 * share)}")
+    if trained:
+        return trained["remove"], "chosen by sparse training"
+    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    example = torch.randn(1, 3, 32, 32)
+    whole = resconv.count(nets.create(net), example).macs
+    for left in range(3 * blocks, 2, -1):  # take blocks evenly from the stages
+        kept = tuple(left // 3 + (stage >= 3 - left % 3) for stage in range(3))
+        remove = even_plan(blocks, kept)
+        if not remove:
+            continue
+        compact = without_units(net, 10, 3, 32, remove)
+        if resconv.count(compact, example).macs <= share * whole:
+            return remove, "evenly spread"
+    raise AssertionError(f"{net} has no {share:.0%}")
+
+
+def uniform_width(net: str, share: float) -> nn.Module:
+    """Return the same net with all channels scaled alike, the widest within the MACs."""
+    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    example = torch.randn(1, 3, 32, 32)
+    whole = resconv.count(nets.create(net), example).macs
+    for width in range(16, 1, -1):
+        thin = ResNet(ResidualBlock, blocks, width=width)
+        if resconv.count(thin, example).macs <= share * whole:
+            return thin
+    raise AssertionError(f"{net} has no width for {share:.0%}")
+
+
+def sparse_weights(model: nn.Module, share: float) -> nn.Module:
+    """Return a copy with the smallest weights of the convs at 0, the tensors as large as before."""
+    model = copy.deepcopy(model)
+    convs = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
+    weight_prune.global_unstructured(
+        convs, pruning_method=weight_prune.L1Unstructured, amount=1 - share
+    )
+    for module, name in convs:
+        weight_prune.remove(module, name)
+    return model
+
+
+def arms(net: str, share: float, results: dict[str, Any]) -> tuple[dict[str, nn.Module], str]:
+    """Return the nets to compare at ``share`` of the MACs of ``net``, the dense one first."""
+    torch.manual_seed(0)
+    example = torch.randn(2, 3, 32, 32)
+    dense = nets.create(net).eval()
+    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    remove, how = plan_for(net, share, results)
+    found = {"dense": dense, "resconv": without_units(net, 10, 3, 32, remove)}
+    option_b = ResNet(ConvShortcutBlock, blocks).eval()
+    for name, made in (
+        ("", prune_channels(dense, example, share)),
+        (", round_to=8", prune_channels(dense, example, share, round_to=8)),
+        (", all channels", prune_channels(option_b, example, share, inner_only=False)),
+    ):
+        if made is not None:  # rounded to 8 channels, not every share can be had
+            found[f"Torch-Pruning{name}"] = made[0]
+    found |= {
+        "uniform width": uniform_width(net, share),
+        "single weights": sparse_weights(dense, share),
+    }
+    if net == "resnet56" and share == SHARES[0]:
+        for name, kept in LAYOUTS.items():
+            found[name] = without_units(net, 10, 3, 32, even_plan(blocks, kept))
+    return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}, how
+
+
+def measure(
+    found: dict[str, nn.Module], batch: int, folder: Path, *, compiled: bool
+) -> dict[str, dict[str, float]]:
+    """Return milliseconds, by arm and runtime, all timed in the same rounds."""
+    x = torch.randn(batch, 3, 32, 32)
+    runners: dict[str, Callable[[], Any]] = {}
+    for name, net in found.items():
+        runners[f"{name}/torch"] = torch_runner(net, x)
+        runners[f"{name}/onnxruntime"] = onnx_runner(file_of(folder, name), x, 1)
+        if compiled:
+            runners[f"{name}/torch.compile"] = torch_runner(torch.compile(copy.deepcopy(net)), x)
+    timings = time_together(runners, repeats=200 if batch == 1 else 40, warmup=5)
+    taken: dict[str, dict[str, float]] = {name: {} for name in found}
+    for key, timing in timings.items():
+        name, _, runtime = key.rpartition("/")
+        taken[name][runtime] = timing.median_ms
+    return taken
+
+
+def file_of(folder: Path, name: str) -> Path:
+    return folder / f"{''.join(c for c in name if c.isalnum())}.onnx"
+
+
+def compare(net: str, share: float, *, compiled: bool) -> None:
+    found, how = arms(net, share, read_results())
+    example: Tensor = torch.randn(1, 3, 32, 32)
+    with torch_threads(1), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = {
+            n: resconv.export(m, file_of(folder, n), example).num_bytes for n, m in found.items()
+        }
+        taken = {b: measure(found, b, folder, compiled=compiled) for b in (1, 32)}
+    macs = {n: resconv.count(m, example).macs for n, m in found.items()}
+    rows = [
+        {
+            "arm": n,
+            "macs": macs[n],
+            "latency_ms": {f"{r}, batch {b}": ms for b in taken for r, ms in taken[b][n].items()},
+            "peak_memory_bytes": peak_memory(m, example),
+            "file_bytes": sizes[n],
+        }
+        for n, m in found.items()
+    ]
+    record = {
+        "net": net,
+        "share": share,
+        "plan": how,
+        "stamp": stamp(command=f"python -m benchmarks.latency {net}"),
+        "rows": rows,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_text(RESULTS / f"{net}-{round(100 * share)}.json", json.dumps(record, indent=1) + "\n")
+
+
+def report(net: str) -> None:
+    """Write the tables of a net from what was measured."""
+    parts = []
+    for share in SHARES:
+        file = RESULTS / f"{net}-{round(100 * share)}.json"
+        if not file.is_file():
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        dense = record["rows"][0]
+        runtimes = list(dense["latency_ms"])
+        lines = []
+        for row in record["rows"]:
+            exact = row["macs"] / dense["macs"]
+            cells = [row["arm"], "100 %" if row is dense else f"{exact:.1%}"]
+            for runtime in runtimes:
+                ms, base = row["latency_ms"][runtime], dense["latency_ms"][runtime]
+                cells.append(f"{ms:.2f} ms" if row is dense else f"{ms / base:.2f}x")
+            base_memory, base_file = dense["peak_memory_bytes"], dense["file_bytes"]
+            if row is dense:
+                cells += [f"{base_memory / 1024:,.0f} KiB", f"{base_file / 1024:,.0f} KiB"]
+            else:
+                cells += [
+                    f"{row['peak_memory_bytes'] / base_memory:.2f}x",
+                    f"{row['file_bytes'] / base_file:.2f}x",
+                ]
+            lines.append(cells)
+        header = ["arm", "MACs", *runtimes, "peak memory", "ONNX file"]
+        parts.append(
+            f"### {net} at {share:.0%} of the MACs\n\n{record['stamp']} One thread, interleaved in "
+            f"random order, medians; all arms but dense are ratios to dense. Units of the resconv "
+            f"arm: {record['plan']}.\n\n{table(header, lines)}"
+        )
+    write_section(f"Latency at equal MACs: {net}", "\n\n".join(parts))
+
+
+def main() -> None:
+    net = sys.argv[1] if len(sys.argv) > 1 else "resnet56"
+    for share in SHARES:
+        compare(net, share, compiled=net == "resnet56" and share == SHARES[0])
+    report(net)
+
+
+if __name__ == "__main__":
+    main()
