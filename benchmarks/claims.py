@@ -1,0 +1,315 @@
+"""Write the tables and plots of the paper's claims into docs/results.md, from benchmarks/results/.
+
+Nothing is measured here: ``python -m benchmarks.accuracy SUITE`` fills in what is missing. A row
+without a result names the command that makes it.
+"""
+
+import io
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from resconv.files import write_text
+
+from .accuracy import RANKINGS, SUITES, Job, read_results
+from .page import DOCS, table, write_section
+
+Rows = dict[str, dict[str, Any]]
+MISSING = "not run"
+
+
+def commands(suite: str, rows: Iterable[dict[str, Any]]) -> str:
+    """Say which command, when and on what machine."""
+    rows = list(rows)
+    dates = sorted({r["date"] for r in rows})
+    machines = sorted({r["machine"] for r in rows})
+    seeds = sorted({r["seed"] for r in rows})
+    named = ", ".join(map(str, seeds))
+    return (
+        f"`python -m benchmarks.accuracy {suite}`, then `python -m benchmarks.claims`; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, seed{'s' * (len(seeds) > 1)} {named}, "
+        f"{'; '.join(machines)}."
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation, or the one value."""
+    if not values:
+        return MISSING
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def done(jobs: list[Job], results: Rows) -> list[dict[str, Any]]:
+    return [results[job.name] for job in jobs if job.name in results]
+
+
+def plain(results: Rows) -> None:
+    """C1 and C2: the same net with ResConv and without it, nothing pruned."""
+    for suite in ("plain", "digits"):
+        jobs = SUITES[suite]
+        if not done(jobs, results):
+            continue
+        lines = []
+        for net in dict.fromkeys(job.net for job in jobs):
+            cells = {}
+            for kind in ("dense", "resconv"):
+                mine = [j for j in jobs if j.net == net and j.kind == kind]
+                cells[kind] = [r["top1"] for r in done(mine, results)]
+            both = min(len(cells["dense"]), len(cells["resconv"]))
+            gains = [
+                b - a for a, b in zip(cells["dense"][:both], cells["resconv"][:both], strict=True)
+            ]
+            lines.append(
+                [
+                    net,
+                    str(jobs[0].epochs),
+                    str(both),
+                    spread(cells["dense"]),
+                    spread(cells["resconv"]),
+                    f"{statistics.fmean(gains):+.2f}" if gains else "",
+                ]
+            )
+        where = done(jobs, results)[0]["data"]
+        write_section(
+            f"C1, C2: training with ResConv, {where}",
+            f"{commands(suite, done(jobs, results))} Top-1 in %; the ResConv column is the fused net "
+            "(an ordinary net of the same size). Every conv layer that keeps its input's shape is "
+            "a ResConv from the start (s = 1, p = 1), without pressure on the scales.\n\n"
+            + table(["net", "epochs", "seeds", "plain", "ResConv", "points"], lines),
+        )
+
+
+def compare(suite: str, results: Rows) -> None:
+    """C6, C7 and the comparison with other methods at equal MACs and epochs."""
+    jobs = SUITES[suite]
+    found = done(jobs, results)
+    if not found:
+        return
+    dense = next(j for j in jobs if j.kind == "dense" and j.name.endswith("/dense"))
+    base = results.get(dense.name)
+    start = next(j for j in jobs if j.name.endswith("/start"))
+    names = {
+        "ours": "resconv",
+        "torch-pruning": "Torch-Pruning (filters)",
+        "scratch": "resconv's net from scratch",
+    }
+    lines = []
+    if base:
+        lines.append(["dense", "100 %", "100 %", str(dense.epochs), f"{base['top1']:.2f}", "", ""])
+    for job in jobs:
+        if job.kind not in names:
+            continue
+        share = f"{job.macs:.0%}"
+        row = results.get(job.name)
+        if row is None:
+            lines.append([f"{names[job.kind]}, {share}", "", "", "", MISSING, "", ""])
+            continue
+        total = job.epochs + (start.epochs if job.start else 0)
+        whole = results[start.name]
+        lines.append(
+            [
+                f"{names[job.kind]}, {share}",
+                f"{row['macs_after'] / whole['macs_after']:.1%}",
+                f"{row['num_params_after'] / whole['num_params_after']:.1%}",
+                str(total),
+                f"{row['top1']:.2f}",
+                f"{row['top1'] - base['top1']:+.2f}" if base else "",
+                ", ".join(row.get("layout", [])),
+            ]
+        )
+    ours = [r for r in found if r["kind"] == "ours"]
+    exact = [
+        f"{r['macs']:.0%}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "
+        f"{len(r['removed_with_nonzero_scale'])} removed units with a scale other than 0"
+        for r in ours
+    ]
+    write_section(
+        f"{start.net} on CIFAR-10 (JPEG): accuracy at equal MACs",
+        f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
+        f"resconv and Torch-Pruning start from the same dense net of {start.epochs} epochs "
+        f"({results[start.name]['top1']:.2f} %), then train for {dense.epochs - start.epochs} epochs at "
+        f"the same peak rate ({start.lr}); resconv's sparse training is all of it, the net is not "
+        "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, "
+        "pruned in one step and finetuned; only inner channels of blocks, since it cannot follow "
+        "channels through zero-padded shortcuts. The last column is blocks kept a stage (+ blocks "
+        "with one of two convs).\n\n"
+        + table(
+            ["arm", "MACs", "parameters", "epochs", "top-1", "points to dense", "blocks kept"],
+            lines,
+        )
+        + ("\n\nPruning without retraining: " + "; ".join(exact) + "." if exact else ""),
+    )
+
+
+def rankings(results: Rows) -> None:
+    """C4: what the scales choose, against other rankings."""
+    jobs = SUITES["rankings"]
+    found = done(jobs, results)
+    if not found:
+        return
+    lines = []
+    for ranking in ("scales", *RANKINGS):
+        mine = done([j for j in jobs if f"ranked-{ranking}-" in j.name], results)
+        before = [r.get("top1_pruned", r["top1"]) for r in mine]
+        lines.append(
+            [
+                "scales (sparse training)" if ranking == "scales" else ranking,
+                spread(before),
+                spread([r["top1"] for r in mine]),
+                "; ".join(" ".join(r["layout"]) for r in mine),
+            ]
+        )
+    job = jobs[1]
+    write_section(
+        "C4: which branches go, by ranking",
+        f"{commands('rankings', found)} {job.net} on digits to {job.macs:.0%} of the MACs, whole "
+        f"residual branches only; all arms from the same dense nets ({jobs[0].epochs} epochs), then "
+        f"{job.epochs} epochs each. Rankings other than the scales remove all branches at once, and "
+        "train afterwards; with sparse training nothing is trained after the removal.\n\n"
+        + table(
+            ["ranking", "top-1 right after removal", "top-1 at the end", "blocks kept, per seed"],
+            lines,
+        ),
+    )
+
+
+def rates(results: Rows) -> None:
+    """C6: accuracy right after pruning, over the pruning rate."""
+    jobs = SUITES["rates"]
+    found = done(jobs, results)
+    if not found:
+        return
+    whole = [r["top1"] for r in found if "/whole-" in r["name"]]
+    shares = sorted({j.macs for j in jobs if j.macs is not None}, reverse=True)
+    lines, points = [], []
+    for share in shares:
+        mine = done([j for j in jobs if j.macs == share], results)
+        top1 = [r["top1"] for r in mine]
+        change = [r["top1"] - r["top1_training_form"] for r in mine]
+        kept = [r["macs_after"] / results[r["start"]]["macs_after"] for r in mine]
+        if not mine:
+            lines.append([f"{share:.0%}", "", MISSING, "", ""])
+            continue
+        points.append((100 * (1 - statistics.fmean(kept)), top1))
+        lines.append(
+            [
+                f"{share:.0%}",
+                f"{statistics.fmean(kept):.1%}",
+                spread(top1),
+                f"{statistics.fmean(top1) - statistics.fmean(whole):+.2f}" if whole else "",
+                f"{max(change, key=abs):+.2f}",
+            ]
+        )
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2))
+    for rate, values in points:
+        axes.plot([rate] * len(values), values, "o", color="#c0392b", markersize=4)
+    axes.plot([r for r, _ in points], [statistics.fmean(v) for _, v in points], color="#c0392b")
+    if whole:
+        axes.axhline(statistics.fmean(whole), color="#7f8c8d", linestyle="--", linewidth=1)
+        axes.text(1, statistics.fmean(whole), "dense, same epochs", va="bottom", color="#7f8c8d")
+    axes.set(xlabel="MACs removed (%)", ylabel="top-1 right after pruning (%)", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    job = next(j for j in jobs if j.kind == "ours")
+    write_section(
+        "C6: accuracy right after pruning, without retraining",
+        f"{commands('rates', found)} {job.net} on digits; dense for {jobs[0].epochs} epochs, sparse "
+        f"training for {job.epochs}, and nothing after the removal. The dense net trained for as many "
+        f"epochs in all: {spread(whole)} %.\n\n"
+        + table(
+            ["target", "MACs", "top-1", "points to dense", "largest change by removal itself"],
+            lines,
+        )
+        + f"\n\n{picture(figure, 'rates', 'Top-1 right after pruning over MACs removed')}",
+    )
+
+
+def scales(results: Rows) -> None:
+    """C4: the scales over sparse training."""
+    parts = []
+    for row in results.values():
+        if row["kind"] != "ours" or row["data"] == "digits":
+            continue
+        gone = set(row["remove"])
+        figure, axes = pyplot.subplots(figsize=(8, 3.4))
+        steps = [step for step, _ in row["history"]]
+        for name in row["history"][0][1]:
+            color = "#c0392b" if name in gone else "#7f8c8d"
+            values = [found[name] for _, found in row["history"]]
+            axes.plot(steps, values, color=color, linewidth=1, alpha=0.8, zorder=2 + (name in gone))
+        axes.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
+        axes.plot([], [], color="#7f8c8d", label=f"kept ({row['num_units'] - len(gone)})")
+        axes.set(xlabel="optimizer step", ylabel="layer scaling factor s")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        title = f"{row['net']} to {row['macs']:.0%} of the MACs"
+        parts.append(
+            f"{title}; {row['date']}, seed {row['seed']}, {row['machine']}. Removed: "
+            + ", ".join(f"`{n}`" for n in row["remove"])
+            + f".\n\n{picture(figure, 'scales-' + row['name'].replace('/', '-'), title)}"
+        )
+    if parts:
+        write_section(
+            "C4: the scales over sparse training, CIFAR-10 (JPEG)",
+            "Written by `python -m benchmarks.claims` from the runs of `python -m "
+            "benchmarks.accuracy resnet56`. No strength was set; the target alone steers.\n\n"
+            + "\n\n".join(parts),
+        )
+
+
+def picture(figure: Any, name: str, alt: str) -> str:
+    """Save a plot as SVG beside the page, and return the Markdown that shows it."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "resconv"}):  # the same plot is the same file
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    folder: Path = DOCS / "images"
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+    write_text(folder / f"{name}.svg", text + "\n")
+    return f"![{alt}](images/{name}.svg)"
+
+
+def open_rows(results: Rows) -> None:
+    """List what no machine at hand could run."""
+    jobs = [j for j in SUITES["resnet110"] if j.name not in results]
+    if not jobs:
+        return
+    lines = [
+        [f"`{j.name}`", str(j.epochs), "`python -m benchmarks.accuracy resnet110`"] for j in jobs
+    ]
+    write_section(
+        "C7: ResNet-110 at -65.5 % of the MACs",
+        "Not measured yet: these runs need a GPU (720 epochs of ResNet-110 in all are out of reach of two CPU "
+        "cores). The command below fills them in; the paper reports -0.13 points at -65.5 % of the "
+        "FLOPs.\n\n" + table(["run", "epochs", "command"], lines),
+    )
+
+
+WRITERS: tuple[Callable[[Rows], None], ...] = (
+    lambda results: compare("resnet56", results),
+    lambda results: compare("resnet110", results),
+    plain,
+    scales,
+    rankings,
+    rates,
+    open_rows,
+)
+
+
+def main() -> None:
+    results = read_results()
+    for write in WRITERS:
+        write(results)
+
+
+if __name__ == "__main__":
+    main()
