@@ -6,9 +6,11 @@ convert -> train with a Sparsifier -> plan -> prune -> verify -> save and export
 from .budget import Budget as Budget
 from .choose import plan as plan
 from .convert import convert as convert
+from .distill import distill as distill
 from .errors import ResConvError as ResConvError
 from .export import export as export
 from .fuse import fuse as fuse
+from .gates import copy_zeros as copy_zeros
 from .gates import gates as gates
 from .plan import Plan as Plan
 from .prune import prune as prune

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["BranchGate", "Gate", "Multiply", "ResConv", "gates", "is_leaf", "zeroed"]
+from .errors import ConversionError
+
+__all__ = [
+    "BranchGate",
+    "Gate",
+    "Multiply",
+    "ResConv",
+    "copy_zeros",
+    "gates",
+    "is_leaf",
+    "zeroed",
+]
 
 
 class _AddScaled(torch.autograd.Function):
@@ -66,6 +77,14 @@ class Gate(nn.Module):
     control: nn.Parameter | None
     removable: bool = True
     unit: str = ""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
+        # ``model.bfloat16()`` too leaves the scalars in float32: bf16 cannot hold their small steps.
+        super()._apply(fn, recurse)
+        for scalar in (self.scale, self.control):
+            if scalar is not None and scalar.element_size() < 4:
+                scalar.data = scalar.data.float()
+        return self
 
     def extra_repr(self) -> str:
         control = "" if self.control is None else f", control={self.control.item():.4g}"
@@ -129,10 +148,12 @@ class ResConv(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.conv(x)
-        if self.norm is not None:
-            z = _scaled_norm(self.norm, z, self.scale)
-        else:
+        if self.norm is None:
             z = z * self.scale.to(z.dtype)
+        elif is_plain_norm(self.norm):
+            z = _scaled_norm(self.norm, z, self.scale)
+        else:  # a SyncBatchNorm since the conversion: its forward talks to the other processes
+            z = self.norm(z) * self.scale.to(z.dtype)
         assert self.control is not None
         return _AddScaled.apply(z, x, self.control)  # type: ignore[no-any-return]
 
@@ -186,6 +207,32 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None).
     """
     return {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
+
+
+@torch.no_grad()
+def copy_zeros(source: nn.Module, target: nn.Module) -> None:
+    """Set every scale of ``target`` to exactly 0 whose namesake in ``source`` is 0.
+
+    An average over training (EMA, SWA) of a scale that arrived at 0 is small and never 0. Call
+    this after each update of the average, ``copy_zeros(model, ema.module)``, and the averaged net
+    holds the same zeros as the trained one. Nothing else in ``target`` changes.
+
+    Raises:
+        ConversionError: ``target`` lacks a unit of ``source``.
+    """
+    others = gates(target)
+    every = gates(source)
+    missing = [name for name in every if name not in others]
+    if missing or not every:
+        raise ConversionError(
+            f"The averaged net has no unit named {', '.join(map(repr, missing[:5]))}. Make the "
+            "average from the converted model (ModelEmaV3(model), AveragedModel(model))."
+            if missing
+            else "The source has no gates. Call resconv.convert(model, example_inputs) first."
+        )
+    for name, gate in every.items():
+        scale = others[name].scale
+        scale.mul_((gate.scale != 0).to(scale.device, scale.dtype))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ works, made before or after, and groups and state of the optimizer keep their la
     all others        v <- 0.999 v + 0.001 g^2,  x <- x - rate * clamp(g / sqrt(v / (1 - 0.999^t)), -1, 1)
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +44,7 @@ class Scalars:
         self.params = dict(params)
         self.share, self.prepare, self.finish = share, prepare, finish
         self.steps = 0
-        self.squares: dict[str, float] = {}
+        self._squares: Tensor | None = None  # by scalar, on the device
         self._taken: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -133,27 +132,38 @@ class Scalars:
         rate = max(self._rates(optimizer)) * self.share
         changes = [grads[id(p)] for _, p in found]
         if not _steps_by_gradient(optimizer):
-            self._normalise([n for n, _ in found], changes)
+            changes = self._normalise([n for n, _ in found], changes)
         up = any(g.get("maximize") for g in optimizer.param_groups)
-        steps = [c.clamp(-1.0, 1.0).to(p.dtype) for c, (_, p) in zip(changes, found, strict=True)]
+        steps = [
+            c.clamp(-1.0, 1.0).to(p.device, p.dtype)
+            for c, (_, p) in zip(changes, found, strict=True)
+        ]
         torch._foreach_add_([p for _, p in found], steps, alpha=rate if up else -rate)
 
-    def _normalise(self, names: list[str], changes: list[Tensor]) -> None:
+    def _normalise(self, names: list[str], changes: list[Tensor]) -> list[Tensor]:
+        """Divide each gradient by its running size; nothing here waits for the device."""
         self.steps += 1
-        for name, change, square in zip(
-            names, changes, torch.stack(changes).square().tolist(), strict=True
-        ):
-            if math.isfinite(square):
-                old = self.squares.get(name, 0.0)
-                self.squares[name] = _BETA * old + (1 - _BETA) * square
-            mean = self.squares.get(name, 0.0) / (1 - _BETA**self.steps)
-            change.div_(math.sqrt(mean) + 1e-12)
+        now = torch.stack([c.to(changes[0].device) for c in changes])
+        if self._squares is None:
+            self._squares = torch.zeros(len(self.params), device=now.device)
+        old = self._squares.to(now.device)
+        every = list(self.params)
+        rows = None if names == every else torch.tensor([every.index(n) for n in names])
+        mine = old if rows is None else old[rows]
+        square = now.square()
+        new = torch.where(square.isfinite(), _BETA * mine + (1 - _BETA) * square, mine)
+        self._squares = new if rows is None else old.index_copy(0, rows.to(old.device), new)
+        size = (new / (1 - _BETA**self.steps)).sqrt() + 1e-12
+        return list((now / size).unbind())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "squares": dict(self.squares)}
+        squares = [] if self._squares is None else self._squares.tolist()
+        return {"steps": self.steps, "squares": dict(zip(self.params, squares, strict=False))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.squares = int(state["steps"]), dict(state["squares"])
+        self.steps = int(state["steps"])
+        saved = state["squares"]
+        self._squares = torch.tensor([saved.get(n, 0.0) for n in self.params]) if saved else None
 
 
 def _steps_by_gradient(optimizer: Optimizer) -> bool:

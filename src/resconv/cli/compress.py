@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Data, ImageSize, Model, Out, amount, show_table
+from .options import Data, Devices, ImageSize, Model, Out, amount, show_table
 
 __all__ = ["register"]
 
@@ -16,6 +16,8 @@ EXAMPLES = """
   resconv compress --model resnet56 --data cifar10 --macs 0.35 --finetune-epochs 20 --out runs/c56
 
   resconv compress --model timm:resnet18 --data folder:photos --weights mine.safetensors --macs 60% --out runs/mine
+
+  torchrun --nproc-per-node 4 -m resconv compress --model resnet56 --data cifar10 --macs 0.5 --out runs/c56
 """
 
 
@@ -49,6 +51,7 @@ def compress(
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images of each split.")] = None,
     precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    devices: Devices = None,
     fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
@@ -77,10 +80,13 @@ def compress(
         channels=channels,
         limit=limit,
         precision=precision,
+        devices="auto" if devices is None else devices,
     )
     config.budget()
-    folder = runs.RunFolder.begin(out, config, fresh=fresh)
-    metrics = runs.compress(runs.open_run(folder.path, typer.echo))
+    run = runs.begin(out, config, fresh=fresh, say=typer.echo)
+    metrics = runs.compress(run)
+    if not run.ranks.leads:
+        return
     show_table(
         f"{model} on {data}, {metrics['num_zero']} of {metrics['num_units']} units at 0",
         ["", "dense", "compact", "change"],

@@ -7,7 +7,17 @@ import typer
 
 from resconv.errors import BudgetError
 
-__all__ = ["Data", "ImageSize", "Model", "Out", "RunPath", "amount", "example_for", "show_table"]
+__all__ = [
+    "Data",
+    "Devices",
+    "ImageSize",
+    "Model",
+    "Out",
+    "RunPath",
+    "amount",
+    "example_for",
+    "show_table",
+]
 
 Model = Annotated[
     str,
@@ -16,6 +26,12 @@ Model = Annotated[
 Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder:PATH or parquet:PATH.")]
 Out = Annotated[Path, typer.Option(help="The run folder.")]
 RunPath = Annotated[Path, typer.Argument(help="A run folder.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that train: GPUs, or CPU processes; default: every GPU, else one process."
+    ),
+]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Data, ImageSize, Model, Out, amount
+from .options import Data, Devices, ImageSize, Model, Out, amount
 
 __all__ = ["register"]
 
@@ -39,6 +39,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     image_size: ImageSize = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images of each split.")] = None,
+    devices: Devices = None,
     fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
 ) -> None:
     """Train a network, then train its scales towards the target. `prune` goes on from there."""
@@ -59,11 +60,11 @@ def train(
         seed=seed,
         image_size=image_size,
         limit=limit,
+        devices="auto" if devices is None else devices,
     )
     if not dense_only:
         config.budget()
-    folder = runs.RunFolder.begin(Path(out), config, fresh=fresh)
-    run = runs.open_run(folder.path, typer.echo)
+    run = runs.begin(Path(out), config, fresh=fresh, say=typer.echo)
     runs.run_stage(run, "dense")
     if not dense_only:
         runs.run_stage(run, "sparse")

@@ -2,6 +2,6 @@
 
 from .config import Config
 from .folder import RunFolder
-from .pipeline import STAGES, compress, open_run, run_stage
+from .pipeline import STAGES, begin, compress, open_run, run_stage
 
-__all__ = ["STAGES", "Config", "RunFolder", "compress", "open_run", "run_stage"]
+__all__ = ["STAGES", "Config", "RunFolder", "begin", "compress", "open_run", "run_stage"]

@@ -23,12 +23,12 @@ from resconv.plan import Plan
 from resconv.prune import leftovers
 from resconv.report import write_report
 from resconv.sparsify import Snapshot
-from resconv.train import Recipe, choose_precision, evaluate, fit
+from resconv.train import Ranks, Recipe, choose_precision, evaluate, fit, join, tell
 
 from .config import Config
 from .folder import RunFolder
 
-__all__ = ["STAGES", "Run", "compress", "open_run", "run_stage"]
+__all__ = ["STAGES", "Run", "begin", "compress", "open_run", "run_stage"]
 
 Say = Callable[[str], None]
 
@@ -36,8 +36,9 @@ Say = Callable[[str], None]
 class Run:
     """A run folder with its data and nets, loaded when a stage needs them."""
 
-    def __init__(self, folder: RunFolder, say: Say = print) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: RunFolder, say: Say = print, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.folder, self.say = folder, say if self.ranks.leads else lambda text: None
         self.config = folder.config()
         self.precision = choose_precision(self.config.precision)
         self._data: ImageData | None = None
@@ -174,6 +175,8 @@ def _dense(run: Run) -> None:
             progress=config.progress,
             devices=config.devices,
         )
+    if not run.ranks.leads:
+        return
     top1 = evaluate(model, run.data)
     size = resconv.count(model, run.example())
     _save_state(model, run.folder / "dense.safetensors")
@@ -203,6 +206,8 @@ def _sparse(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
     )
+    if not run.ranks.leads:
+        return
     top1 = evaluate(model, run.data)
     _save_state(model, run.folder / "gated.safetensors")
     run.folder.write_json(
@@ -282,6 +287,8 @@ def _finetune(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
     )
+    if not run.ranks.leads:
+        return
     model.eval()
     compact = resconv.fuse(model, example)
     check = resconv.verify(model, compact, example)
@@ -400,6 +407,21 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
+# The stages that every process takes part in; the leading one does the rest.
+_SHARED = ("dense", "sparse", "finetune")
+
+
+def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) -> Run:
+    """Make (or open again) a run folder; under a launcher, once for all its processes.
+
+    Raises:
+        RunError: see :meth:`RunFolder.begin`.
+    """
+    ranks = join()
+    tell(ranks, lambda: RunFolder.begin(path, config, fresh=fresh) and None)
+    return Run(RunFolder.open(path), say, ranks)
+
+
 def open_run(path: Path, say: Say = print) -> Run:
     return Run(RunFolder.open(path), say)
 
@@ -411,7 +433,12 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
         RunError: a stage before it is missing.
     """
     order = list(STAGES)
-    done = run.folder.done()
+    # What is done is decided once: the folder changes while the others look.
+    done = tell(run.ranks, run.folder.done)
+    if not run.ranks.leads:
+        if stage in _SHARED and (again or stage not in done):
+            STAGES[stage](run)
+        return
     if stage in done and not again:
         run.say(f"[{stage}] done already.")
         return
@@ -431,11 +458,11 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
 
 
 def compress(run: Run) -> dict[str, Any]:
-    """Run every stage that is not done, and return the metrics."""
+    """Run every stage that is not done, and return the metrics (on the leading process)."""
     run.config.budget()
     for stage in STAGES:
         run_stage(run, stage)
-    return run.folder.metrics()
+    return run.folder.metrics() if run.ranks.leads else {}
 
 
 def history(folder: RunFolder) -> list[Snapshot]:

@@ -3,12 +3,16 @@
 from .evaluate import evaluate
 from .fit import FitResult, Recipe, fit
 from .precision import Precision, choose_precision
+from .ranks import Ranks, join, tell
 
 __all__ = [
     "FitResult",
     "Precision",
+    "Ranks",
     "Recipe",
     "choose_precision",
     "evaluate",
     "fit",
+    "join",
+    "tell",
 ]

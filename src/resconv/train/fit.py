@@ -4,7 +4,6 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -15,10 +14,13 @@ from torch import nn
 from resconv.budget import Budget
 from resconv.data import ImageData
 from resconv.errors import RunError
+from resconv.gates import gates
+from resconv.integrations.lightning import SparsityCallback
 from resconv.sparsify import Snapshot
 
 from .module import Classifier
 from .precision import Precision, choose_precision
+from .ranks import choose_devices, raised_inside
 from .recipe import Recipe
 
 __all__ = ["FitResult", "Recipe", "fit"]
@@ -50,33 +52,40 @@ def fit(
     A run that was stopped goes on from its last whole epoch when called again with the same
     folder.
 
+    With a ``target`` it is sparse training towards that budget. ``devices`` are processes on this
+    machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
+    own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
+    how many there are is then what the launcher says.
+
     Raises:
-        RunError: the checkpoint does not fit the model.
+        RunError: the checkpoint does not fit the model, or there are not as many devices.
     """
     precision = precision or choose_precision()
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)
-    module = Classifier(
-        model, data, recipe, channels_last=precision.channels_last, target=target, teacher=teacher
-    )
+    module = Classifier(model, data, recipe, channels_last=precision.channels_last, teacher=teacher)
+    sparsity: list[SparsityCallback] = []
+    if target is not None:
+        sparsity = [SparsityCallback(target)]
+    elif gates(model):
+        # No pressure, but scalars are moved apart from the weights all the same: they overshoot.
+        sparsity = [SparsityCallback(strength=0.0)]
     # One file, written over after every epoch.
     checkpoint = ModelCheckpoint(
         folder, filename="last", save_top_k=1, enable_version_counter=False
     )
     shown: list[Callback] = [RichProgressBar(leave=False)] if progress else []
     last = folder / "last.ckpt"
-    kwargs: dict[str, Any] = {}
-    if not torch.cuda.is_available():
-        kwargs["accelerator"] = "cpu"
+    kwargs = choose_devices(devices)
+    spawns = kwargs["strategy"] == "ddp_spawn"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
             max_epochs=recipe.epochs,
             precision=precision.name,  # type: ignore[arg-type]
-            devices=1 if kwargs and devices == "auto" else devices,
-            callbacks=[checkpoint, *shown, *callbacks],
+            callbacks=[*sparsity, checkpoint, *shown, *callbacks],
             logger=CSVLogger(folder.parent, name=folder.name, version=""),
             enable_progress_bar=progress,
             enable_model_summary=False,
@@ -92,15 +101,32 @@ def fit(
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None
             raise
-        except RuntimeError as error:
-            if last.is_file() and "state_dict" in str(error):
+        except Exception as error:
+            inside = raised_inside(error)
+            if inside is not None:
+                raise inside from error
+            misfit = "state_dict" in str(error) or "state dict" in str(error)
+            if last.is_file() and misfit:
                 raise RunError(
-                    f"The checkpoint {last} belongs to another net: {str(error)[:200]}. "
-                    "Start anew with --fresh."
+                    f"The checkpoint {last} belongs to another net or version: "
+                    f"{str(error)[-200:]}. Start anew with --fresh."
                 ) from error
             raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     module.model.to("cpu")
-    history = module.sparsifier.history if module.sparsifier is not None else []
-    return FitResult(history, trainer.current_epoch)
+    history: list[Snapshot] = []
+    if target is not None:
+        history = _stored_history(last) if spawns else _history(sparsity[0])
+    return FitResult(history, recipe.epochs if spawns else trainer.current_epoch)
+
+
+def _history(callback: SparsityCallback) -> list[Snapshot]:
+    return [] if callback.sparsifier is None else callback.sparsifier.history
+
+
+def _stored_history(checkpoint: Path) -> list[Snapshot]:
+    """Read what the processes that trained left in the checkpoint."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+    state = next(s["sparsifier"] for n, s in stored.items() if n.startswith("SparsityCallback"))
+    return [Snapshot(*row) for row in state["history"]]

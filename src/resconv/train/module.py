@@ -1,4 +1,4 @@
-"""The LightningModule of an image classifier, with pressure on its scales when asked."""
+"""The LightningModule of an image classifier."""
 
 import math
 from typing import Any
@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from resconv.budget import Budget
 from resconv.data import BatchLoader, ImageData, default_augment
-from resconv.gates import gates
-from resconv.sparsify import Sparsifier
+from resconv.distill import distill
+from resconv.errors import RunError
 
 from .recipe import Recipe
 
@@ -23,7 +22,6 @@ class Classifier(lightning.LightningModule):
     """Trains ``model`` on ``data``: SGD, warm-up and cosine, cross-entropy.
 
     Args:
-        target: sparse training towards this budget.
         teacher: a dense net whose logits are followed as well (knowledge distillation,
             Hinton et al. 2015), weighted by ``recipe.distill``.
     """
@@ -35,22 +33,26 @@ class Classifier(lightning.LightningModule):
         recipe: Recipe,
         *,
         channels_last: bool,
-        target: Budget | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.data, self.recipe, self.channels_last = data, recipe, channels_last
-        self.target = target
-        self.sparsifier: Sparsifier | None = None
-        self._resumed: dict[str, Any] | None = None
         # In a list, so that its weights are neither trained nor saved with the net's.
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def train_dataloader(self) -> BatchLoader:
         data, recipe = self.data, self.recipe
-        size = min(recipe.batch_size, len(data.train))
+        # The recipe counts the images of a step on all ranks together.
+        world = self.trainer.world_size
+        if recipe.batch_size < world or len(data.val) < world:
+            raise RunError(
+                f"{world} processes cannot share a batch of {recipe.batch_size} images and a "
+                f"validation set of {len(data.val)}: each needs at least one image. Use fewer "
+                "devices or a larger batch size."
+            )
+        size = min(recipe.batch_size, len(data.train)) // world
         return BatchLoader(
             data.train,
             size,
@@ -63,7 +65,7 @@ class Classifier(lightning.LightningModule):
             device=self.device,
             channels_last=self.channels_last,
             rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            world_size=world,
         )
 
     def val_dataloader(self) -> BatchLoader:
@@ -92,15 +94,6 @@ class Classifier(lightning.LightningModule):
             [g for g in groups if g["params"]], lr=recipe.lr, momentum=0.9, nesterov=True
         )
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        if self.target is not None:
-            self.sparsifier = Sparsifier(self.model, target=self.target, total_steps=total).attach(
-                optimizer
-            )
-            if self._resumed is not None:
-                self.sparsifier.load_state_dict(self._resumed)
-        elif gates(self.model):
-            # No pressure, but a parameter group of their own: scalars overshoot otherwise.
-            Sparsifier(self.model, strength=0.0).attach(optimizer)
         warmup = max(1, int(total * recipe.warmup))
 
         def rate(step: int) -> float:
@@ -121,32 +114,13 @@ class Classifier(lightning.LightningModule):
         if self._teacher:
             teacher = self._teacher[0].to(self.device)
             with torch.no_grad():
-                wanted = teacher(images).float()
-            t, share = 4.0, self.recipe.distill
-            soft = F.kl_div(
-                F.log_softmax(logits.float() / t, 1),
-                F.log_softmax(wanted / t, 1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            loss = (1 - share) * loss + share * t * t * soft
+                wanted = teacher(images)
+            share = self.recipe.distill
+            loss = (1 - share) * loss + share * distill(logits, wanted)
         self.log("loss", loss, prog_bar=True)
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        if self.sparsifier is not None and self.sparsifier.history:
-            self.log("macs", self.sparsifier.history[-1].macs, prog_bar=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
         self.accuracy(self.model(images).float(), labels)
         self.log("top1", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.sparsifier is not None:
-            checkpoint["sparsifier"] = self.sparsifier.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint.get("sparsifier")
-        if self.sparsifier is not None and self._resumed is not None:
-            self.sparsifier.load_state_dict(self._resumed)

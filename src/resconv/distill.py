@@ -1,0 +1,35 @@
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import ModelError
+
+__all__ = ["distill"]
+
+
+def distill(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Return how far the class probabilities are from the teacher's: a scalar loss, 0 where equal.
+
+    ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, the mean over the batch. ``T^2`` keeps the
+    size of the gradient the same at every temperature, so the loss can be weighed against cross-
+    entropy once: ``0.5 * F.cross_entropy(logits, labels) + 0.5 * distill(logits, teacher(images))``.
+    The gradient goes into ``logits`` alone. It is computed in float32 at least.
+
+    Shape: both (N, classes) or (N, classes, *spatial) -> ().
+    """
+    if logits.shape != teacher_logits.shape:
+        raise ModelError(
+            f"The student's logits have shape {tuple(logits.shape)}, the teacher's "
+            f"{tuple(teacher_logits.shape)}: both must tell the same classes apart, on one batch."
+        )
+    if not temperature > 0:
+        raise ModelError(f"temperature={temperature!r}: give a number above 0.")
+    student = F.log_softmax(_wide(logits) / temperature, 1)
+    teacher = F.log_softmax(_wide(teacher_logits.detach()) / temperature, 1)
+    each = F.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
+    return each.mean() * temperature**2
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.element_size() >= 4 else logits.float()

@@ -1,0 +1,124 @@
+"""Several processes: which one this is, how many there are, and how they keep step.
+
+A launcher (torchrun, SLURM) starts every process with the same command. Without one, Lightning starts
+the processes for the time of a fit.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from resconv import errors
+from resconv.errors import ResConvError, RunError
+
+__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside", "tell"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that a launcher started (alone: rank 0 of 1)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def find_ranks() -> Ranks:
+    """Return what the launcher says in the environment.
+
+    Raises:
+        RunError: it does not say how many processes run on this machine.
+    """
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(local))
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+        world = int(os.environ["SLURM_NTASKS"])
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        if world % nodes:
+            raise RunError(
+                f"SLURM runs {world} tasks on {nodes} nodes: every node needs as many as the "
+                "others. Use --ntasks-per-node, one task a GPU."
+            )
+        return Ranks(int(os.environ["SLURM_PROCID"]), world, world // nodes)
+    return Ranks()
+
+
+def join() -> Ranks:
+    """Return this process's ranks; connect them, where there are several and none has yet."""
+    ranks = find_ranks()
+    if ranks.world_size > 1 and not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # The others wait while the first one evaluates and prunes.
+        distributed.init_process_group(
+            backend,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(days=1),
+        )
+    return ranks
+
+
+def tell(ranks: Ranks, decide: Callable[[], T]) -> T:
+    """Return what ``decide`` returns on the leading process; the others wait for it."""
+    if ranks.world_size == 1:
+        return decide()
+    box: list[Any] = [decide() if ranks.leads else None]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def choose_devices(asked: int | str) -> dict[str, Any]:
+    """Return the Trainer's accelerator, devices, num_nodes and strategy.
+
+    Raises:
+        RunError: fewer GPUs than asked for, or a number below 1.
+    """
+    ranks = find_ranks()
+    cuda = torch.cuda.is_available()
+    accelerator = "cuda" if cuda else "cpu"
+    if ranks.world_size > 1:
+        return {
+            "accelerator": accelerator,
+            "devices": ranks.local_size,
+            "num_nodes": ranks.world_size // ranks.local_size,
+            "strategy": "ddp",
+        }
+    there = torch.cuda.device_count() if cuda else None
+    count = (there or 1) if asked == "auto" else int(asked)
+    if count < 1 or (there is not None and count > there):
+        limit = "" if there is None else f" and at most {there}, the GPUs of this machine"
+        raise RunError(f"devices={asked}: at least 1{limit}.")
+    strategy = "ddp_spawn" if count > 1 else "auto"
+    return {"accelerator": accelerator, "devices": count, "num_nodes": 1, "strategy": strategy}
+
+
+def raised_inside(error: Exception) -> ResConvError | None:
+    """Return the error for the user that a process of the fit died of, if it was one."""
+    if not isinstance(error, ProcessRaisedException):
+        return None
+    found = re.findall(r"^resconv\.errors\.(\w+): (.*)", str(error), re.MULTILINE | re.DOTALL)
+    if not found:
+        return None
+    name, text = found[-1]
+    kind = getattr(errors, name, ResConvError)
+    if kind is errors.MissingExtraError:  # its arguments are not its text
+        kind = ResConvError
+    return kind(text.strip())
