@@ -80,7 +80,7 @@ class Gate(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         # ``model.bfloat16()`` too leaves the scalars in float32: bf16 cannot hold their small steps.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for scalar in (self.scale, self.control):
             if scalar is not None and scalar.element_size() < 4:
                 scalar.data = scalar.data.float()
