@@ -1,14 +1,20 @@
 """Saved networks come back the same, and changed files are refused."""
 
+import hashlib
 import json
+import os
+import random
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import resconv
 from resconv import nets
+from resconv.errors import LoadError, SaveError
+from resconv.header import describe_modules, read_header, seal
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -54,11 +60,12 @@ def test_a_net_without_a_source_needs_its_model(images, tmp_path):
     assert torch.equal(resconv.load(tmp_path, model=model)(images), compact(images))
 
 
-def edit_header(folder, change):
+def edit_header(folder, change, *, sealed=True):
+    """Change the header as an attacker would, who makes the checksum anew."""
     file = folder / "model.json"
     header = json.loads(file.read_text())
     change(header)
-    file.write_text(json.dumps(header))
+    file.write_text(json.dumps(seal(header) if sealed else header))
 
 
 def test_changed_and_truncated_weights_are_refused(saved):
@@ -76,46 +83,440 @@ def test_changed_and_truncated_weights_are_refused(saved):
         resconv.load(folder)
 
 
+def conv(**args):
+    return {"op": "conv", "path": "conv1", "type": "Conv2d", "args": args}
+
+
+HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda h: h.update(format_version=99), "format version 99"),
         (lambda h: h.pop("edits"), "'edits' is missing"),
+        (lambda h: h.update(extra=1), "'extra' is not known"),
         (lambda h: h.update(edits={}), "'edits' is a dict"),
         (lambda h: h.update(source={"name": "os:system", "kwargs": {}}), "trust"),
+        (lambda h: h.update(source={"name": "timm:hf-hub:a/b", "kwargs": {}}), "no net"),
+        (lambda h: h.update(source={"name": "timm:../x", "kwargs": {}}), "no net"),
+        (lambda h: h.update(source={"name": 3, "kwargs": {}}), "no name with keywords"),
+        (lambda h: h.update(source={"name": "resnet20"}), "no name with keywords"),
         (
             lambda h: h.update(source={"name": "resnet20", "kwargs": {"num_classes": 10**9}}),
             "unbelievable",
         ),
-        (lambda h: h.update(source={"name": "resnet32", "kwargs": {}}), "does not fit"),
-        (lambda h: h["edits"].append({"op": "run", "path": "x"}), "Not an edit"),
-        (lambda h: h["edits"].append({"op": "identity", "path": "nowhere"}), "nowhere"),
         (
-            lambda h: h["edits"].append(
-                {
-                    "op": "conv",
-                    "path": "conv1",
-                    "type": "Conv2d",
-                    "args": {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]},
-                }
+            lambda h: h.update(source={"name": "resnet20", "kwargs": {"num_classes": 10**6}}),
+            "fc is Linear.in_features=64, out_features=1000000",
+        ),
+        (
+            lambda h: h.update(
+                source={"name": "timm:convnext_atto", "kwargs": {"depths": [10**6] * 4}}
+            ),
+            "unbelievable",
+        ),
+        (
+            lambda h: h.update(
+                source={"name": "timm:convnext_atto", "kwargs": {"depths": [10**4] * 4}}
             ),
             "do not fill",
         ),
-        (lambda h: h.update(dtype="nonsense"), "no torch dtype"),
+        (
+            lambda h: h.update(
+                source={"name": "torchvision:vgg16", "kwargs": {"num_classes": 10**6}}
+            ),
+            "do not fill",
+        ),
+        *[
+            (
+                lambda h, k=k, v=v: h.update(source={"name": "timm:resnet18", "kwargs": {k: v}}),
+                "is not built",
+            )
+            for k, v in (
+                ("pretrained", True),
+                ("checkpoint_path", "x"),
+                ("pretrained_cfg", {"url": "x"}),
+                ("weights_backbone", "DEFAULT"),
+                ("features", "http://a/b"),
+                ("block", {"a": 1}),
+            )
+        ],
+        (lambda h: h.update(source={"name": "resnet32", "kwargs": {}}), "not the one that was"),
+        (lambda h: h["edits"].append({"op": "run", "path": "x"}), "Not an edit"),
+        (lambda h: h["edits"].append("identity"), "not an edit"),
+        (lambda h: h["edits"].append({"op": "identity", "path": "nowhere"}), "nowhere"),
+        (lambda h: h["edits"].append({"op": "identity", "path": "__class__"}), "__class__"),
+        (lambda h: h["edits"].append({"op": "identity", "path": "../../x"}), "x"),
+        (lambda h: h["edits"].append({"op": "identity", "path": ""}), "whole model"),
+        (lambda h: h["edits"].append({"op": "children", "path": "bn1", "names": [[]]}), "names"),
+        (
+            lambda h: h["edits"].append(
+                {"op": "bypass", "path": "", "constants": {"x": [1]}, "nodes": [], "code": ""}
+            ),
+            "constants",
+        ),
+        (
+            lambda h: h["edits"].append(
+                {"op": "bypass", "path": "", "constants": {"x)": 1}, "nodes": [], "code": ""}
+            ),
+            "constants",
+        ),
+        (
+            lambda h: h["edits"].append(
+                {"op": "bypass", "path": "", "constants": {"x": 1}, "nodes": [], "code": ""}
+            ),
+            "cannot be rewritten|differs from the one",
+        ),
+        (
+            lambda h: h["edits"].append(
+                {"op": "bypass", "path": "", "constants": {}, "nodes": [["a", -1]], "code": ""}
+            ),
+            "nodes",
+        ),
+        (
+            lambda h: h["edits"].append({"op": "multiply", "path": "conv1", "factor": "1"}),
+            "factor",
+        ),
+        (lambda h: h["edits"].append(conv(**HUGE)), "do not fill"),
+        (lambda h: h["edits"].append(conv(in_channels=-1)), "in_channels"),
+        (lambda h: h["edits"].append(conv(kernel_size=[3, {}])), "kernel_size"),
+        (lambda h: h["edits"].append(conv(device="meta")), "device"),
+        (lambda h: h["modules"].update({"conv1": "Conv3d()"}), "conv1 is Conv2d"),
+        (lambda h: h["modules"].pop("fc"), "fc was not saved"),
+        (lambda h: h["shared"].update({"fc.weight": "fc.bias"}), "no original"),
+        (lambda h: h["frozen"].append("nowhere"), "'nowhere' to freeze"),
+        (lambda h: h["channels_last"].append(3), "no names"),
+        (lambda h: h.update(inputs={"shape": [10**6, 10**6], "dtype": "float32"}), "too large"),
+        (lambda h: h.update(inputs={"shape": [1], "dtype": "load"}), "dtype 'load'"),
         (lambda h: h.update(plan={"remove": 3}), "list of unit names"),
+        (lambda h: h.update(num_params=2**70), "out of range"),
+        (lambda h: h.update(sha256="0" * 64), "changed after it was saved"),
     ],
 )
 def test_hostile_headers_are_refused(saved, change, message):
     _, folder = saved
     edit_header(folder, change)
-    with pytest.raises(resconv.ResConvError, match=message):
+    with pytest.raises(LoadError, match=message):
         resconv.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["plan"]["remove"].pop(),
+        lambda h: h["edits"].pop(),
+        lambda h: h.update(source={"name": "resnet56", "kwargs": {}}),
+        lambda h: h["inputs"].update(dtype="float32"),
+    ],
+)
+def test_a_changed_plan_edit_or_source_is_noticed(saved, change):
+    _, folder = saved
+    edit_header(folder, change, sealed=False)
+    with pytest.raises(LoadError, match=r"model\.json was changed after it was saved"):
+        resconv.load(folder)
+    edit_header(folder, lambda h: None)  # negative control: with a right checksum it is read
+    read_header(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not JSON|nested"),
+        ("[" * 500 + "]" * 500, "nested deeper"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": -Infinity}', "no JSON number"),
+        ('{"a": 1e999}', "out of range"),
+        ('{"a": ' + "9" * 5000 + "}", "not JSON|out of range"),
+        ('{"a": 1, "a": 2}', "stands twice"),
+        ("[]", "holds a list"),
+        ('"\\ud800"', "holds a str"),
+        ("", "not JSON"),
+        ("\x00" * 100, "not JSON"),
+    ],
+)
+def test_hostile_json_is_refused(saved, text, message):
+    _, folder = saved
+    (folder / "model.json").write_text(text)
+    with pytest.raises(LoadError, match=message):
+        resconv.load(folder)
+
+
+def flipped(content, gen):
+    """Return the bytes with one bit, byte or range changed, cut or doubled."""
+    at, much = gen.randrange(len(content)), gen.randrange(1, 9)
+    how = gen.randrange(4)
+    if how == 0:
+        return content[:at] + bytes([content[at] ^ (1 << gen.randrange(8))]) + content[at + 1 :]
+    if how == 1:
+        return content[:at] + content[at + much :]
+    if how == 2:
+        return content[:at] + content[at : at + much] + content[at:]
+    return content[:at] + gen.randbytes(much) + content[at + much :]
+
+
+def same_net(loaded, compact):
+    a, b = loaded.state_dict(), compact.state_dict()
+    return (
+        list(a) == list(b)
+        and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+        and describe_modules(loaded) == describe_modules(compact)
+    )
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_any_damage_is_refused_or_harmless(saved, name):
+    compact, folder = saved
+    whole = (folder / name).read_bytes()
+    gen, refused = random.Random(0), 0
+    for _ in range(150):
+        (folder / name).write_bytes(flipped(whole, gen))
+        try:
+            loaded = resconv.load(folder)
+        except LoadError:
+            refused += 1
+        else:  # white space in the JSON, say
+            assert same_net(loaded, compact)
+    assert refused > 100
+
+
+def places(tree, path=()):
+    """Yield every place of a JSON tree."""
+    yield path
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from places(value, (*path, key))
+
+
+STRANGE = [None, True, -1, 0, 3, 10**6, 2**62, 1.5, -0.0, "", "x", "conv1", "../x", "a" * 300]
+STRANGE += [[], {}, [[]], [1, 2], {"a": 1}, ["conv1"], {"op": "identity", "path": "fc"}]
+
+
+def test_any_field_of_a_sealed_header_is_refused_or_loads(saved):
+    """Whoever makes the checksum anew can ask for another net, but break nothing."""
+    _, folder = saved
+    file = folder / "model.json"
+    whole, gen = json.loads(file.read_text()), random.Random(1)
+    every = [p for p in places(whole) if p]
+    outside = [p for p in every if p[0] not in ("modules", "frozen")]
+    refused = 0
+    for _ in range(250):
+        header = json.loads(json.dumps(whole))
+        place = gen.choice(outside if gen.random() < 0.9 else every)
+        at = header
+        for key in place[:-1]:
+            at = at[key]
+        if gen.random() < 0.15:
+            del at[place[-1]]
+        else:
+            at[place[-1]] = gen.choice(STRANGE)
+        file.write_text(json.dumps(seal(header)))
+        try:
+            assert isinstance(resconv.load(folder), nn.Module)
+        except LoadError:
+            refused += 1
+    assert refused > 100
+
+
+def reseal_weights(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+
+    def change(header):
+        header.update(sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
+
+    edit_header(folder, change)
+
+
+def test_any_sealed_weights_are_refused_or_load(saved):
+    _, folder = saved
+    whole = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    gen, refused = random.Random(2), 0
+    for _ in range(120):  # in the header of the safetensors file
+        reseal_weights(folder, flipped(whole[: 8 + size], gen) + whole[8 + size :])
+        try:
+            assert isinstance(resconv.load(folder), nn.Module)
+        except LoadError:
+            refused += 1
+    assert refused > 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"fc.bias": t["fc.bias"].int()}), "fc.bias is int32, not float32"),
+        (lambda t: t.update({"fc.bias": t["fc.bias"][:-1].clone()}), r"shape \(9,\), not \(10,\)"),
+        (lambda t: t.pop("fc.bias"), "fc.bias is missing"),
+        (lambda t: t.update({"../x": torch.zeros(1)}), "x belongs nowhere"),
+        (lambda t: t.update({"fc.bias": t["fc.bias"].to(torch.float8_e4m3fn)}), "float8"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(saved, change, message, tmp_path):
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    reseal_weights(folder, (tmp_path / "x.safetensors").read_bytes())
+    with pytest.raises(LoadError, match=message):
+        resconv.load(folder)
+
+
+def test_links_and_pipes(saved, tmp_path):
+    compact, folder = saved
+    moved = tmp_path / "blob"
+    (folder / "model.safetensors").rename(moved)
+    (folder / "model.safetensors").symlink_to(moved)  # as caches of downloads hold them
+    assert same_net(resconv.load(folder), compact)
+    before = moved.read_bytes()
+    with torch.no_grad():
+        compact.fc.bias += 1
+    resconv.save(compact, folder)  # replaces the link, and leaves what it led to
+    assert moved.read_bytes() == before
+    assert not (folder / "model.safetensors").is_symlink()
+    for name in ("model.safetensors", "model.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(LoadError, match=r"missing|no model\.json"):
+            resconv.load(folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+        with pytest.raises(LoadError, match=r"missing|no model\.json"):
+            resconv.load(folder)
+        (folder / name).unlink()
+        resconv.save(compact, folder)
+
+
+class Odd(nn.Module):
+    """Everything a state dict can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.a = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("steps", torch.tensor(7))
+        self.register_buffer("table", torch.arange(6, dtype=torch.int32).reshape(2, 3))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("nothing", torch.empty(0, 3))
+        self.register_buffer("grid", torch.linspace(0, 1, 5), persistent=False)
+
+    def forward(self, x):
+        return self.norm(self.b(self.a(self.stem(x)))) * self.grid.mean().to(x.dtype)
+
+
+def test_every_kind_of_tensor_comes_back(tmp_path):
+    net = Odd().half().eval()
+    net.norm.float()  # mixed, as half-precision nets often are
+    net.stem.bias.requires_grad_(False)
+    net.to(memory_format=torch.channels_last)
+    net.steps.fill_(41)
+    net.norm.running_var[0] = float("nan")
+    resconv.save(net, tmp_path)
+    back = resconv.load(tmp_path, model=Odd)
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        got = back.state_dict(keep_vars=True)[name]
+        assert (got.dtype, got.shape, got.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
+        torch.testing.assert_close(got, tensor, rtol=0, atol=0, equal_nan=True)
+        assert got.requires_grad == tensor.requires_grad
+    assert back.grid.dtype == torch.float16
+    assert back.a.weight is back.b.weight
+    assert back.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    # Negative control: a net that ties nothing is filled, and tied again.
+    loose = Odd()
+    loose.b.weight = nn.Parameter(loose.b.weight.detach().clone())
+    assert resconv.load(tmp_path, model=loose).b.weight is not loose.b.weight
+    tied = resconv.load(tmp_path, model=loose)
+    assert tied.a.weight is tied.b.weight
+
+
+def test_the_seed_of_the_caller_is_left_alone(saved):
+    _, folder = saved
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    resconv.load(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_net_changed_by_hand_is_not_loaded_as_another(tmp_path):
+    net = nets.create("resnet20").eval()
+    net.layer1[0].relu1 = nn.GELU()
+    resconv.save(net, tmp_path)
+    with pytest.raises(LoadError, match=r"layer1\.0\.relu1 is ReLU\(.*saved was GELU\("):
+        resconv.load(tmp_path)
+    assert same_net(resconv.load(tmp_path, model=net), net)
+
+
+def test_pruned_trained_pruned_again(tmp_path, images):
+    """The edits of every round are kept: the folder is built from the source in one go."""
+    net = nets.create("resnet20").double()
+    for turn in range(3):
+        gated = randomise_gates(resconv.convert(randomise(net), images, units="all"), turn)
+        net = resconv.prune(gated, some_plan(gated, turn, 0.3))
+        net.train()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        before = net.fc.weight.detach().clone()
+        net(images).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(net.fc.weight, before)
+        net.eval()
+        resconv.save(net, tmp_path)
+        net = resconv.load(tmp_path)
+        assert resconv.verify(net, resconv.load(tmp_path), images).max_abs_error == 0
+    folded = resconv.fuse(net, images)
+    resconv.save(folded, tmp_path / "folded")
+    back = resconv.load(tmp_path / "folded")
+    assert torch.equal(back(images), folded(images))
+    assert len(list(back.modules())) < len(list(nets.create("resnet20").modules()))
+
+
+def test_refused_before_anything_is_written(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(SaveError, match="_extra_state is extra state"):
+        resconv.save(Extra(2, 2), tmp_path / "a")
+    with pytest.raises(SaveError, match="no values"):
+        resconv.save(nn.Linear(2, 2, device="meta"), tmp_path / "a")
+    with pytest.raises(SaveError, match="hold a set"):
+        resconv.save(nn.Linear(2, 2), tmp_path / "a", example_inputs={1})
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="is a file"):
+        resconv.save(nn.Linear(2, 2), tmp_path / "file")
+    with pytest.raises(SaveError, match="cannot be written"):
+        resconv.save(nn.Linear(2, 2), tmp_path / "file" / "net")
+
+
+def test_a_full_disk_leaves_the_old_net(saved):
+    resource = pytest.importorskip("resource")
+    compact, folder = saved
+    (folder / "notes.txt").write_text("mine")
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = nets.create("resnet56")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SaveError, match=r"cannot be written.*untouched"):
+            resconv.save(other, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+    assert same_net(resconv.load(folder), compact)
+    resconv.save(other, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_not_json_and_no_folder(saved, tmp_path):
     _, folder = saved
-    (folder / "model.json").write_text("[" * 100_000)
-    with pytest.raises(resconv.ResConvError, match="not JSON"):
+    (folder / "model.json").unlink()
+    with pytest.raises(resconv.ResConvError, match=r"no model\.json"):
         resconv.load(folder)
     with pytest.raises(resconv.ResConvError, match="no such folder"):
         resconv.load(tmp_path / "nothing")

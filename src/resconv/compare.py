@@ -1,53 +1,63 @@
-"""Compare any two of: saved network, .onnx, .pt2."""
+"""Compare any two of: run folder, saved network, .onnx, .pt2, .xml."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from .errors import LoadError, MissingExtraError
-from .export import run_onnx
+from .errors import LoadError, VerificationError
+from .runtimes import Opened, first_line, open_file, tensors_of
+from .signature import make_inputs
 from .store import load, read_header
+from .trace import as_call
 from .verify import Verification, compare_outputs
 
 __all__ = ["compare"]
-
-_Runner = Callable[[Tensor], list[Tensor]]
 
 
 def compare(
     a: Path,
     b: Path,
     *,
-    shape: str | None = None,
+    shape: str | Sequence[str] | None = None,
     tolerance: float = 1e-4,
     trust_source: bool = False,
 ) -> Verification:
-    """Run both networks on one random input and compare.
+    """Run both networks on the same random inputs and compare their outputs.
+
+    The inputs (how many, their shapes and types) are those that the files say they take; ``shape``
+    replaces the shapes: one for each tensor, such as ``"1,3,224,224"``.
 
     Raises:
-        LoadError: a file is missing or of another kind, or the input's shape is not known.
+        LoadError: a file is missing or of another kind, or the inputs are not known.
         VerificationError: they disagree.
     """
+    if not tolerance > 0:
+        raise LoadError(f"--tolerance {tolerance}: give a number above 0, such as 1e-4.")
     opened = [_open(Path(p), trust_source) for p in (a, b)]
-    sizes = [s for _, s in opened if s]
-    size = _parse(shape) if shape is not None else (sizes[0] if sizes else None)
-    if size is None:
+    known = [o.inputs for o in opened if o.inputs is not None]
+    shapes = [shape] if isinstance(shape, str) else list(shape or [])
+    signature = _with_shapes(known[0] if known else None, [_parse(s) for s in shapes])
+    if signature is None:
         raise LoadError("Neither file says its input's shape. Give it: --shape 1,3,224,224.")
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(signature, torch.Generator().manual_seed(0))
     outputs = []
-    for path, (run, _) in zip((a, b), opened, strict=True):
+    for path, one in zip((a, b), opened, strict=True):
         try:
-            outputs.append(run(x))
+            outputs.append(one.run(inputs))
+        except LoadError:
+            raise
         except Exception as error:
+            sizes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
             raise LoadError(
-                f"{path} does not run on an input of shape {tuple(size)}: "
-                f"{str(error).splitlines()[0][:200]}"
+                f"{path} does not run on inputs of shape {sizes}: {first_line(error)}. Are both "
+                "files of one network? Another shape can be given with --shape."
             ) from error
-    return compare_outputs(outputs[0], outputs[1], tolerance=tolerance)
+    try:
+        return compare_outputs(outputs[0], outputs[1], tolerance=tolerance)
+    except VerificationError as error:
+        raise VerificationError(f"{a} and {b}: {error}") from error
 
 
 def _parse(shape: str) -> list[int]:
@@ -60,48 +70,45 @@ def _parse(shape: str) -> list[int]:
     return numbers
 
 
-def _open(path: Path, trust_source: bool) -> tuple[_Runner, list[int] | None]:
-    if path.is_dir():
-        header = read_header(path)
-        model = load(path, trust_source=trust_source)
-        shape = header["inputs"][0]["shape"] if header["inputs"] else None
+def _with_shapes(signature: dict[str, Any] | None, shapes: list[list[int]]) -> Any:
+    """Return the signature with other shapes, or one made of shapes alone (float tensors)."""
+    if not shapes:
+        return signature
+    if signature is None:
+        return {"tuple": [{"shape": s, "dtype": "float32"} for s in shapes]}
+    left = list(shapes)
 
-        def run_module(x: Tensor) -> list[Tensor]:
-            with torch.no_grad():
-                return _tensors(model(x))
+    def replace(spec: dict[str, Any]) -> dict[str, Any]:
+        if "shape" in spec:
+            return {**spec, "shape": left.pop(0) if left else None}
+        for key in ("tuple", "list"):
+            if key in spec:
+                return {key: [replace(s) for s in spec[key]]}
+        if "dict" in spec:
+            return {"dict": {k: replace(s) for k, s in spec["dict"].items()}}
+        return spec
 
-        return run_module, shape
-    if not path.is_file():
-        raise LoadError(f"There is no {path}.")
-    if path.suffix == ".onnx":
-        return lambda x: run_onnx(path, x), _onnx_shape(path)
-    if path.suffix == ".pt2":
-        try:
-            program = torch.export.load(path)
-        except Exception as error:
-            raise LoadError(f"{path} is not a readable .pt2: {str(error)[:200]}") from error
-        module = program.module()
+    def count(spec: dict[str, Any]) -> int:
+        inner = spec.get("tuple") or spec.get("list") or list((spec.get("dict") or {}).values())
+        return int("shape" in spec) + sum(count(s) for s in inner)
 
-        def run_program(x: Tensor) -> list[Tensor]:
-            with torch.no_grad():
-                return _tensors(module(x))
-
-        return run_program, None
-    raise LoadError(f"{path}: a folder, .onnx or .pt2 is needed, not {path.suffix or 'this'!r}.")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    if count(signature) != len(shapes):
+        raise LoadError(
+            f"The network takes {count(signature)} tensors, --shape was given {len(shapes)} times. "
+            "Give it once for each, in order."
+        )
+    return replace(signature)
 
 
-def _onnx_shape(path: Path) -> list[int] | None:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "onnx", "Reading an ONNX file") from error
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise LoadError(f"{path} is not a readable ONNX file: {str(error)[:200]}") from error
-    shape = [d if isinstance(d, int) else 1 for d in session.get_inputs()[0].shape]
-    return shape if all(d > 0 for d in shape) else None
+def _open(path: Path, trust_source: bool) -> Opened:
+    if not path.is_dir():
+        return open_file(path)
+    header = read_header(path)
+    model = load(path, trust_source=trust_source)
+
+    def run(inputs: Any) -> list[torch.Tensor]:
+        args, kwargs = as_call(inputs)
+        with torch.no_grad():
+            return tensors_of(model(*args, **kwargs))
+
+    return Opened(run, header["inputs"])

@@ -13,6 +13,7 @@ __all__ = [
     "PruneError",
     "ResConvError",
     "RunError",
+    "SaveError",
     "TraceError",
     "VerificationError",
 ]
@@ -52,6 +53,10 @@ class VerificationError(ResConvError):
 
 class LoadError(ResConvError):
     """A saved network is missing, changed, truncated or from a newer format."""
+
+
+class SaveError(ResConvError):
+    """A network cannot be saved as it stands, or the folder cannot be written."""
 
 
 class ExportError(ResConvError):

@@ -1,17 +1,15 @@
 """Files for other runtimes, each checked by running the file itself.
 
 .onnx   ONNX, read back by ONNX Runtime      .pt2   torch.export, loads without this package
-.xml    OpenVINO IR, by its own converter
+.xml    OpenVINO IR (with a .bin beside it), by its own converter
 """
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import ExportError, MissingExtraError, VerificationError
-from .files import write_atomic
+from .errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
+from .files import write_together
 from .gates import Gate
 from .plan import Plan
-from .trace import as_call, evaluating, to_device_of, unwrap
+from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
+from .signature import describe_inputs
+from .trace import as_call, batch_size, evaluating, to_device_of, unwrap
 from .verify import Verification, compare_outputs
+from .version import __version__
 
 __all__ = ["Exported", "export", "run_onnx"]
 
 _OPSET = 18
+# A protobuf holds 2 GiB; a larger network has its weights in a second file.
+_MAX_PROTO = 1_900_000_000
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and how far its outputs are from the network's."""
+    """A written file, and how far its outputs are from the network's.
+
+    ``num_bytes`` counts the weights' file beside it too, where there is one.
+    """
 
     path: Path
     format: str
@@ -41,6 +47,26 @@ class Exported:
     dynamic_batch: bool
     opset: int | None
     verification: Verification
+
+
+@dataclass(frozen=True)
+class _Job:
+    net: nn.Module
+    path: Path
+    inputs: Any
+    meta: dict[str, str]
+    opset: int
+    tolerance: float | None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to trace: with an open batch (traced at 2, since 1 is taken for a constant), or not."""
+
+    dynamic: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: Any
 
 
 def export(
@@ -54,251 +80,277 @@ def export(
 ) -> Exported:
     """Write an ordinary network for another runtime, and check the file by running it.
 
-    The ending chooses the format: ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO). The batch is dynamic
-    where the network allows it. The file is moved into place only when its outputs agree.
+    The ending chooses the format: ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO, with a ``.bin``). The
+    batch is open where the network allows it; then the file is run at another batch size too. The
+    plan, the version and the signature of the inputs are written into the file. It is moved into
+    place only when its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB
+    has its weights beside it, in ``NAME.onnx.data``.
+
+    Args:
+        model: a pruned, fused or dense network, in any mode, on any device.
+        path: where to write.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        plan: kept in the file.
+        opset: of ONNX.
+        tolerance: relative to the largest output; None as in :func:`resconv.verify`.
 
     Raises:
-        ExportError: the model has gates left, the ending is unknown, or the exporter refuses.
-        VerificationError: the file computes something else.
+        ExportError: the model has gates left, the ending is unknown, the exporter refuses, or the
+            file cannot be written.
+        VerificationError: the file computes something else, or its runtime cannot run it.
         MissingExtraError: the format's package is not installed.
     """
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):
         raise ExportError("The model has gates left. Call resconv.prune or resconv.fuse first.")
     path = Path(path)
-    writers = {".onnx": _write_onnx, ".pt2": _write_pt2, ".xml": _write_openvino}
-    if path.suffix not in writers:
+    if path.suffix not in SUFFIXES:
         raise ExportError(
             f"{path} ends in {path.suffix or 'nothing'!r}: networks are written as .onnx, .pt2 or "
             ".xml (OpenVINO)."
         )
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; give the name of a file.")
     net = copy.deepcopy(model).cpu().eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     inputs = to_device_of(net, example_inputs)
-    return writers[path.suffix](net, path, inputs, plan, opset, tolerance)
+    meta = {"producer": "resconv", "resconv_version": __version__}
+    with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
+        meta["inputs"] = json.dumps(describe_inputs(inputs))
+    if plan is not None:
+        meta["plan"] = plan.to_json()
+    job = _Job(net, path, inputs, meta, opset, tolerance)
+    write = {".onnx": _write_onnx, ".pt2": _write_pt2, ".xml": _write_openvino}[path.suffix]
+    return write(job)
 
 
-def _quietly(call: Callable[[], Any]) -> Any:
-    """Run an exporter without its chatter; its errors still come through."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            return call()
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _dynamic(inputs: Any) -> Any:
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    return tree_map(
-        lambda t: ({0: batch} if t.ndim else {}) if isinstance(t, Tensor) else None, inputs
-    )
+def _batched(inputs: Any) -> Callable[[Any], bool]:
+    """Return which leaves of the inputs have the batch as their first dimension."""
+    size = batch_size(inputs)
+    return lambda t: isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == size
 
 
 def _as_batch(inputs: Any, size: int) -> Any:
     """Repeat the example to another batch size."""
-
-    def repeat(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.ndim:
-            return t
-        return t[torch.arange(size) % t.shape[0]].clone()
-
-    return tree_map(repeat, inputs)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)[:200]
-
-
-def _attempts(net: nn.Module, inputs: Any) -> list[tuple[bool, Any, dict[str, Any], Any]]:
-    """Return (dynamic, args, kwargs, dynamic shapes) to try in turn."""
-    two = _as_batch(inputs, 2)
-    args, kwargs = as_call(two)
-    shapes: Any = _dynamic(two)
-    if isinstance(shapes, dict) and not kwargs:
-        shapes = (shapes,)
-    fixed_args, fixed_kwargs = as_call(inputs)
-    return [(True, args, kwargs, shapes), (False, fixed_args, fixed_kwargs, None)]
-
-
-def _write_onnx(
-    net: nn.Module, path: Path, inputs: Any, plan: Plan | None, opset: int, tolerance: float | None
-) -> Exported:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(error.name or "onnx", "onnx", "Writing ONNX") from error
-    failures = []
-    for dynamic, args, kwargs, shapes in _attempts(net, inputs):
-        names = [f"input{i}" if i else "input" for i in range(len(tree_leaves((args, kwargs))))]
-
-        def run(
-            args: Any = args, kwargs: Any = kwargs, shapes: Any = shapes, names: Any = names
-        ) -> Any:
-            return torch.onnx.export(
-                net,
-                args,
-                kwargs=kwargs or None,
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=names if not kwargs else None,
-                external_data=False,
-                verbose=False,
-            )
-
-        try:
-            program = _quietly(run)
-        except Exception as error:
-            failures.append(_first_line(error))
-            continue
-        proto = program.model_proto
-        meta = {"producer": "resconv", "plan": plan.to_json() if plan else "{}"}
-        for key, value in meta.items():
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = key, value
-        found: list[Verification] = []
-
-        def write(
-            temporary: Path, proto: Any = proto, found: Any = found, dynamic: bool = dynamic
-        ) -> None:
-            onnx.save(proto, temporary)
-            found.append(_check_onnx(temporary, net, inputs, dynamic, tolerance))
-
-        try:
-            write_atomic(path, write)
-        except (VerificationError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
-            if dynamic:  # a batch that was fixed somewhere inside shows here
-                failures.append(_first_line(error))
-                continue
-            raise
-        used = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-        return Exported(path, "onnx", path.stat().st_size, dynamic, used, found[0])
-    raise ExportError(
-        f"torch cannot write {type(net).__name__} as ONNX. {failures[-1]} Try .pt2, or another opset."
+    has_batch = _batched(inputs)
+    return tree_map(
+        lambda t: t[torch.arange(size) % t.shape[0]].clone() if has_batch(t) else t, inputs
     )
 
 
-def run_onnx(path: Path, inputs: Any) -> list[Tensor]:
-    """Run a file in ONNX Runtime (CPU) on the tensors in ``inputs``."""
-    import onnxruntime
+def _attempts(inputs: Any) -> list[_Attempt]:
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    two, has_batch = _as_batch(inputs, 2), _batched(inputs)
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    names = [i.name for i in session.get_inputs()]
-    feed = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=False)}
-    return [torch.from_numpy(a) for a in session.run(None, feed)]
+    def open_batch(t: Any) -> Any:
+        return ({0: batch} if has_batch(t) else {}) if isinstance(t, Tensor) else None
+
+    args, kwargs = as_call(inputs)
+    shapes = tree_map(open_batch, kwargs or args)
+    return [_Attempt(True, *as_call(two), shapes), _Attempt(False, args, kwargs, None)]
+
+
+def _write_first(
+    job: _Job,
+    paths: Sequence[Path],
+    make: Callable[[_Attempt], Any],
+    save: Callable[[Any, Path], None],
+    runtime: str,
+) -> tuple[Any, bool, Verification]:
+    """Write by the first attempt whose file agrees with the network."""
+    failures: list[ExportError | VerificationError] = []
+    for attempt in _attempts(job.inputs):
+        try:
+            with quietly():
+                program = make(attempt)
+        except ExportError:
+            raise
+        except Exception as error:
+            kind = type(job.net).__name__
+            failures.append(
+                ExportError(
+                    f"{runtime} cannot take {kind}: {first_line(error)}. Try another format: "
+                    f"{', '.join(s for s in SUFFIXES if s != job.path.suffix)}."
+                )
+            )
+            continue
+        found: list[Verification] = []
+
+        def write(
+            files: Sequence[Path],
+            program: Any = program,
+            attempt: _Attempt = attempt,
+            found: list[Verification] = found,
+        ) -> None:
+            try:
+                with quietly():
+                    save(program, files[-1])
+            except Exception as error:
+                raise ExportError(f"{job.path} cannot be written: {first_line(error)}") from error
+            found.append(_check(job, files[-1], attempt.dynamic, runtime))
+
+        try:
+            write_together(paths, write)
+        except VerificationError as error:
+            failures.append(error)  # a batch that was fixed somewhere inside shows here
+            continue
+        except OSError as error:
+            raise ExportError(f"{job.path} cannot be written: {error}") from error
+        return program, attempt.dynamic, found[0]
+    raise failures[-1]
+
+
+def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
+    """Run the file, at the example's batch and (with an open batch) at two others."""
+    try:
+        run = open_file(file).run
+        sizes = [1, 3] if dynamic else []
+        result = None
+        for inputs in (job.inputs, *(_as_batch(job.inputs, n) for n in sizes)):
+            expected, got = _reference(job.net, inputs), run(inputs)
+            checked = compare_outputs(expected, got, tolerance=job.tolerance)
+            result = result or checked
+    except (VerificationError, MissingExtraError):
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, LoadError) else first_line(error)
+        raise VerificationError(
+            f"{runtime} cannot run the file it was given: {text} Nothing was written."
+        ) from error
+    assert result is not None
+    return result
 
 
 def _reference(net: nn.Module, inputs: Any) -> list[Tensor]:
     args, kwargs = as_call(inputs)
     with evaluating(net):
-        return [t for t in tree_leaves(net(*args, **kwargs)) if isinstance(t, Tensor)]
+        return tensors_of(net(*args, **kwargs))
 
 
-def _check(
-    net: nn.Module,
-    run: Callable[[Any], list[Tensor]],
-    inputs: Any,
-    dynamic: bool,
-    tolerance: float | None,
-) -> Verification:
-    result = compare_outputs(_reference(net, inputs), run(inputs), tolerance=tolerance)
-    if dynamic:
-        other = _as_batch(inputs, 3)
-        compare_outputs(_reference(net, other), run(other), tolerance=tolerance)
-    return result
+def _num_bytes(net: nn.Module) -> int:
+    tensors = {id(t): t for t in (*net.parameters(), *net.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _check_onnx(
-    path: Path, net: nn.Module, inputs: Any, dynamic: bool, tolerance: float | None
-) -> Verification:
+def _result(job: _Job, paths: Sequence[Path], kind: str, opset: int | None, done: Any) -> Exported:
+    size = sum(p.stat().st_size for p in paths if p.is_file())
+    return Exported(job.path, kind, size, done[1], opset, done[2])
+
+
+def _write_onnx(job: _Job) -> Exported:
     try:
-        return _check(net, lambda x: run_onnx(path, x), inputs, dynamic, tolerance)
-    except VerificationError:
-        raise
-    except Exception as error:
-        raise VerificationError(
-            f"ONNX Runtime cannot run the file it was given: {_first_line(error)}"
-        ) from error
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "onnx", "Writing ONNX") from error
+    _refuse_types(job, "ONNX Runtime")
+    external = _num_bytes(job.net) > _MAX_PROTO
+
+    def make(attempt: _Attempt) -> Any:
+        leaves = [t for t in tree_leaves(attempt.args) if isinstance(t, Tensor)]
+        names = [f"input{i}" if i else "input" for i in range(len(leaves))]
+        program = torch.onnx.export(
+            job.net,
+            attempt.args,
+            kwargs=attempt.kwargs or None,
+            dynamo=True,
+            opset_version=job.opset,
+            dynamic_shapes=attempt.shapes,
+            input_names=names or None,  # keyword arguments keep their own
+            output_names=_output_names(job),
+            external_data=external,
+            verbose=False,
+        )
+        assert program is not None
+        used = program.model.opset_imports.get("", program.model.opset_imports.get("ai.onnx"))
+        if used != job.opset:
+            raise ExportError(
+                f"opset={job.opset} was asked for, this torch writes {used} instead. Leave opset "
+                f"out, or give one from {_OPSET} up that it knows."
+            )
+        program.model.metadata_props.update(job.meta)
+        return program
+
+    def save(program: Any, file: Path) -> None:
+        program.save(str(file), external_data=external)
+
+    data = job.path.with_name(job.path.name + ".data")
+    paths = [data, job.path] if external else [job.path]
+    done = _write_first(job, paths, make, save, "ONNX Runtime")
+    return _result(job, paths, "onnx", job.opset, done)
 
 
-def _write_pt2(
-    net: nn.Module, path: Path, inputs: Any, plan: Plan | None, opset: int, tolerance: float | None
-) -> Exported:
-    failures = []
-    for dynamic, args, kwargs, shapes in _attempts(net, inputs):
-
-        def run(args: Any = args, kwargs: Any = kwargs, shapes: Any = shapes) -> Any:
-            return torch.export.export(
-                net, args, kwargs or None, dynamic_shapes=shapes, strict=False
+def _refuse_types(job: _Job, runtime: str) -> None:
+    """Refuse what the runtime's CPU kernels cannot run, so that the file could not be checked."""
+    dtypes = {p.dtype for p in job.net.parameters()}
+    for dtype in (torch.bfloat16, torch.float64):
+        if dtype in dtypes:
+            raise ExportError(
+                f"The network is in {str(dtype).removeprefix('torch.')}, in which {runtime} runs no "
+                "convolution on a CPU, so the file could not be checked. Export a copy in another "
+                "type (copy.deepcopy(model).float()), or write .pt2."
             )
 
-        try:
-            program = _quietly(run)
-        except Exception as error:
-            failures.append(_first_line(error))
-            continue
-        found: list[Verification] = []
-        extra = {"resconv.json": json.dumps({"plan": plan and json.loads(plan.to_json())})}
 
-        def write(
-            temporary: Path,
-            program: Any = program,
-            found: Any = found,
-            dynamic: bool = dynamic,
-            extra: Any = extra,
-        ) -> None:
-            _quietly(lambda: torch.export.save(program, temporary, extra_files=extra))
-            back = torch.export.load(temporary).module()
-
-            def again(x: Any) -> list[Tensor]:
-                more, named = as_call(x)
-                with torch.no_grad():
-                    out = back(*more, **named)
-                return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-
-            found.append(_check(net, again, inputs, dynamic, tolerance))
-
-        write_atomic(path, write)
-        return Exported(path, "pt2", path.stat().st_size, dynamic, None, found[0])
-    raise ExportError(f"torch cannot export {type(net).__name__}: {failures[-1]}")
+def _output_names(job: _Job) -> list[str] | None:
+    """Return the keys of a net that returns a dict of tensors, as names for the file's outputs."""
+    args, kwargs = as_call(job.inputs)
+    with evaluating(job.net):
+        out = job.net(*args, **kwargs)
+    taken = set(kwargs) | {"input"}
+    if isinstance(out, dict) and all(isinstance(t, Tensor) for t in out.values()):
+        names = [str(k) for k in out]
+        return [n if n not in taken else f"{n}_out" for n in names]
+    return None
 
 
-def _write_openvino(
-    net: nn.Module, path: Path, inputs: Any, plan: Plan | None, opset: int, tolerance: float | None
-) -> Exported:
+def _exported(job: _Job, attempt: _Attempt) -> Any:
+    return torch.export.export(
+        job.net,
+        attempt.args,
+        attempt.kwargs or None,
+        dynamic_shapes=attempt.shapes,
+        strict=False,
+    )
+
+
+def _write_pt2(job: _Job) -> Exported:
+    extra = {k: json.loads(v) if k in ("plan", "inputs") else v for k, v in job.meta.items()}
+
+    def save(program: Any, file: Path) -> None:
+        # Through memory: torch's own writer ends the process when the disk is full.
+        content = BytesIO()
+        torch.export.save(program, content, extra_files={"resconv.json": json.dumps(extra)})
+        file.write_bytes(content.getbuffer())
+
+    done = _write_first(
+        job, [job.path], lambda attempt: _exported(job, attempt), save, "torch.export"
+    )
+    return _result(job, [job.path], "pt2", None, done)
+
+
+def _write_openvino(job: _Job) -> Exported:
     try:
         import openvino
     except ImportError as error:
         raise MissingExtraError("openvino", "openvino", "Writing OpenVINO IR") from error
-    args, kwargs = as_call(inputs)
-    if kwargs:
-        raise ExportError("OpenVINO export takes positional inputs only.")
-    try:
-        converted = _quietly(lambda: openvino.convert_model(net, example_input=args))
-    except Exception as error:
-        raise ExportError(f"OpenVINO cannot convert the network: {_first_line(error)}") from error
-    if plan is not None:
-        converted.set_rt_info(plan.to_json(), ["resconv", "plan"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(converted, path, compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    _refuse_types(job, "OpenVINO")
 
-    def run(x: Any) -> list[Tensor]:
-        result = compiled([t.numpy() for t in tree_leaves(x) if isinstance(t, Tensor)])
-        return [torch.from_numpy(result[o].copy()) for o in compiled.outputs]
+    def make(attempt: _Attempt) -> Any:
+        converted = openvino.convert_model(_exported(job, attempt))
+        for parameter in converted.get_parameters():
+            # An argument that is no tensor was fixed while tracing, and nothing reads it.
+            if parameter.get_element_type().is_dynamic():
+                converted.remove_parameter(parameter)
+        for key, value in job.meta.items():
+            converted.set_rt_info(value, ["resconv", key])
+        return converted
 
-    verification = _check(net, run, inputs, False, tolerance)
-    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    return Exported(path, "openvino", size, False, None, verification)
+    def save(program: Any, file: Path) -> None:
+        openvino.save_model(program, file, compress_to_fp16=False)
+
+    paths = [job.path.with_suffix(".bin"), job.path]
+    done = _write_first(job, paths, make, save, "OpenVINO")
+    return _result(job, paths, "openvino", None, done)

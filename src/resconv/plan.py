@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -39,7 +40,7 @@ class Plan:
         names = tuple(names)
         if not all(isinstance(n, str) for n in names):
             raise PlanError(f"remove={names!r}: every entry is a unit's name.")
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted(n for n, times in Counter(names).items() if times > 1)
         if twice:
             raise PlanError(f"The plan names {', '.join(map(repr, twice))} more than once.")
         object.__setattr__(self, "remove", names)

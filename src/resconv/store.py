@@ -1,9 +1,9 @@
 """A network in a folder: ``model.safetensors`` for the numbers, ``model.json`` for everything else.
 
-The JSON names the source of the architecture and the structural edits that made the net compact;
-loading builds the one, replays the other, and copies the numbers in. Nothing is unpickled, and no
-code comes from the folder: a source outside resconv, timm and torchvision is built only when the
-caller says so, or hands in the model.
+The JSON (see header.py) names the source of the architecture and the structural edits that made
+the net compact; loading builds the one, replays the other, and copies the numbers in. Nothing is
+unpickled, and no code comes from the folder: a source outside resconv, timm and torchvision is
+built only when the caller says so, or hands in the model.
 """
 
 import copy
@@ -15,37 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .edits import apply_edits
-from .errors import LoadError, PlanError, PruneError, ResConvError
-from .files import write_atomic, write_text
+from .errors import LoadError, ResConvError, SaveError
+from .files import write_together
 from .gates import Gate
+from .header import (
+    FORMAT_VERSION,
+    check_source,
+    describe_modules,
+    differing_modules,
+    read_header,
+    seal,
+)
 from .plan import Plan
+from .signature import describe_inputs
 from .trace import unwrap
 from .version import __version__
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
-FORMAT_VERSION = 1
-_MAX_JSON = 64 * 2**20
-_KEYS: dict[str, Any] = {
-    "format_version": int,
-    "resconv_version": str,
-    "torch_version": str,
-    "source": (dict, type(None)),
-    "edits": list,
-    "plan": (dict, type(None)),
-    "inputs": list,
-    "shared": dict,
-    "dtype": str,
-    "sha256": str,
-    "num_bytes": int,
-    "num_params": int,
-}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(
@@ -53,49 +48,42 @@ def save(
 ) -> Path:
     """Write an ordinary (pruned, fused or dense) network into the folder ``path``.
 
-    Both files are written beside and moved into place, the JSON last: a crash leaves the old net
-    or none, never half of one. Returns the folder.
+    Every parameter and buffer keeps its dtype, ``requires_grad``, channels-last layout and sharing;
+    other files in the folder stay. Both files are written beside and moved into place: a crash
+    leaves the old net or none, never half of one. ``example_inputs`` (a tensor, tuple or dict)
+    give the input signature that is saved. Returns the folder; ``model`` is left as it was.
 
     Raises:
-        LoadError: the model has gates left, so it is no ordinary network yet.
+        SaveError: the model has gates left, holds what plain tensors cannot, or the folder cannot
+            be written.
     """
     model = unwrap(model)
     gated = [n for n, m in model.named_modules() if isinstance(m, Gate)]
     if gated:
-        raise LoadError(
+        raise SaveError(
             f"The model has {len(gated)} gates left ({', '.join(gated[:3])}...). Call "
             "resconv.prune or resconv.fuse first; a gated net in training is saved with "
             "torch.save(model.state_dict())."
         )
     folder = Path(path)
     if folder.is_file():
-        raise LoadError(f"{folder} is a file; a network is saved into a folder.")
+        raise SaveError(f"{folder} is a file; a network is saved into a folder.")
     tensors, shared = _tensors(model)
-    weights = folder / "model.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(weights, lambda temporary: save_file(tensors, temporary))
-    record = getattr(model, "resconv_record", None) or {}
-    header = {
-        "format_version": FORMAT_VERSION,
-        "resconv_version": __version__,
-        "torch_version": torch.__version__,
-        "source": record.get("source") or getattr(model, "resconv_source", None),
-        "edits": record.get("edits") or [],
-        "plan": None if plan is None else json.loads(plan.to_json()),
-        "inputs": [
-            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-            for t in tree_leaves(example_inputs)
-            if isinstance(t, Tensor)
-        ],
-        "shared": shared,
-        "dtype": str(
-            next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        ).removeprefix("torch."),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "num_bytes": weights.stat().st_size,
-        "num_params": sum(p.numel() for p in model.parameters()),
-    }
-    write_text(folder / "model.json", json.dumps(header, indent=2) + "\n")
+    header = _header(model, plan, example_inputs, shared)
+
+    def write(files: Any) -> None:
+        weights, description = files
+        save_file(tensors, weights)
+        header["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        header["num_bytes"] = weights.stat().st_size
+        description.write_text(json.dumps(seal(header), indent=2) + "\n", encoding="utf-8")
+
+    try:
+        write_together([folder / "model.safetensors", folder / "model.json"], write)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"{folder} cannot be written: {error}. A network saved there before is untouched."
+        ) from error
     return folder
 
 
@@ -105,7 +93,7 @@ def load(
     model: nn.Module | Callable[[], nn.Module] | None = None,
     trust_source: bool = False,
 ) -> nn.Module:
-    """Return the network saved in the folder ``path``, in eval mode.
+    """Return the network saved in the folder ``path``, on the CPU and in eval mode.
 
     Args:
         path: what :func:`save` wrote.
@@ -115,79 +103,68 @@ def load(
             package of this machine. Built-in, timm and torchvision nets need no permission.
 
     Raises:
-        LoadError: the folder is missing, changed, truncated, from a newer format, or does not fit
-            the model; all faults found are listed.
+        LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
+            not fit the model; all faults found are listed.
     """
     folder = Path(path)
     header = read_header(folder)
-    weights = folder / "model.safetensors"
-    _check_weights(weights, header)
-    base = _base(header, folder, model, trust_source)
+    tensors = _read_weights(folder / "model.safetensors", header)
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{weights} is not a readable safetensors file: {error}.") from error
-    _check_sizes(header, tensors)
-    try:
-        net = apply_edits(base, copy.deepcopy(header["edits"]))
-    except PruneError as error:
+        net = _build(header, folder, tensors, model, trust_source)
+        _check_structure(net, header, folder)
+        _fill(net, tensors, header, folder)
+    except LoadError:
+        raise
+    except ResConvError as error:
         raise LoadError(f"{folder / 'model.json'} does not fit its source: {error}") from error
-    dtype = getattr(torch, header["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise LoadError(f"{folder / 'model.json'}: dtype {header['dtype']!r} is no torch dtype.")
-    if dtype.is_floating_point:
-        net = net.to(dtype)
-    for alias, first in header["shared"].items():
-        if not isinstance(first, str) or first not in tensors:
-            raise LoadError(f"{folder / 'model.json'}: shared tensor {alias!r} has no original.")
-        tensors[alias] = tensors[first]
-    _fill(net, tensors, folder)
+    except Exception as error:  # whatever a hostile file may set off in torch is its own fault
+        raise LoadError(
+            f"{folder / 'model.json'} cannot be carried out: {type(error).__name__}: "
+            f"{str(error)[:200]}"
+        ) from error
     net.resconv_record = {"source": header["source"], "edits": header["edits"]}  # type: ignore[assignment]
     return net.eval()
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """Return the checked content of ``model.json``.
-
-    Raises:
-        LoadError: it is missing or malformed; every fault is named.
-    """
-    file = folder / "model.json"
-    if not folder.is_dir() or not file.is_file():
-        what = "no such folder" if not folder.exists() else "it has no model.json"
-        raise LoadError(f"{folder} holds no saved network: {what}.")
-    if file.stat().st_size > _MAX_JSON:
-        raise LoadError(f"{file} has {file.stat().st_size:,} bytes; that is no network's header.")
+def _header(
+    model: nn.Module, plan: Plan | None, example_inputs: Any, shared: dict[str, str]
+) -> dict[str, Any]:
+    state = model.state_dict(keep_vars=True)
+    record = getattr(model, "resconv_record", None) or {}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "resconv_version": __version__,
+        "torch_version": str(torch.__version__),
+        "source": record.get("source") or getattr(model, "resconv_source", None),
+        "edits": record.get("edits") or [],
+        "plan": None if plan is None else json.loads(plan.to_json()),
+        "inputs": describe_inputs(example_inputs),
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "modules": describe_modules(model),
+        "shared": shared,
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "channels_last": [n for n, t in state.items() if _layout(t) is not None],
+        # Buffers that are made by the constructor: only their type has to be kept.
+        "unsaved": {n: _word(b.dtype) for n, b in model.named_buffers() if n not in state},
+    }
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise LoadError(f"{file} is not JSON: {str(error)[:200]}.") from error
-    if not isinstance(header, dict):
-        raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
-    version = header.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise LoadError(
-            f"{file} has format version {version}; this resconv reads up to {FORMAT_VERSION}. "
-            f"It was written by resconv {header.get('resconv_version')}: upgrade with "
-            "pip install -U resconv."
-        )
-    faults = [f"{key!r} is missing" for key in _KEYS if key not in header]
-    faults += [f"{key!r} is not known" for key in header if key not in _KEYS]
-    faults += [
-        f"{key!r} is a {type(header[key]).__name__}"
-        for key, kind in _KEYS.items()
-        if key in header and (not isinstance(header[key], kind) or isinstance(header[key], bool))
-    ]
-    if not faults and version != FORMAT_VERSION:
-        faults.append(f"format version {version} is unknown")
-    if faults:
-        raise LoadError(f"{file} is damaged: {'; '.join(faults[:12])}.")
-    if header["plan"] is not None:
-        try:
-            Plan.from_json(json.dumps(header["plan"]))
-        except PlanError as error:
-            raise LoadError(f"{file} is damaged: {error}") from error
+        json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SaveError(f"The network's description cannot be written as JSON: {error}.") from error
     return header
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _layout(tensor: Tensor) -> torch.memory_format | None:
+    """Return the channels-last layout that the tensor has and a plain one has not."""
+    if tensor.is_contiguous():
+        return None
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.ndim)
+    return wanted if wanted and tensor.is_contiguous(memory_format=wanted) else None
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -196,18 +173,30 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     shared: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            continue
+        if not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state":
+            raise SaveError(
+                f"{name} is extra state of {type(model).__name__} that is no parameter or buffer; "
+                "it would be lost. Take it out of the model, or keep it elsewhere."
+            )
+        if type(value.detach()) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise SaveError(
+                f"{name} is a {type(value).__name__} ({value.dtype}, {value.layout}), no plain "
+                "tensor. Save the network before it is quantised or sharded."
+            )
         key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype)
-        if value.numel() and key in seen:
+        if value.numel() and not value.is_meta and key in seen:
             shared[name] = seen[key]
             continue
         seen[key] = name
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        try:
+            tensors[name] = value.detach().cpu().contiguous().clone()
+        except (RuntimeError, NotImplementedError) as error:
+            raise SaveError(f"{name} has no values to save: {str(error)[:200]}") from error
     return tensors, shared
 
 
-def _check_weights(weights: Path, header: dict[str, Any]) -> None:
+def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the file once, so that what is checked is what is used."""
     if not weights.is_file():
         raise LoadError(f"{weights} is missing.")
     size = weights.stat().st_size
@@ -216,90 +205,188 @@ def _check_weights(weights: Path, header: dict[str, Any]) -> None:
             f"{weights} has {size:,} bytes, {header['num_bytes']:,} were written: it is truncated "
             "or was changed. Copy the folder again."
         )
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    try:
+        content = weights.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise LoadError(f"{weights} cannot be read: {error}.") from error
+    digest = hashlib.sha256(content).hexdigest()
     if digest != header["sha256"]:
         raise LoadError(
             f"{weights} was changed after it was saved (SHA-256 {digest[:12]}..., "
             f"{header['sha256'][:12]}... is written in model.json). Copy the folder again."
         )
     try:
-        with safe_open(weights, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{weights} is not a readable safetensors file: {error}.") from error
+        return load_bytes(content)
+    except Exception as error:  # safetensors has several for a wrong header
+        raise LoadError(
+            f"{weights} is not a readable safetensors file: {type(error).__name__}: "
+            f"{str(error)[:200]}."
+        ) from error
 
 
-def _base(
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to make more numbers than a network of this file's size can need."""
+
+    def __init__(self, held: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # A dense net is at most so many times the compact one that was saved.
+        self.left: int = 64 * held + 2**28
+        self.calls: int = 60_000
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if args else None
+        self.calls -= 1
+        if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size):
+            self.left -= math.prod(size)
+        elif isinstance(size, int | float):  # arange, linspace, eye
+            self.left -= max(abs(int(a)) for a in args if isinstance(a, int | float))
+        if self.left < 0 or self.calls < 0:
+            raise LoadError(
+                "model.json asks for a network that the weights do not fill, by far: building it "
+                "was stopped."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _build(
     header: dict[str, Any],
     folder: Path,
+    tensors: dict[str, Tensor],
     model: nn.Module | Callable[[], nn.Module] | None,
     trust_source: bool,
 ) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(unwrap(model))
-    if model is not None:
-        return model()
-    source = header["source"]
+    edits = copy.deepcopy(header["edits"])
+    bounded = _Bounded(sum(t.numel() for t in tensors.values()))
+    # The random weights of the new layers are overwritten; the caller's seed stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(model, nn.Module):
+            base = copy.deepcopy(unwrap(model)).cpu()
+        elif model is not None:
+            base = unwrap(model()).cpu()
+        else:
+            base = _from_source(header["source"], folder, trust_source, bounded)
+        with bounded:
+            return apply_edits(base, edits)
+
+
+def _from_source(
+    source: dict[str, Any] | None, folder: Path, trust_source: bool, bounded: _Bounded
+) -> nn.Module:
+    from .nets import create, runs_user_code
+
     if source is None:
         raise LoadError(
             f"{folder} does not say which network it was made from (it was not built by "
             "resconv.nets.create). Give the unpruned net: resconv.load(path, model=your_net)."
         )
-    name, kwargs = source.get("name"), source.get("kwargs")
-    if (
-        not isinstance(name, str)
-        or not isinstance(kwargs, dict)
-        or set(source) != {"name", "kwargs"}
-    ):
-        raise LoadError(f"{folder / 'model.json'}: 'source' is no name with keywords.")
-    large = [k for k, v in kwargs.items() if isinstance(v, int | float) and abs(v) > 10**6]
-    if large:
-        raise LoadError(f"{folder / 'model.json'}: {large[0]}={kwargs[large[0]]} is unbelievable.")
-    from .nets import create, runs_user_code
-
-    if runs_user_code(name) and not trust_source:
-        raise LoadError(
-            f"{folder} was made from {name!r}, code that is in neither resconv, timm nor "
-            "torchvision. If you trust it: resconv.load(path, trust_source=True), or give the "
-            "net itself: resconv.load(path, model=your_net)."
-        )
+    name: str = source["name"]
     try:
-        return create(name, **kwargs)
+        if runs_user_code(name):
+            if not trust_source:
+                raise LoadError(
+                    f"{folder} was made from {name[:120]!r}, code that is in neither resconv, timm "
+                    "nor torchvision. If you trust it: resconv.load(path, trust_source=True), or "
+                    "give the net itself: resconv.load(path, model=your_net)."
+                )
+            return create(name, **source["kwargs"])
+        fault = check_source(source)
+        if fault:
+            raise LoadError(
+                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. Give the unpruned "
+                "net: resconv.load(path, model=your_net)."
+            )
+        with bounded:
+            return create(name, **source["kwargs"])
+    except LoadError:
+        raise
     except ResConvError as error:
         raise LoadError(f"{folder}: its source cannot be built. {error}") from error
 
 
-def _check_sizes(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Refuse edits that would allocate more than the file itself holds."""
-    held = sum(t.numel() for t in tensors.values())
-    for edit in header["edits"]:
-        if not isinstance(edit, dict) or edit.get("op") != "conv":
-            continue
-        args: Any = edit.get("args")
-        numbers: list[Any] = [0]
-        if isinstance(args, dict):
-            kernel = args.get("kernel_size")
-            numbers = [args.get("in_channels"), args.get("out_channels"), args.get("groups", 1)]
-            numbers += kernel if isinstance(kernel, list) else [0]
-        whole = all(isinstance(n, int) and n >= 1 for n in numbers)
-        if not whole or math.prod(numbers) // numbers[2] ** 2 > held:
-            raise LoadError(
-                f"model.json asks for a convolution that the weights do not fill: {str(args)[:200]}"
-            )
+def _check_structure(net: nn.Module, header: dict[str, Any], folder: Path) -> None:
+    faults = differing_modules(header["modules"], describe_modules(net))
+    if faults:
+        raise LoadError(
+            f"{folder}: the net that is built is not the one that was saved: {'; '.join(faults[:4])}"
+            f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}. Was it changed by hand "
+            "after it was made, or does it come from another version of its library? It was saved "
+            f"with torch {header['torch_version'][:40]}."
+        )
 
 
-def _fill(net: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    own = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
-    faults = [f"{k} is missing" for k in own if k not in tensors]
-    faults += [f"{k} belongs nowhere" for k in tensors if k not in own]
-    faults += [
-        f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
+def _fill(net: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any], folder: Path) -> None:
+    """Copy the numbers in, each tensor in the type it was saved in; every misfit is named."""
+    shared = header["shared"]
+    faults = [
+        f"shared tensor {alias!r} has no original"
+        for alias, first in shared.items()
+        if first not in tensors or alias in tensors
     ]
+    tensors = {**tensors, **{a: tensors[f] for a, f in shared.items() if f in tensors}}
+    own = dict(net.state_dict(keep_vars=True))
+    faults += [f"{k} is missing" for k in own if k not in tensors]
+    faults += [f"{k} belongs nowhere" for k in tensors if k not in own]
+    both = [k for k in own if k in tensors]
+    faults += [
+        f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
+        for k in both
+        if tensors[k].shape != own[k].shape
+    ]
+    faults += [
+        f"{k} is {_word(tensors[k].dtype)}, not {_word(own[k].dtype)}"
+        for k in both
+        if not _same_kind(tensors[k].dtype, own[k].dtype)
+    ]
+    # A tensor that the net holds once cannot take two values.
+    places: dict[int, str] = {}
+    for k in both:
+        first = places.setdefault(id(own[k]), k)
+        if shared.get(k, k) != shared.get(first, first):
+            faults.append(f"{k} and {first} are one tensor in the net, two in the file")
+    names = {**dict(net.named_parameters(remove_duplicate=False)), **own}
+    faults += [f"{n!r} to freeze is not there" for n in header["frozen"] if n not in names]
+    faults += [f"{n!r} is not there" for n in header["channels_last"] if n not in own]
+    buffers = dict(net.named_buffers())
+    unsaved = {n: b for n, b in buffers.items() if n not in own}
+    for n, b in unsaved.items():
+        dtype = getattr(torch, header["unsaved"].get(n, _word(b.dtype)), None)
+        if not isinstance(dtype, torch.dtype) or not _same_kind(dtype, b.dtype):
+            faults.append(f"buffer {n} is {_word(b.dtype)}, not {header['unsaved'][n][:40]!r}")
+        elif not faults:
+            b.data = b.data.to(dtype)
     if faults:
         raise LoadError(
             f"{folder} does not fit its network: {len(faults)} faults ({'; '.join(faults[:6])}"
             f"{'; ...' if len(faults) > 6 else ''}). Was the source's version another one?"
         )
-    net.load_state_dict(tensors, strict=False)
+    frozen, laid_out = set(header["frozen"]), set(header["channels_last"])
+    with torch.no_grad():
+        for k in both:
+            target = own[k]
+            if target.dtype != tensors[k].dtype:
+                target.data = target.data.to(tensors[k].dtype)
+            if k in laid_out and target.ndim in (4, 5):
+                layout = torch.channels_last if target.ndim == 4 else torch.channels_last_3d
+                target.data = target.data.to(memory_format=layout)
+            target.copy_(tensors[k])
+    for n, p in net.named_parameters():
+        p.requires_grad_(n not in frozen)
+    _tie(net, own, shared)
+
+
+def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+    return a == b or (a in _FLOATS and b in _FLOATS)
+
+
+def _tie(net: nn.Module, own: dict[str, Tensor], shared: dict[str, str]) -> None:
+    """Share again what was shared when it was saved."""
+    for alias, first in shared.items():
+        if own[alias] is own[first]:
+            continue
+        path, _, name = alias.rpartition(".")
+        owner = net.get_submodule(path)
+        original = own[first]
+        if name in owner._parameters and isinstance(original, nn.Parameter):
+            owner._parameters[name] = original
+        elif name in owner._buffers:
+            owner._buffers[name] = original
