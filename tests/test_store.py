@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 
 import pytest
 import torch
@@ -118,12 +119,6 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
         ),
         (
             lambda h: h.update(
-                source={"name": "timm:convnext_atto", "kwargs": {"depths": [10**4] * 4}}
-            ),
-            "do not fill",
-        ),
-        (
-            lambda h: h.update(
                 source={"name": "torchvision:vgg16", "kwargs": {"num_classes": 10**6}}
             ),
             "do not fill",
@@ -198,6 +193,15 @@ def test_hostile_headers_are_refused(saved, change, message):
     _, folder = saved
     edit_header(folder, change)
     with pytest.raises(LoadError, match=message):
+        resconv.load(folder)
+
+
+def test_a_net_of_endless_layers_is_stopped(saved, monkeypatch):
+    _, folder = saved
+    monkeypatch.setattr(sys.modules["resconv.store"], "_MAX_CALLS", 2000)
+    source = {"name": "timm:convnext_atto", "kwargs": {"depths": [10**4] * 4}}
+    edit_header(folder, lambda h: h.update(source=source))
+    with pytest.raises(LoadError, match="do not fill"):
         resconv.load(folder)
 
 

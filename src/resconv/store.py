@@ -40,6 +40,7 @@ from .version import __version__
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
+_MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -231,7 +232,7 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         # A dense net is at most so many times the compact one that was saved.
         self.left: int = 64 * held + 2**28
-        self.calls: int = 60_000
+        self.calls: int = _MAX_CALLS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         size = args[0] if args else None
