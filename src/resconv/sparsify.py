@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .agree import are_several, differing_ranks, from_first, is_shared
 from .budget import Budget
-from .errors import BudgetError, ConversionError
+from .errors import BudgetError, ConversionError, RunError
 from .gates import BranchGate, Gate, ResConv, gates
 from .ledger import Ledger, excess, ledger
 from .scalars import Scalars
@@ -108,6 +109,9 @@ class Sparsifier:
             earlier, :meth:`finish` says what is missing.
         example_inputs: to count MACs with; by default those of ``convert``.
         learning_rate: of scales and controls, as a share of the optimizer's own.
+        shared: whether the processes of ``torch.distributed`` train one net together, so that the
+            first one decides for all, and their scales are compared now and then. By default where
+            ``model`` is wrapped in DistributedDataParallel.
 
     Raises:
         ConversionError: the model has no gates.
@@ -124,6 +128,7 @@ class Sparsifier:
         total_steps: int | None = None,
         example_inputs: Any = None,
         learning_rate: float = 0.1,
+        shared: bool | None = None,
     ) -> None:
         from .convert import state_of
 
@@ -131,6 +136,7 @@ class Sparsifier:
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
         if not strength >= 0 or not math.isfinite(strength):
             raise BudgetError(f"strength={strength!r}: give a number from 0 up.")
+        self.shared = is_shared(model) if shared is None else shared and are_several()
         self.model = unwrap(model)
         self.gates = gates(self.model)
         if not self.gates:
@@ -330,6 +336,8 @@ class Sparsifier:
         step = self._step
         if steering.due(step):
             steering.choose(step, self._host_scores(), lambda n: self.gates[n].scale.item())
+            if self.shared:
+                steering.load_state_dict(from_first(steering.state_dict()))
         for name, fade in list(steering.fading.items()):
             scale, control = self.gates[name].scale, self.gates[name].control
             left = (fade.end - step) / max(1, fade.end - fade.start)
@@ -347,7 +355,21 @@ class Sparsifier:
             if gate.control is not None:
                 gate.control.clamp_(min=_LEAST_CONTROL)
 
+    def _compare(self) -> None:
+        every: list[Tensor] = [g.scale for g in self.gates.values()]
+        every += [g.control for g in self.gates.values() if g.control is not None]
+        ranks = differing_ranks(_stack(every))
+        if ranks:
+            raise RunError(
+                f"After step {self._step} the scales of rank {', '.join(map(str, ranks))} are not "
+                "those of rank 0: the processes are not training one net. Call the model that is "
+                "wrapped in DistributedDataParallel in the training loop, not the one inside it, "
+                "and convert before wrapping."
+            )
+
     def _snapshot(self) -> None:
+        if self.shared:
+            self._compare()
         scales = _by_name({n: g.scale for n, g in self.gates.items()})
         controls = _by_name({n: g.control for n, g in self.gates.items() if g.control is not None})
         left = self.costs.left([n for n in self.costs.names if scales[n] == 0])

@@ -64,7 +64,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self.sparsifier is not None:
             self.sparsifier.detach()
         self.sparsifier = Sparsifier(
-            net, target=self.target, total_steps=state.max_steps, **self.options
+            net,
+            target=self.target,
+            total_steps=state.max_steps,
+            shared=args.world_size > 1,
+            **self.options,
         )
         self.sparsifier.attach(find_optimizer(net, [_innermost(kwargs["optimizer"])]))
         if state.global_step > 0:

@@ -83,7 +83,13 @@ class SparsityCallback(Callback):
             steps = int(estimate)
         if self.sparsifier is not None:
             self.sparsifier.detach()
-        self.sparsifier = Sparsifier(net, target=self.target, total_steps=steps, **self.options)
+        self.sparsifier = Sparsifier(
+            net,
+            target=self.target,
+            total_steps=steps,
+            shared=trainer.world_size > 1,
+            **self.options,
+        )
         self.sparsifier.attach(find_optimizer(net, trainer.optimizers))
         if self._resumed is not None:
             self.sparsifier.load_state_dict(self._resumed)

@@ -25,7 +25,9 @@ def evaluate(model: nn.Module, data: ImageData, *, batch_size: int = 500) -> flo
         std=data.std,
         device=device,
     )
-    metric = MulticlassAccuracy(data.num_classes, average="micro").to(device)
+    # One process evaluates, while others may be waiting for it.
+    metric = MulticlassAccuracy(data.num_classes, average="micro", sync_on_compute=False)
+    metric = metric.to(device)
     with evaluating(model):
         for images, labels in loader:
             metric.update(model(images), labels)

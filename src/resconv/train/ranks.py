@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from resconv import errors
+from resconv.agree import from_first
 from resconv.errors import ResConvError, RunError
 
 __all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside", "tell"]
@@ -80,9 +81,7 @@ def tell(ranks: Ranks, decide: Callable[[], T]) -> T:
     """Return what ``decide`` returns on the leading process; the others wait for it."""
     if ranks.world_size == 1:
         return decide()
-    box: list[Any] = [decide() if ranks.leads else None]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[no-any-return]
+    return from_first(decide() if ranks.leads else None)  # type: ignore[return-value]
 
 
 def choose_devices(asked: int | str) -> dict[str, Any]:
@@ -112,6 +111,11 @@ def choose_devices(asked: int | str) -> dict[str, Any]:
 
 def raised_inside(error: Exception) -> ResConvError | None:
     """Return the error for the user that a process of the fit died of, if it was one."""
+    if isinstance(error, ProcessExitedException):
+        return RunError(
+            f"Process {error.error_index} of the training ended ({error}), perhaps for want of "
+            "memory. The same command goes on from the last whole epoch."
+        )
     if not isinstance(error, ProcessRaisedException):
         return None
     found = re.findall(r"^resconv\.errors\.(\w+): (.*)", str(error), re.MULTILINE | re.DOTALL)
