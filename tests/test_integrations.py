@@ -254,3 +254,15 @@ def test_distilling():
         resconv.distill(logits, teacher[:, :4])
     with pytest.raises(resconv.ResConvError, match="temperature"):
         resconv.distill(logits, teacher, temperature=0)
+
+
+def test_the_code_of_the_page_runs():
+    pytest.importorskip("lightning")
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    pieces = page.split("```python\n")[1:]
+    code = "\n".join(piece.partition("```")[0] for piece in pieces)
+    scope = {}
+    exec(compile(code, "docs/training.md", "exec"), scope)
+    assert code.count("resconv.verify(") == 2
+    assert code.count("assert ") == 2
+    assert not resconv.gates(scope["compact"])
