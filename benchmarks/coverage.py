@@ -1,232 +1,186 @@
-"""Prune a random half of every convolutional family of timm and all of torchvision.
+"""Convert, prune and export one small variant of every family of timm, and all of torchvision.
 
-Appends to build/coverage.jsonl, goes on where it stopped, and writes docs/coverage.md.
+    python -m benchmarks.coverage [SECONDS] [MODEL ...]
+
+Appends to build/coverage.jsonl, goes on where it stopped (SECONDS bounds one call; named models are
+done again), and writes docs/coverage.md from the log.
+
+For each model, in float32, with random weights and random BatchNorm statistics that are kept near
+each norm's own input (tests/helpers.py says why):
+
+    convert  units="all", outputs against the model's
+    prune    a random half of the units, every scale and control random in [0.5, 1.5]; the compact
+             net against the gated one with those scales at 0
+    ONNX     resconv.export of the compact net; the file in ONNX Runtime against the compact net
+    power    how far the output moves when one unit's scale is 0.5 off: the least of six units. An
+             error has to move it further than the tolerance to be seen.
 """
 
+import gc
 import json
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-import torchvision
+from torch import nn
 
 import resconv
-from resconv import nets
-from resconv.verify import verify
-from tests.helpers import randomise, randomise_gates, some_plan
+from resconv.convert import relative_error
+from resconv.gates import zeroed
+from resconv.trace import as_call
+from tests.helpers import randomise, randomise_gates, settle, some_plan
 
-from .page import stamp, table, write_section
+from . import coverage_page
+from .zoo import build, timm_families, torchvision_sizes
 
 LOG = Path("build/coverage.jsonl")
-# Families without convolutions in their body, or of language-image towers.
-SKIP = (
-    "vision_transformer",
-    "vit",
-    "beit",
-    "cait",
-    "deit",
-    "eva",
-    "swin",
-    "xcit",
-    "volo",
-    "crossvit",
-    "tnt",
-    "twins",
-    "naflex",
-    "mlp_mixer",
-    "sequencer",
-    "pit",
-    "visformer",
-    "tiny_vit",
-    "hiera",
-    "davit",
-    "deepseek",
-    "gemma",
-    "gcvit",
-    "maxxvit",
-    "mvitv2",
-    "nest",
-    "nextvit",
-    "levit",
-    "efficientformer",
-    "coat",
-    "convit",
-    "vision_transformer_sam",
-    "shvit",
-    "swiftformer",
-    "mobilevit",
-    "fastvit",
-    "rdnet_vit",
-    "csatv2",
-    "pvt_v2",
-    "efficientvit_msra",
-    "vitamin",
-    "gpvit",
-)
-SMALL = (
-    "atto",
-    "femto",
-    "pico",
-    "nano",
-    "xxs",
-    "xx_small",
-    "x_small",
-    "xs",
-    "mini",
-    "tiny",
-    "small",
-    "_s0",
-    "_s1",
-    "_t0",
-    "_t",
-    "_s",
-    "_a0",
-    "_n",
-    "14",
-    "18",
-    "26",
-    "42b",
-    "46",
-    "050",
-    "035",
-    "_b0",
-    "_002",
-    "a0",
-    "l0",
-    "f0",
-)
+TOLERANCE = 1e-4
 
 
-def timm_names() -> list[str]:
-    found = []
-    for module in timm.list_modules():
-        if any(module == s or module.startswith(s) for s in SKIP):
-            continue
-        by_family: dict[str, list[str]] = defaultdict(list)
-        for name in timm.list_models(module=module):
-            by_family[name.split("_")[0].rstrip("0123456789")].append(name)
-        for names in by_family.values():
-
-            def rank(name: str) -> tuple[int, int, str]:
-                return (next((i for i, s in enumerate(SMALL) if s in name), 99), len(name), name)
-
-            found.append("timm:" + min(names, key=rank))
-    return sorted(set(found))
+def outputs(model: nn.Module, example: Any) -> Any:
+    args, kwargs = as_call(example)
+    with torch.no_grad():
+        return model(*args, **kwargs)
 
 
-def torchvision_names() -> list[str]:
-    models = torchvision.models
-    skip = ("vit_", "swin", "maxvit", "raft", "quantized", "mvit")
-    modules = [models, models.segmentation, models.video]
-    names = [n for m in modules for n in models.list_models(module=m)]
-    return ["torchvision:" + n for n in sorted(set(names)) if not any(s in n for s in skip)]
+def power(gated: nn.Module, plan: resconv.Plan, example: Any) -> float:
+    """Return the least change of the output when the scale of one of six units is 0.5 off.
+
+    Units inside a removed branch do not count: nothing depends on them.
+    """
+    gates = list(resconv.gates(gated).values())
+    moved: list[float] = []
+    with zeroed(gated, plan.remove), torch.no_grad():
+        before = outputs(gated, example)
+        for i in torch.randperm(len(gates), generator=torch.Generator().manual_seed(0)).tolist():
+            scale = gates[i].scale.clone()
+            gates[i].scale.add_(0.5)
+            change = relative_error(outputs(gated, example), before)
+            gates[i].scale.copy_(scale)
+            moved += [change] if change else []
+            if len(moved) == 6:
+                break
+    return min(moved, default=0.0)
 
 
-def example(name: str, model: torch.nn.Module) -> torch.Tensor:
-    video = name.partition(":")[2] in torchvision.models.list_models(
-        module=torchvision.models.video
-    )
-    sizes = [64, 96, 128, 160, 192, 224, 256, 299]  # the smallest that the model takes
-    for size in sizes:
-        shape = (1, 3, 8, size, size) if video else (1, 3, size, size)
-        x = torch.randn(shape)
+def shape_of(example: Any) -> str:
+    first = example[0] if isinstance(example, tuple) else example
+    return ("2 of " if isinstance(example, tuple) else "") + "x".join(map(str, first.shape[1:]))
+
+
+def write_onnx(compact: nn.Module, model: nn.Module, example: Any, plan: resconv.Plan) -> dict:
+    """Export and check; where torch cannot write the file, see whether it can write the dense net."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            with torch.no_grad():
-                model.eval()(x)
-        except Exception:
-            continue
-        return x
-    raise resconv.ResConvError(f"{name} runs on no square input of {sizes}")
+            made = resconv.export(compact, Path(folder) / "compact.onnx", example, plan=plan)
+            row: dict = {"onnx_error": made.verification.max_rel_error}
+            if not made.dynamic_batch:
+                row["note"] = "fixed batch"
+        except resconv.ResConvError as error:
+            row = {"reason": f"ONNX: {error}"}
+            try:
+                resconv.export(model, Path(folder) / "dense.onnx", example)
+                wrong = isinstance(error, resconv.errors.VerificationError)
+                row["outcome"] = "wrong" if wrong else "refused"
+            except resconv.ResConvError as dense:
+                row = {"outcome": "no ONNX from torch", "reason": f"dense net: {dense}"}
+    return row | {"onnx_seconds": round(time.perf_counter() - start, 1)}
+
+
+def surgery(name: str) -> dict:
+    torch.manual_seed(0)
+    row: dict = {"model": name}
+    model, example = build(name)
+    row["input"] = shape_of(example)
+    model = randomise(model, 0, example)
+    start = time.perf_counter()
+    gated = resconv.convert(model, example, units="all")
+    row["convert_error"] = relative_error(outputs(gated, example), outputs(model, example))
+    converted = time.perf_counter() - start
+    if row["convert_error"] > TOLERANCE:
+        return row | {"outcome": "wrong", "reason": "convert changed the outputs"}
+    gated = randomise_gates(gated)
+    plan = some_plan(gated, 1)
+    row |= {"units": len(resconv.gates(gated)), "removed": len(plan.remove)}
+    with zeroed(gated, plan.remove):
+        settle(gated, example, 2)
+    start = time.perf_counter()
+    compact = resconv.prune(gated, plan)
+    row["seconds"] = round(converted + time.perf_counter() - start, 1)
+    row["prune_error"] = resconv.verify(
+        gated, compact, example, plan=plan, tolerance=TOLERANCE
+    ).max_rel_error
+    row["power"] = power(gated, plan, example)
+    row["outcome"] = "complete"
+    del gated
+    return row | write_onnx(compact, model, example, plan)
 
 
 def one(name: str) -> dict:
-    torch.manual_seed(0)
     start = time.perf_counter()
     row: dict = {"model": name}
     try:
-        model = randomise(nets.create(name))
-        x = example(name, model)
-        row["input"] = "x".join(map(str, x.shape[1:]))
-        start = time.perf_counter()
-        gated = randomise_gates(resconv.convert(model, x, units="all"))
-        plan = some_plan(gated, 1)
-        row |= {"units": len(resconv.gates(gated)), "removed": len(plan.remove)}
-        compact = resconv.prune(gated, plan)
-        try:
-            row["error"] = verify(gated, compact, x, plan=plan).max_rel_error
-            row["outcome"] = "complete"
-        except resconv.ResConvError as error:
-            # Random weights make some deep nets chaotic: is it rounding, or is it wrong?
-            gated, x = gated.double(), x.double()
-            exact = resconv.prune(gated, plan)
-            exact_error = verify(gated, exact, x, plan=plan, tolerance=1e-4).max_rel_error
-            row |= {
-                "outcome": "unstable",
-                "reason": f"equal in float64 ({exact_error:.0e}); the "
-                f"net amplifies float32 rounding. {error}"[:300],
-            }
+        row |= surgery(name)
     except resconv.ResConvError as error:
-        wrong = type(error).__name__ == "VerificationError"
-        row |= {"outcome": "wrong" if wrong else "refused", "reason": str(error)[:300]}
+        wrong = isinstance(error, resconv.errors.VerificationError)
+        row |= {"outcome": "wrong" if wrong else "refused", "reason": str(error)}
+        row["nothing"] = "Nothing to convert" in str(error)
     except Exception as error:
-        row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"[:300]}
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+        row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
+    if "reason" in row:
+        row["reason"] = " ".join(row["reason"].split())[:400]
+    gc.collect()
+    return row | {"total_seconds": round(time.perf_counter() - start, 1)}
 
 
-def report(rows: list[dict]) -> None:
-    for zoo in ("torchvision", "timm"):
-        mine = [r for r in rows if r["model"].startswith(zoo)]
-        counts = {
-            k: sum(r["outcome"] == k for r in mine)
-            for k in ("complete", "unstable", "refused", "wrong", "crashed")
-        }
-        text = ", ".join(f"{v} {k}" for k, v in counts.items())
-        lines = [
-            [
-                r["model"].partition(":")[2],
-                r.get("input", ""),
-                str(r.get("units", "")),
-                str(r.get("removed", "")),
-                f"{r['error']:.0e}" if "error" in r else "",
-                f"{r['seconds']:.1f}",
-                r["outcome"],
-                r.get("reason", "").replace("|", "/").replace("\n", " ")[:160],
-            ]
-            for r in mine
-        ]
-        write_section(
-            zoo,
-            f"{stamp()} {len(mine)} models: {text}. float32, random weights, randomised BatchNorm "
-            "statistics; a random half of the units removed with random controls, compared with "
-            "the gated net.\n\n"
-            + table(
-                ["model", "input", "units", "removed", "error", "seconds", "outcome", "reason"],
-                lines,
-            ),
-            page="coverage.md",
-        )
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+def jobs() -> list[tuple[str, list[str]]]:
+    """Return (label, variants), the smallest first.
+
+    The next variant of a family is for one whose smaller variants have nothing to remove.
+    """
+    found = [(size, name, [name]) for name, size in torchvision_sizes().items()]
+    found += [(size, f"timm:{f}", names) for f, (size, names) in timm_families().items()]
+    return [(label, names) for _, label, names in sorted(found)]
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    limit = float(sys.argv[1]) if len(sys.argv) > 1 else float("inf")
+    wanted = set(sys.argv[1:])
+    limit = next((float(a) for a in wanted if a.replace(".", "").isdigit()), float("inf"))
+    again = {a for a in wanted if ":" in a}
     LOG.parent.mkdir(exist_ok=True)
     rows = [json.loads(s) for s in LOG.read_text().splitlines()] if LOG.is_file() else []
-    done = {r["model"] for r in rows}
-    start = time.monotonic()
-    for name in [*torchvision_names(), *timm_names()]:
-        if name in done or time.monotonic() - start > limit:
+    done = {r["job"] for r in rows}
+    begun, at = time.monotonic(), commit()
+    for label, names in jobs():
+        if again and not again & {label, *names}:
             continue
-        row = one(name)
-        rows.append(row)
+        if label in done and not again:
+            continue
+        if time.monotonic() - begun > limit:
+            break
+        for name in names[:4]:
+            row = one(name) | {"job": label, "commit": at}
+            if not row.pop("nothing", False):
+                break
+        rows = [r for r in rows if r["job"] != label] + [row]
         with LOG.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(row["outcome"], name, row.get("reason", row.get("error")), flush=True)
-    report(rows)
+        print(row["outcome"], row["model"], row.get("reason", row.get("onnx_error")), flush=True)
+    coverage_page.write(rows)
 
 
 if __name__ == "__main__":

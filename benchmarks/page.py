@@ -43,4 +43,4 @@ def write_section(title: str, body: str, page: str = "results.md") -> None:
         else (text.rstrip() + "\n\n" + section)
     )
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
-    print(section)
+    print(section if len(section) < 10_000 else f"{title}: written to docs/{page}")

@@ -1,0 +1,102 @@
+"""docs/coverage.md from the rows of the sweep: the rates, what failed and why, every model."""
+
+from collections import Counter
+
+from .page import stamp, table, write_section
+from .zoo import TORCH_PRUNING, torch_pruning_names
+
+__all__ = ["write"]
+
+OUTCOMES = ("complete", "no ONNX from torch", "refused", "wrong", "crashed")
+PAGE = "coverage.md"
+
+
+def _size(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"
+
+
+def _zoo(row: dict) -> str:
+    return row["model"].partition(":")[0]
+
+
+def _summary(title: str, rows: list[dict], asked: int) -> list[str]:
+    counts = Counter(r["outcome"] for r in rows)
+    done = counts["complete"] + counts["no ONNX from torch"]
+    rate = f"{100 * done / asked:.1f} %" if asked else ""
+    files = f"{100 * counts['complete'] / asked:.1f} %" if asked else ""
+    return [title, str(asked), *(str(counts[k]) for k in OUTCOMES), rate, files]
+
+
+def write(rows: list[dict]) -> None:
+    """Write the page; of a model done twice the later row counts."""
+    rows = sorted({r["job"]: r for r in rows}.values(), key=lambda r: r["job"])
+    zoos = {zoo: [r for r in rows if _zoo(r) == zoo] for zoo in ("torchvision", "timm")}
+    theirs = [r for r in rows if r["job"] in torch_pruning_names()]
+    listed = len(torch_pruning_names())
+    lines = [
+        _summary("torchvision, every model", zoos["torchvision"], len(zoos["torchvision"])),
+        _summary("timm, one a family", zoos["timm"], len(zoos["timm"])),
+        _summary("the list Torch-Pruning publishes", theirs, listed),
+    ]
+    worst = {
+        key: max((r[key] for r in rows if key in r), default=0.0)
+        for key in ("convert_error", "prune_error", "onnx_error")
+    }
+    power = sorted(r["power"] for r in rows if "power" in r)
+    commits = ", ".join(sorted({r["commit"] for r in rows}))
+    write_section(
+        "Rates",
+        f"{stamp(command='python -m benchmarks.coverage')} Measured at commit {commits}.\n\n"
+        + table(["", "models", *OUTCOMES, "pruned", "and in ONNX Runtime"], lines)
+        + "\n\n`complete`: converted, pruned, written as ONNX and run by ONNX Runtime, each step "
+        "within 1e-4 (relative, float32) of what went in. `no ONNX from torch`: pruned within it, "
+        "and torch's exporter cannot write the dense net either. `refused`: an error that names the "
+        f"reason, nothing written. Torch-Pruning prunes {len(TORCH_PRUNING[True])} of the {listed} "
+        "models of its list by its own page (benchmarks/prunability/readme.md), which checks that "
+        "the pruned net runs, not what it computes.\n\n"
+        f"Largest errors: convert {_size(worst['convert_error'])}, prune "
+        f"{_size(worst['prune_error'])}, ONNX {_size(worst['onnx_error'])}. Of the models, "
+        f"{sum(p > 1e-3 for p in power)} of {len(power)} move by more than 1e-3 when any one of six "
+        "units' scales is 0.5 off (`power`), so a forgotten factor shows."
+        if power
+        else "",
+        page=PAGE,
+    )
+    failing = [r for r in rows if r["outcome"] != "complete"]
+    write_section(
+        "Not complete",
+        table(
+            ["model", "outcome", "reason"],
+            [[r["model"], r["outcome"], _cell(r.get("reason", ""))] for r in failing],
+        ),
+        page=PAGE,
+    )
+    for zoo, mine in zoos.items():
+        write_section(
+            zoo,
+            "A random half of the units removed; errors are relative to the largest output. "
+            "`surgery` is convert and prune, `ONNX` the export with its checks, in seconds.\n\n"
+            + table(
+                ["model", "input", "units", "removed", "convert", "prune", "ONNX error", "power"]
+                + ["surgery", "ONNX", "outcome"],
+                [_line(r) for r in mine],
+            ),
+            page=PAGE,
+        )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def _line(row: dict) -> list[str]:
+    numbers = ("units", "removed")
+    errors = ("convert_error", "prune_error", "onnx_error", "power")
+    return [
+        row["model"].partition(":")[2],
+        row.get("input", ""),
+        *(str(row.get(k, "")) for k in numbers),
+        *(_size(row.get(k)) for k in errors),
+        *(str(row.get(k, "")) for k in ("seconds", "onnx_seconds")),
+        row["outcome"] + (f" ({row['note']})" if "note" in row else ""),
+    ]
