@@ -9,6 +9,8 @@ __all__ = ["write"]
 
 OUTCOMES = ("complete", "no ONNX from torch", "refused", "wrong", "crashed")
 PAGE = "coverage.md"
+COLUMNS = ("model", "input", "units", "removed", "convert", "prune", "ONNX error", "power")
+COLUMNS += ("surgery", "ONNX", "outcome")
 
 
 def _size(error: float | None) -> str:
@@ -77,8 +79,7 @@ def write(rows: list[dict]) -> None:
             "A random half of the units removed; errors are relative to the largest output. "
             "`surgery` is convert and prune, `ONNX` the export with its checks, in seconds.\n\n"
             + table(
-                ["model", "input", "units", "removed", "convert", "prune", "ONNX error", "power"]
-                + ["surgery", "ONNX", "outcome"],
+                list(COLUMNS),
                 [_line(r) for r in mine],
             ),
             page=PAGE,
