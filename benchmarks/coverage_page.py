@@ -7,7 +7,7 @@ from .zoo import TORCH_PRUNING, torch_pruning_names
 
 __all__ = ["write"]
 
-OUTCOMES = ("complete", "no ONNX from torch", "refused", "wrong", "crashed")
+OUTCOMES = ("complete", "pruned", "no ONNX from torch", "refused", "wrong", "crashed")
 PAGE = "coverage.md"
 COLUMNS = ("model", "input", "units", "removed", "convert", "prune", "ONNX error", "power")
 COLUMNS += ("surgery", "ONNX", "outcome")
@@ -23,7 +23,7 @@ def _zoo(row: dict) -> str:
 
 def _summary(title: str, rows: list[dict], asked: int) -> list[str]:
     counts = Counter(r["outcome"] for r in rows)
-    done = counts["complete"] + counts["no ONNX from torch"]
+    done = sum(counts[k] for k in ("complete", "pruned", "no ONNX from torch"))
     rate = f"{100 * done / asked:.1f} %" if asked else ""
     files = f"{100 * counts['complete'] / asked:.1f} %" if asked else ""
     return [title, str(asked), *(str(counts[k]) for k in OUTCOMES), rate, files]
@@ -51,11 +51,12 @@ def write(rows: list[dict]) -> None:
         f"{stamp(command='python -m benchmarks.coverage')} Measured at commit {commits}.\n\n"
         + table(["", "models", *OUTCOMES, "pruned", "and in ONNX Runtime"], lines)
         + "\n\n`complete`: converted, pruned, written as ONNX and run by ONNX Runtime, each step "
-        "within 1e-4 (relative, float32) of what went in. `no ONNX from torch`: pruned within it, "
-        "and torch's exporter cannot write the dense net either. `refused`: an error that names the "
-        f"reason, nothing written. Torch-Pruning prunes {len(TORCH_PRUNING[True])} of the {listed} "
-        "models of its list by its own page (benchmarks/prunability/readme.md), which checks that "
-        "the pruned net runs, not what it computes.\n\n"
+        "within 1e-4 (relative, float32) of what went in. `pruned`: the file was not tried yet. "
+        "`no ONNX from torch`: pruned within it, and torch's exporter cannot write the dense net "
+        "either. `refused`: an error that names the reason, nothing written. Torch-Pruning prunes "
+        f"{len(TORCH_PRUNING[True])} of the {listed} models of its list by its own page "
+        "(benchmarks/prunability/readme.md), which checks that the pruned net runs, not what it "
+        "computes.\n\n"
         f"Largest errors: convert {_size(worst['convert_error'])}, prune "
         f"{_size(worst['prune_error'])}, ONNX {_size(worst['onnx_error'])}. Of the models, "
         f"{sum(p > 1e-3 for p in power)} of {len(power)} move by more than 1e-3 when any one of six "
@@ -64,7 +65,7 @@ def write(rows: list[dict]) -> None:
         else "",
         page=PAGE,
     )
-    failing = [r for r in rows if r["outcome"] != "complete"]
+    failing = [r for r in rows if r["outcome"] not in ("complete", "pruned")]
     write_section(
         "Not complete",
         table(

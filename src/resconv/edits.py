@@ -22,8 +22,9 @@ import torch
 from torch import fx, nn
 
 from .errors import PruneError
+from .trace import Ref
 
-__all__ = ["CONV_GEOMETRY", "apply_edit", "apply_edits", "trace_forward"]
+__all__ = ["CONV_GEOMETRY", "apply_edit", "apply_edits", "encode", "trace_forward"]
 
 _CONVS: dict[str, type[nn.Module]] = {
     "Conv1d": nn.Conv1d,
@@ -59,8 +60,42 @@ class _OwnForward(fx.Tracer):
         return True
 
 
+def encode(value: Any, free: bool) -> Any:
+    """Return an argument as plain data for an edit; with ``free`` its numbers are not fixed.
+
+    Raises:
+        TypeError: it holds something that is neither a value of the record nor a plain one.
+    """
+    if isinstance(value, Ref):
+        return {"free": True}
+    if isinstance(value, tuple | torch.Size) and not hasattr(value, "_fields"):
+        return {"tuple": [encode(v, free) for v in value]}
+    if isinstance(value, list):
+        return [encode(v, free) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"dict": {k: encode(v, free) for k, v in value.items()}}
+    if isinstance(value, bool | int | float | str | type(None)):
+        return {"free": True} if free else value
+    raise TypeError(f"a {type(value).__name__} is no plain value")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if isinstance(value, dict):
+        if value == {"free": True}:
+            return fx.PH  # type: ignore[attr-defined]
+        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
+            return tuple(_decode(v) for v in value["tuple"])
+        if set(value) == {"dict"} and isinstance(value["dict"], dict):
+            return {k: _decode(v) for k, v in value["dict"].items()}
+        raise PruneError(f"Not an argument: {str(value)[:100]}")
+    return value
+
+
 def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
-    """Return the graph of the module's own forward, arguments in ``constants`` fixed."""
+    """Return the graph of the module's own forward, arguments in ``constants`` (encoded) fixed."""
+    constants = {name: _decode(value) for name, value in constants.items()}
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

@@ -10,10 +10,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .edits import digest, trace_forward
+from .edits import digest, encode, trace_forward
 from .errors import PruneError
 from .gates import BranchGate, ResConv, is_leaf
 from .inplace import unsafe_writes
@@ -123,31 +123,41 @@ def _rewrite(
     if _has_hooks(module):
         return refuse("it carries hooks")
     call = calls[0]
-    signature: dict[str, Any] = {}
+    mine = graph.nodes[call.start : call.end]
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
-        signature = dict(bound.arguments)
-        given = set(signature)
+        given = set(bound.arguments)
         bound.apply_defaults()
         signature = dict(bound.arguments)
-        constants = {k: v for k, v in signature.items() if not _has_ref(v)}
-        bad = {
-            k: v
-            for k, v in constants.items()
-            if not isinstance(v, bool | int | float | str | type(None))
-            and (k in given or v not in ((), {}))
+        nested = {k for k, v in signature.items() if isinstance(v, tuple | list | dict) and v}
+        kinds = {k: p.kind for k, p in bound.signature.parameters.items()}
+        for k in nested:
+            if kinds[k] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                return refuse(f"it takes any number of arguments ({k})")
+        plain = {
+            k: encode(v, False)
+            for k, v in signature.items()
+            if k not in nested and not isinstance(v, Ref) and (k in given or v not in ((), {}))
         }
-        nested = {k for k, v in signature.items() if _has_ref(v) and not isinstance(v, Ref)}
-        if bad or nested:
-            return refuse(f"its argument {next(iter(bad or nested))!r} is no plain value")
-        constants = {k: v for k, v in constants.items() if v not in ((), {}) or v is None}
-        gm, tags = _tagged(graph, module, signature, constants)
-    except Exception as error:
-        return refuse(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
-    mine = graph.nodes[call.start : call.end]
-    # torch.fx turns `x += y` into `x + y`.
-    if [n.op.rstrip("_") for n in mine] != [op.rstrip("_") for op, _ in tags]:
-        return refuse("it does other things when it is traced")
+    except TypeError as error:
+        return refuse(f"its arguments are not plain: {error}")
+    why, found = "", None
+    # A size handed on as a tuple should stay free; where the forward decides by it, it is fixed.
+    for free in (True, False) if nested else (False,):
+        try:
+            constants = plain | {k: encode(signature[k], free) for k in nested}
+            gm, tags = _tagged(graph, module, signature, constants, nested)
+        except Exception as error:
+            why = why or f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            continue
+        # torch.fx turns `x += y` into `x + y`.
+        if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in tags]:
+            found = constants, gm, tags
+            break
+        why = why or "it does other things when it is traced"
+    if found is None:
+        return refuse(why)
+    constants, gm, tags = found
     nodes = []
     for index in indices:
         name = tags[index - call.start][1]
@@ -163,14 +173,6 @@ def _rewrite(
     }
 
 
-def _has_ref(tree: Any) -> bool:
-    if isinstance(tree, Ref):
-        return True
-    if isinstance(tree, list | tuple):
-        return any(_has_ref(t) for t in tree)
-    return isinstance(tree, dict) and any(_has_ref(t) for t in tree.values())
-
-
 class _Tagging(fx.Interpreter):
     current: str | None = None
 
@@ -180,24 +182,28 @@ class _Tagging(fx.Interpreter):
 
 
 def _tagged(
-    graph: Graph, module: nn.Module, signature: dict[str, Any], constants: dict[str, Any]
+    graph: Graph,
+    module: nn.Module,
+    signature: dict[str, Any],
+    constants: dict[str, Any],
+    nested: set[str],
 ) -> tuple[fx.GraphModule, list[tuple[str, str | None]]]:
     """Trace the module's own forward, and say which traced node ran each recorded operation."""
     gm = fx.GraphModule(module, trace_forward(module, constants))
     names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
 
-    def fill(ref: Any) -> Any:
+    def fill(ref: Any, device: torch.device) -> Any:
         if not isinstance(ref, Ref):
             return ref
         value = graph.values[ref.value]
         if value.dtype.is_floating_point:
-            return torch.rand(value.shape, dtype=value.dtype)
-        return torch.zeros(value.shape, dtype=value.dtype)
+            return torch.rand(value.shape, dtype=value.dtype, device=device)
+        return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    ordered = [tree_map(fill, signature[n]) for n in signature]
-    ordered = [t.to(device) if isinstance(t, Tensor) else t for t in ordered]
-    if len(names) != len(ordered):
+    ordered = [tree_map(lambda r: fill(r, device), signature[n]) for n in signature]
+    count = sum(len(tree_leaves(v)) if n in nested else 1 for n, v in signature.items())
+    if len(names) != count:
         ordered = [t for t, n in zip(ordered, signature, strict=True) if n not in constants]
     interpreter = _Tagging(gm)
 
