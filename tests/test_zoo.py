@@ -1,12 +1,17 @@
-"""A sample of the zoos: prune a random half, compare with the gated net (the full sweep is a benchmark)."""
+"""A sample of the zoos: prune a random half, compare with the gated net, and the file with both.
+
+The whole sweep is a benchmark (docs/coverage.md).
+"""
 
 import pytest
 import torch
+from torch import nn
 
 import resconv
 from resconv import nets
+from resconv.gates import zeroed
 
-from .helpers import randomise, randomise_gates, some_plan
+from .helpers import randomise, randomise_gates, settle, some_plan
 
 SAMPLE = [
     "torchvision:resnet18",
@@ -42,18 +47,48 @@ SAMPLE = [
     "timm:inception_next_tiny",
     "timm:mobileone_s0",
     "timm:repghostnet_050",
-    "timm:starnet_s1",
+    "timm:starnet_s050",
+    "timm:fastvit_t8",
+    "timm:efficientvit_b0",
+    "timm:mambaout_femto",
+    "timm:fasternet_t0",
+    "timm:skresnet18",
 ]
+# Written as ONNX too, which takes ten times as long.
+AS_FILE = [
+    "torchvision:resnet18",
+    "timm:mobilenetv3_small_050",
+    "timm:convnextv2_atto",
+    "timm:starnet_s050",
+]
+
+
+def pruned(name: str, x: torch.Tensor) -> tuple[nn.Module, nn.Module, nn.Module, resconv.Plan]:
+    model = randomise(nets.create(name), 0, x)
+    gated = randomise_gates(resconv.convert(model, x, units="all"))
+    plan = some_plan(gated, 1)
+    with zeroed(gated, plan.remove):
+        settle(gated, x, 2)
+    return model, gated, resconv.prune(gated, plan), plan
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_zoo_nets_are_pruned_right(name):
     size = 96 if "edgenext" in name or "inception" in name else 64
-    x = torch.randn(1, 3, size, size)
-    model = randomise(nets.create(name))
-    gated = randomise_gates(resconv.convert(model, x, units="all"))
-    plan = some_plan(gated, 1)
-    compact = resconv.prune(gated, plan)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    model, gated, compact, plan = pruned(name, x)
     assert resconv.verify(gated, compact, x, plan=plan).max_rel_error <= 1e-4
     assert not resconv.gates(compact)
     assert resconv.count(compact, x).macs < resconv.count(model, x).macs
+    # What was removed counts: with the planned scales in place the net is another one.
+    with pytest.raises(resconv.errors.VerificationError, match="disagree"):
+        resconv.verify(gated, compact, x)
+
+
+@pytest.mark.parametrize("name", AS_FILE)
+def test_pruned_zoo_nets_run_in_onnx_runtime(name, tmp_path):
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    _, _, compact, plan = pruned(name, x)
+    made = resconv.export(compact, tmp_path / "net.onnx", x, plan=plan)
+    assert made.verification.max_rel_error <= 1e-4
+    assert made.dynamic_batch

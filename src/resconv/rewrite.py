@@ -196,9 +196,11 @@ def _tagged(
         if not isinstance(ref, Ref):
             return ref
         value = graph.values[ref.value]
-        if value.dtype.is_floating_point:
-            return torch.rand(value.shape, dtype=value.dtype, device=device)
-        return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        # In memory as it was recorded: whether reshape copies, and which product Linear takes,
+        # depends on that.
+        size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
+        some = torch.rand(max(size, 1), device=device).to(value.dtype)
+        return some.as_strided(value.shape, value.stride)
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     ordered = [tree_map(lambda r: fill(r, device), signature[n]) for n in signature]

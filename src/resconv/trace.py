@@ -40,6 +40,7 @@ class Value:
 
     index: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
     producer: int | None = None
     param: str | None = None
@@ -278,7 +279,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _new(self, tensor: Tensor, producer: int | None = None, constant: bool = False) -> int:
         values = self.graph.values
-        value = Value(len(values), tuple(tensor.shape), tensor.dtype, producer, constant=constant)
+        value = Value(
+            len(values),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            tensor.dtype,
+            producer,
+            constant=constant,
+        )
         values.append(value)
         self._bind(tensor, value.index)
         return value.index
