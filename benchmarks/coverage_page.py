@@ -45,6 +45,10 @@ def write(rows: list[dict]) -> None:
         for key in ("convert_error", "prune_error", "onnx_error")
     }
     power = sorted(r["power"] for r in rows if "power" in r)
+    moving = (
+        f"Of the models, {sum(p > 1e-3 for p in power)} of {len(power)} move by more than 1e-3 when "
+        "any one of six units' scales is 0.5 off (`power`), so a forgotten factor shows."
+    )
     commits = ", ".join(sorted({r["commit"] for r in rows}))
     write_section(
         "Rates",
@@ -58,11 +62,7 @@ def write(rows: list[dict]) -> None:
         "(benchmarks/prunability/readme.md), which checks that the pruned net runs, not what it "
         "computes.\n\n"
         f"Largest errors: convert {_size(worst['convert_error'])}, prune "
-        f"{_size(worst['prune_error'])}, ONNX {_size(worst['onnx_error'])}. Of the models, "
-        f"{sum(p > 1e-3 for p in power)} of {len(power)} move by more than 1e-3 when any one of six "
-        "units' scales is 0.5 off (`power`), so a forgotten factor shows."
-        if power
-        else "",
+        f"{_size(worst['prune_error'])}, ONNX {_size(worst['onnx_error'])}. {moving}",
         page=PAGE,
     )
     failing = [r for r in rows if r["outcome"] not in ("complete", "pruned")]
