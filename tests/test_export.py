@@ -308,3 +308,29 @@ def test_refusals(small, tmp_path):
 
     with pytest.raises(ExportError, match=r"cannot take Loops.*Try another format"):
         resconv.export(Loops(), tmp_path / "loops.pt2", x)
+
+
+def test_the_command_line_takes_saved_folders(small, tmp_path, capsys):
+    compact, plan, _ = compact_net("plainnet20", "layers")
+    x = torch.randn(1, 3, 32, 32)
+    resconv.save(compact, tmp_path / "net", plan=plan, example_inputs=x)
+
+    def call(*args):
+        from typer.testing import CliRunner
+
+        from resconv.cli.app import app
+
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    done = call("export", tmp_path / "net", "--to", tmp_path / "a.pt2")
+    assert "dynamic batch" in done.output, done.output
+    done = call("verify", tmp_path / "net", tmp_path / "a.pt2")
+    assert "agree: 1 outputs" in done.output.replace("\n", " "), (done.output, done.exception)
+    done = call("verify", tmp_path / "net", tmp_path / "a.pt2", "--shape", "0,3")
+    assert "give whole numbers" in str(done.exception)
+    resconv.save(compact, tmp_path / "net")
+    done = call("export", tmp_path / "net")
+    assert "does not say what its network is fed" in str(done.exception)
+    for command in ("export", "measure", "prune"):
+        done = call(command, tmp_path / "nothing")
+        assert "is no run folder: it does not exist" in str(done.exception)

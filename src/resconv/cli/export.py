@@ -1,11 +1,9 @@
 """``resconv export``: files for other runtimes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-from .options import RunPath
 
 __all__ = ["register"]
 
@@ -15,6 +13,8 @@ EXAMPLES = """
   resconv export runs/digits
 
   resconv export runs/digits --to model.pt2
+
+  resconv export saved_net --to model.xml
 """
 
 
@@ -23,24 +23,58 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: RunPath,
+    run: Annotated[Path, typer.Argument(help="A run folder, or a folder that resconv.save wrote.")],
     to: Annotated[
         Path | None,
-        typer.Option(help="A .onnx, .pt2 or .xml file; default: model.onnx in the run folder."),
+        typer.Option(
+            help="A .onnx, .pt2 (torch.export) or .xml (OpenVINO) file; default: model.onnx there."
+        ),
     ] = None,
+    trust_source: Annotated[
+        bool, typer.Option(help="Allow a saved net to import its package.module:factory.")
+    ] = False,
 ) -> None:
-    """Write the compact net of a run for another runtime, and check the file by running it."""
+    """Write a compact net for another runtime, and check the file by running it."""
     import resconv
     from resconv import run as runs
     from resconv.run.pipeline import compact_of
 
+    if (run / "model.json").is_file() and not (run / "config.json").is_file():
+        _say(_export_saved(run, to or run / "model.onnx", trust_source))
+        return
     current = runs.open_run(run, typer.echo)
     if to is None:
         runs.run_stage(current, "export", again=True)
         return
-    done = resconv.export(compact_of(current), to, current.example(), plan=current.plan())
+    _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan()))
+
+
+def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
+    import json
+
+    import torch
+
+    import resconv
+    from resconv.errors import ExportError
+    from resconv.signature import make_inputs
+    from resconv.store import read_header
+
+    header = read_header(folder)
+    if header["inputs"] is None:
+        raise ExportError(
+            f"{folder} does not say what its network is fed. Save it with its inputs: "
+            "resconv.save(net, path, example_inputs=x), or call resconv.export from Python."
+        )
+    plan = header["plan"] and resconv.Plan.from_json(json.dumps(header["plan"]))
+    net = resconv.load(folder, trust_source=trust_source)
+    inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
+    return resconv.export(net, to, inputs, plan=plan)
+
+
+def _say(done: Any) -> None:
+    opset = f", opset {done.opset}" if done.opset else ""
     typer.echo(
-        f"{done.path}: {done.format}, {done.num_bytes:,} bytes, "
+        f"{done.path}: {done.format}{opset}, {done.num_bytes:,} bytes, "
         f"{'dynamic' if done.dynamic_batch else 'fixed'} batch, relative error "
         f"{done.verification.max_rel_error:.1e}"
     )

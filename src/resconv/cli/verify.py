@@ -12,6 +12,8 @@ EXAMPLES = """
 
   resconv verify runs/digits runs/digits/model.onnx
 
+  resconv verify saved_net model.xml --tolerance 1e-3
+
   resconv verify a.pt2 b.onnx --shape 1,3,32,32
 """
 
@@ -21,17 +23,20 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    a: Annotated[Path, typer.Argument(help="A run folder, saved network, .onnx or .pt2.")],
+    a: Annotated[Path, typer.Argument(help="A run folder, saved network, .onnx, .pt2 or .xml.")],
     b: Annotated[Path, typer.Argument(help="The other one.")],
     shape: Annotated[
-        str | None, typer.Option(help="Input shape, such as 1,3,224,224; default: as saved.")
+        list[str] | None,
+        typer.Option(
+            help="Input shape, such as 1,3,224,224; once for each input. Default: as saved."
+        ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest relative error.")] = 1e-4,
     trust_source: Annotated[
         bool, typer.Option(help="Allow a saved net to import its package.module:factory.")
     ] = False,
 ) -> None:
-    """Run two networks on the same random input and compare their outputs."""
+    """Run two networks on the same random inputs and compare their outputs."""
     from resconv.compare import compare
 
     result = compare(a, b, shape=shape, tolerance=tolerance, trust_source=trust_source)
