@@ -232,6 +232,19 @@ def _count(n: Any, least: int = 1) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= least
 
 
+def _argument(value: Any) -> bool:
+    """Whether this is an argument as ``edits.encode`` writes them; the depth was checked before."""
+    if isinstance(value, list):
+        return all(_argument(v) for v in value)
+    if isinstance(value, dict):
+        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
+            return _argument(value["tuple"])
+        if set(value) == {"dict"} and isinstance(value["dict"], dict):
+            return all(k.isidentifier() and _argument(v) for k, v in value["dict"].items())
+        return value == {"free": True}
+    return isinstance(value, bool | int | float | str | type(None))
+
+
 def _check_edit(edit: Any) -> str | None:
     """Return what is wrong with an edit's fields; whether it fits a model, ``edits.py`` says."""
     if not isinstance(edit, dict):
@@ -247,8 +260,7 @@ def _check_edit(edit: Any) -> str | None:
         elif key == "constants":
             # They become arguments of a forward that torch.fx traces.
             good = isinstance(value, dict) and all(
-                k.isidentifier() and isinstance(v, bool | int | float | str | type(None))
-                for k, v in value.items()
+                k.isidentifier() and _argument(v) for k, v in value.items()
             )
         elif key == "nodes":
             good = isinstance(value, list) and all(
