@@ -147,7 +147,13 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
         (lambda h: h["edits"].append({"op": "children", "path": "bn1", "names": [[]]}), "names"),
         (
             lambda h: h["edits"].append(
-                {"op": "bypass", "path": "", "constants": {"x": {"call": []}}, "nodes": [], "code": ""}
+                {
+                    "op": "bypass",
+                    "path": "",
+                    "constants": {"x": {"call": []}},
+                    "nodes": [],
+                    "code": "",
+                }
             ),
             "constants",
         ),
