@@ -1,7 +1,23 @@
 """Shared fixtures."""
 
+import os
+
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, max_examples=60
+)
+# A search: HYPOTHESIS_PROFILE=search pytest tests/test_properties.py
+hypothesis.settings.register_profile(
+    "search",
+    deadline=None,
+    max_examples=3000,
+    print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)

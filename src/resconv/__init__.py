@@ -13,6 +13,7 @@ from .fuse import fuse as fuse
 from .gates import copy_zeros as copy_zeros
 from .gates import gates as gates
 from .plan import Plan as Plan
+from .prune import leftovers as leftovers
 from .prune import prune as prune
 from .recalibrate import recalibrate as recalibrate
 from .sparsify import Sparsifier as Sparsifier

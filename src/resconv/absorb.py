@@ -8,19 +8,19 @@ from torch import Tensor, nn
 from .gates import BranchGate, Multiply, ResConv
 from .kernel import fused_kernel
 from .ops import NORMS, kind, weight_values
-from .surgery import Surgery
+from .surgery import MustStayError, Surgery
 from .trace import Graph, Node, Ref
 from .units import params_behind
 
-__all__ = ["absorb", "tie_factors"]
+__all__ = ["Kernel", "absorb", "tie_factors"]
+
+Kernel = tuple[Tensor, Tensor | None, nn.Module]  # weight, bias, and the conv they stand for
 
 
-def tie_factors(
-    model: nn.Module, todo: Surgery, fuse: bool
-) -> dict[str, tuple[Tensor, Tensor | None, nn.Module]]:
+def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel]:
     """Tie the factors of all values, and return the kernels of the ResConvs that stay."""
     graph, ties = todo.graph, todo.potentials
-    demands: list[tuple[Node, float]] = []
+    demands: list[tuple[Node, int, float]] = []
     for value in (*graph.inputs, *graph.outputs):
         ties.pin(value)
     uses = _param_uses(graph, todo.dead)
@@ -29,23 +29,19 @@ def tie_factors(
             continue
         data = [v for v in node.inputs if not graph.values[v].constant]
         if node.index in todo.bypassed:
-            if node.op == "gate":
-                gate = node.call.module
-                assert isinstance(gate, ResConv)
-                assert gate.control is not None
-                demands.append((node, gate.control.item()))
+            read = node.inputs[todo.bypassed[node.index]]
+            if node.index in todo.factors:
+                demands.append((node, read, todo.factors[node.index]))
             else:
-                ties.tie(node.outputs[0], node.inputs[todo.bypassed[node.index]])
+                ties.tie(node.outputs[0], read)
         elif node.op == "gate":
             if isinstance(node.call.module, Multiply):
                 parent = node.call.parent
                 assert parent is not None
                 assert isinstance(parent.module, BranchGate)
                 if fuse:
-                    demands.append((node, parent.module.scale.item()))
-                else:
-                    ties.tie(node.outputs[0], node.inputs[0])
-            # ResConv and a gated BatchNorm absorb what stands on both sides.
+                    demands.append((node, node.inputs[0], parent.module.scale.item()))
+            # ResConv, a gated BatchNorm and a scale that stays absorb what stands on both sides.
         else:
             how = kind(graph, node)
             if how == "linear" and not _absorbs(graph, node, uses):
@@ -64,31 +60,25 @@ def tie_factors(
             elif how == "opaque":
                 for v in (*data, *node.outputs):
                     ties.pin(v)
-    for node, p in demands:
+    left: list[tuple[Node, int, float]] = []
+    for node, x, p in demands:
         # y = p * x, one value from now on: f(x) = p * f(y).
-        x, y = node.inputs[0], node.outputs[0]
+        y = node.outputs[0]
         if p > 0 and ties.tie(x, y, math.log(p)):
             continue
         ties.tie(x, y)
-        if not math.isclose(p, 1.0, rel_tol=1e-12):
-            path = node.call.path
-            if isinstance(node.call.module, Multiply):
-                assert node.call.parent is not None
-                path = node.call.parent.path
-            # What is left over is the factor between the ties as they are.
-            todo.multiply[path] = p
-            todo.bypassed.pop(node.index, None)
-            todo.same_as.pop(y, None)
-    for node, p in demands:
-        path = (
-            node.call.path
-            if not isinstance(node.call.module, Multiply)
-            else (node.call.parent.path if node.call.parent else "")
-        )
-        if path in todo.multiply:
-            x, y = node.inputs[0], node.outputs[0]
-            todo.multiply[path] = p * ties.factor(y) / ties.factor(x)
-    kept: dict[str, tuple[Tensor, Tensor | None, nn.Module]] = {}
+        if math.isclose(p, 1.0, rel_tol=1e-12):
+            continue
+        if node.op != "gate":
+            raise MustStayError({node.index})
+        left.append((node, x, p))
+        todo.multiply[_place(node)] = p
+        todo.bypassed.pop(node.index, None)
+        todo.same_as.pop(y, None)
+    for node, x, p in left:
+        # What is left over is the factor between the ties as they are.
+        todo.multiply[_place(node)] = p * ties.factor(node.outputs[0]) / ties.factor(x)
+    kept: dict[str, Kernel] = {}
     if fuse:
         for node in graph.nodes:
             gate = node.call.module
@@ -105,6 +95,14 @@ def tie_factors(
                 gate.conv,
             )
     return kept
+
+
+def _place(gate: Node) -> str:
+    """Return the path of the gate whose factor the node multiplies with."""
+    if isinstance(gate.call.module, Multiply):
+        assert gate.call.parent is not None
+        return gate.call.parent.path
+    return gate.call.path
 
 
 def _in_eval(gate: ResConv) -> ResConv:
@@ -225,6 +223,10 @@ def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:
                     scale(f"{path}.control", f_out / f_in)
                     if gate.norm is None and gate.conv.bias is not None:
                         pass  # y = s * (W x + b): b is in the scale's part and unchanged
+                elif isinstance(gate, Multiply):
+                    if not fuse and f_out != f_in:
+                        gate_of = _place(node)
+                        scale(f"{gate_of}.scale", f_out / f_in)
                 elif isinstance(gate, BranchGate):
                     done.add(path)
                     _absorb_gated_norm(gate, f_in, f_out, fuse)

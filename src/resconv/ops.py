@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .trace import Graph, Node, Ref
 
-__all__ = ["NORMS", "bounds", "is_identity", "kind", "weight_values"]
+__all__ = ["NORMS", "bounds", "clamp_limits", "is_identity", "kind", "weight_values"]
 
 NORMS = {
     "native_batch_norm",
@@ -173,6 +173,25 @@ def kind(graph: Graph, node: Node) -> str:
     return "opaque"
 
 
+def clamp_limits(node: Node) -> tuple[float, float] | None:
+    """Return the limits of an operation that only clamps its first input, or None."""
+    op = node.op.removesuffix("_")
+    if op == "relu":
+        return 0.0, math.inf
+    if op not in ("hardtanh", "clamp"):
+        return None
+    given = dict(zip(("min", "max"), node.args[1:], strict=False))
+    given |= {k.removesuffix("_val"): v for k, v in node.kwargs.items()}
+    low, high = (-1.0, 1.0) if op == "hardtanh" else (-math.inf, math.inf)
+    found = []
+    for name, default in (("min", low), ("max", high)):
+        limit = given.get(name)
+        if not isinstance(limit, int | float | None):
+            return None
+        found.append(default if limit is None else float(limit))
+    return (found[0], found[1]) if found[0] <= found[1] else None
+
+
 def bounds(graph: Graph, node: Node, known: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the least and greatest value the node's outputs can have.
 
@@ -183,18 +202,9 @@ def bounds(graph: Graph, node: Node, known: Sequence[tuple[float, float]]) -> tu
     ins = [known[v] for v in node.inputs]
     if node.op in _LIMITED:
         return _LIMITED[node.op]
-    if op == "relu":
-        low, high = ins[0]
-        return max(low, 0.0), max(high, 0.0)
-    if op in ("hardtanh", "clamp"):
-        default = (-1.0, 1.0) if op == "hardtanh" else (None, None)
-        least = node.args[1] if len(node.args) > 1 else default[0]
-        most = node.args[2] if len(node.args) > 2 else default[1]
-        if any(isinstance(limit, Ref) for limit in (least, most)):
-            return everything
-        lower = -math.inf if least is None else float(least)
-        upper = math.inf if most is None else float(most)
-        return max(ins[0][0], lower), min(max(ins[0][1], lower), upper)
+    if (limits := clamp_limits(node)) is not None:
+        low, high = (min(max(limit, limits[0]), limits[1]) for limit in ins[0])
+        return low, high
     if op in _MOVES or node.op in _IDENTITY:
         return min(i[0] for i in ins), max(i[1] for i in ins)
     if node.op == "constant_pad_nd" and kind(graph, node) == "homogeneous":

@@ -8,27 +8,23 @@ has to change (two branches in one block, a functional activation) that forward 
 """
 
 import copy
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from .absorb import absorb, tie_factors
+from .absorb import Kernel, absorb, tie_factors
 from .convert import State, set_submodule, state_of
 from .edits import apply_edits
-from .errors import PlanError, PruneError
+from .errors import PlanError
 from .fold import conv_edit, fill_convs
-from .gates import BranchGate, Gate, ResConv, gates, is_leaf
-from .ops import bounds, kind
+from .gates import BranchGate, Gate, gates, is_leaf
 from .plan import Plan
+from .removal import decide
 from .rewrite import tree_edits
-from .surgery import Surgery, original_path
-from .trace import Ref, record, unwrap
-from .units import find_blocks
+from .surgery import MustStayError, Surgery, original_path
+from .trace import Graph, record, unwrap
 
 __all__ = ["leftovers", "operate", "prune"]
-
-_IDEMPOTENT = {"relu", "hardtanh", "clamp"}
 
 
 def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
@@ -72,11 +68,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    todo = Surgery(graph)
-    _take_out(model, todo, remove)
-    kept = tie_factors(model, todo, fuse)
+    todo, kept, structure = _decide(model, graph, remove, fuse)
     absorb(model, todo, fuse)
-    structure = tree_edits(model, todo)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
     for path, (weight, bias, like) in kept.items():
@@ -95,93 +88,26 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     return model
 
 
+def _decide(
+    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool
+) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
+    """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
+    keep: frozenset[int] = frozenset()
+    while True:
+        try:
+            todo = decide(model, graph, remove, fuse, keep)
+            kept = tie_factors(model, todo, fuse)
+            return todo, kept, tree_edits(model, todo)
+        except MustStayError as again:
+            keep |= again.nodes  # grows each time: what is kept is not passed by again
+
+
 def _label(model: nn.Module, state: State, fuse: bool) -> None:
     if fuse:
         model.__dict__.pop("resconv_state", None)
         model.resconv_record = {"source": state.source, "edits": state.edits}  # type: ignore[assignment]
     else:
         model.resconv_state = state  # type: ignore[assignment]
-
-
-def _take_out(model: nn.Module, todo: Surgery, remove: tuple[str, ...]) -> None:
-    """Decide which values stand for which others once the units are gone."""
-    graph = todo.graph
-    every = gates(model)
-    paths = {
-        name: p
-        for p, m in model.named_modules()
-        for name in [getattr(m, "unit", None)]
-        if isinstance(m, Gate) and name in remove
-    }
-    blocks = {c.gate: c for c in find_blocks(model, graph)}
-    for name in remove:
-        gate, path = every[name], paths[name]
-        if isinstance(gate, BranchGate):
-            candidate = blocks.get(path)
-            if candidate is None or not candidate.unit.removable:
-                raise PruneError(f"{name} is no residual branch of the recorded forward any more.")
-            add = graph.nodes[candidate.add]
-            position = next(i for i, a in enumerate(add.args[:2]) if a == Ref(candidate.value))
-            todo.bypassed[add.index] = position
-            todo.same_as[add.outputs[0]] = candidate.value
-            todo.dead |= candidate.nodes
-    for name in remove:
-        gate, path = every[name], paths[name]
-        if not isinstance(gate, ResConv):
-            continue
-        node = next((n for n in graph.nodes if n.op == "gate" and n.call.path == path), None)
-        if node is None:
-            raise PruneError(f"{name} does not run in the model's forward.")
-        if node.index in todo.dead:
-            continue
-        assert gate.control is not None
-        p = gate.control.item()
-        if p == 0 or not math.isfinite(p):
-            raise PruneError(
-                f"{name} has control {p:g}: with scale 0 its output would be {p:g} everywhere. "
-                "It never learned its shortcut; train it longer, convert with start='identity', "
-                "or leave it out of the plan."
-            )
-        todo.bypassed[node.index] = 0
-        todo.same_as[node.outputs[0]] = node.inputs[0]
-    _drop_activations(model, todo, every)
-
-
-def _drop_activations(model: nn.Module, todo: Surgery, every: dict[str, Gate]) -> None:
-    """Pass by activations that a removed unit has made redundant (relu of a relu)."""
-    graph = todo.graph
-    known: list[tuple[float, float]] = [(-math.inf, math.inf)] * len(graph.values)
-    after_removal: set[int] = set(todo.same_as)
-    for node in graph.nodes:
-        if node.index in todo.bypassed:
-            low, high = known[node.inputs[todo.bypassed[node.index]]]
-            if node.op == "gate":
-                gate = node.call.module
-                assert isinstance(gate, ResConv)
-                assert gate.control is not None
-                p = gate.control.item()
-                low, high = sorted((p * low, p * high))
-            span = (low, high)
-        else:
-            span = bounds(graph, node, known)
-        if (
-            node.op.removesuffix("_") in _IDEMPOTENT
-            and node.index not in todo.dead
-            and node.inputs[0] in after_removal
-            and known[node.inputs[0]] == span
-        ):
-            todo.bypassed[node.index] = 0
-            todo.same_as[node.outputs[0]] = node.inputs[0]
-            after_removal.add(node.outputs[0])
-        elif (
-            len(node.inputs) == 1
-            and node.inputs[0] in after_removal
-            and kind(graph, node) == "homogeneous"
-        ):
-            # a copy or a dropout between the unit and its activation
-            after_removal.update(node.outputs)
-        for value in node.outputs:
-            known[value] = span
 
 
 def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:

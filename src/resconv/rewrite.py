@@ -17,7 +17,7 @@ from .edits import digest, encode, trace_forward
 from .errors import PruneError
 from .gates import BranchGate, ResConv, is_leaf
 from .inplace import unsafe_writes
-from .surgery import Surgery, original_path
+from .surgery import MustStayError, Surgery, original_path
 from .trace import Graph, Ref, record
 
 __all__ = ["tree_edits"]
@@ -77,11 +77,17 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         while owner.parent is not None and owner.args and _whole(graph, owner, index):
             owner = owner.parent
         rest.setdefault(owner.path, []).append(index)
-    rewritten = []
+    rewritten, stay = [], set()
     for path, indices in rest.items():
-        rewrite = _rewrite(model, todo, path, sorted(indices))
-        if rewrite is not None:
-            rewritten.append(rewrite)
+        try:
+            rewritten.append(_rewrite(model, todo, path, sorted(indices)))
+        except PruneError:
+            optional = todo.optional.intersection(indices)
+            if not optional:
+                raise
+            stay |= optional
+    if stay:
+        raise MustStayError(stay)
     # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
     rewritten.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten
@@ -97,31 +103,26 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _rewrite(
-    model: nn.Module, todo: Surgery, path: str, indices: list[int]
-) -> dict[str, Any] | None:
+def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> dict[str, Any]:
     """Return the edit that passes the operations by in the forward of the module at ``path``.
 
-    Activations that stay because their forward cannot be rewritten only cost time; a unit that
-    stays would be wrong, so that is refused.
+    Raises:
+        PruneError: that forward cannot be rewritten.
     """
     graph = todo.graph
     module = model.get_submodule(path)
     calls = graph.calls_of(path)
-    must = [i for i in indices if graph.nodes[i].op in ("add", "add_", "gate")]
 
-    def refuse(why: str) -> dict[str, Any] | None:
-        if must:
-            raise PruneError(
-                f"The forward of {path or type(model).__name__} ({type(module).__name__}) has to "
-                f"be rewritten to remove a unit from it, and cannot be: {why}."
-            )
-        return None
+    def refuse(why: str) -> PruneError:
+        return PruneError(
+            f"The forward of {path or type(model).__name__} ({type(module).__name__}) has to "
+            f"be rewritten to remove a unit from it, and cannot be: {why}."
+        )
 
     if len(calls) != 1:
-        return refuse(f"it is called {len(calls)} times in one pass")
+        raise refuse(f"it is called {len(calls)} times in one pass")
     if _has_hooks(module):
-        return refuse("it carries hooks")
+        raise refuse("it carries hooks")
     call = calls[0]
     mine = graph.nodes[call.start : call.end]
     try:
@@ -133,14 +134,14 @@ def _rewrite(
         kinds = {k: p.kind for k, p in bound.signature.parameters.items()}
         for k in nested:
             if kinds[k] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                return refuse(f"it takes any number of arguments ({k})")
+                raise refuse(f"it takes any number of arguments ({k})")
         plain = {
             k: encode(v, False)
             for k, v in signature.items()
             if k not in nested and not isinstance(v, Ref) and (k in given or v not in ((), {}))
         }
     except TypeError as error:
-        return refuse(f"its arguments are not plain: {error}")
+        raise refuse(f"its arguments are not plain: {error}")
     why, found = "", None
     # A size handed on as a tuple should stay free; where the forward decides by it, it is fixed.
     for free in (True, False) if nested else (False,):
@@ -148,7 +149,7 @@ def _rewrite(
             constants = plain | {k: encode(signature[k], free) for k in nested}
             gm, tags = _tagged(graph, module, signature, constants, nested)
         except Exception as error:
-            why = why or f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
         if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in tags]:
@@ -156,13 +157,13 @@ def _rewrite(
             break
         why = why or "it does other things when it is traced"
     if found is None:
-        return refuse(why)
+        raise refuse(why)
     constants, gm, tags = found
     nodes = []
     for index in indices:
         name = tags[index - call.start][1]
         if name is None:
-            return refuse("an operation has no name in the trace")
+            raise refuse("an operation has no name in the trace")
         nodes.append([name, todo.bypassed[index]])
     return {
         "op": "bypass",

@@ -8,7 +8,7 @@ from .gates import BranchGate
 from .scaling import Potentials
 from .trace import Graph
 
-__all__ = ["Surgery", "original_path"]
+__all__ = ["MustStayError", "Surgery", "original_path"]
 
 
 @dataclass
@@ -16,6 +16,8 @@ class Surgery:
     graph: Graph
     same_as: dict[int, int] = field(default_factory=dict)  # value -> value that takes its place
     bypassed: dict[int, int] = field(default_factory=dict)  # node -> position of what it passes on
+    factors: dict[int, float] = field(default_factory=dict)  # passed-by node -> output over input
+    optional: set[int] = field(default_factory=set)  # passed-by nodes that might as well stay
     multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
     dead: set[int] = field(default_factory=set)
     potentials: Potentials = field(default_factory=Potentials)
@@ -24,6 +26,14 @@ class Surgery:
         while value in self.same_as:
             value = self.same_as[value]
         return value
+
+
+class MustStayError(Exception):
+    """An operation that was to be passed by has to stay: decide anew without it."""
+
+    def __init__(self, nodes: set[int]) -> None:
+        super().__init__(nodes)
+        self.nodes = nodes
 
 
 def original_path(model: nn.Module, path: str) -> str:
