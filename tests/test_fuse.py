@@ -105,3 +105,106 @@ def test_training_mode_is_refused(images):
     gated = resconv.convert(randomise(resconv_net()).double(), images).train()
     with pytest.raises(resconv.ResConvError, match=r"training mode.*model\.eval\(\)"):
         resconv.fuse(gated)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"c_out": 8, "kernel": 3, "stride": 2, "padding": 1},
+        {"c_out": 12, "kernel": 3, "padding": 1},
+        {"c_out": 4, "kernel": 3, "padding": 1, "padding_mode": "reflect"},
+        {"c_out": 8, "kernel": 3},
+        {"c_out": 8, "kernel": 5, "dilation": 2, "padding": 1},
+        {"c_out": 12, "kernel": 1, "stride": 2, "bias": False},
+        {"c_out": 8, "kernel": 2, "stride": 2},
+        {"c_out": 16, "kernel": 4, "stride": 4, "padding": 1},
+        {"c_out": 16, "kernel": 3, "stride": 2, "padding": 1, "groups": 8},
+        {"c_out": 4, "kernel": 3, "padding": 1, "groups": 2, "padding_mode": "circular"},
+        {"c_out": 12, "kernel": 3, "stride": 2, "padding": 1, "groups": 4},
+        {"c_out": 12, "kernel": 4, "padding": "same"},
+        {"c_out": 4, "kernel": 7, "stride": 3, "padding": "valid"},
+    ],
+)
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_shape_changing_layer_may_have_a_fusible_shortcut(spec, dims, norm):
+    spec = dict(spec)
+    c_out, kernel = spec.pop("c_out"), spec.pop("kernel")
+    conv = CONVS[dims](8, c_out, kernel, **spec)
+    layers = [CONVS[dims](3, 8, 1), conv, *([NORMS[dims](c_out)] if norm else []), nn.ReLU()]
+    model = randomise(nn.Sequential(*layers, CONVS[dims](c_out, 2, 1)).double())
+    x = torch.randn(2, 3, *[11] * dims, dtype=torch.float64)
+    gated = resconv.convert(model, x, shortcut="always")
+    torch.testing.assert_close(gated(x), model(x), rtol=1e-10, atol=1e-10)
+    assert set(resconv.gates(gated)) == set()
+    fixed = resconv.gates(gated, fixed=True)
+    assert "1" in fixed
+    assert not fixed["1"].removable
+    with torch.no_grad():
+        fixed["1"].control.fill_(0.7)
+    before = gated(x)
+    # Negative control: the shortcut does something, and it is where the fused kernel has it.
+    assert not torch.allclose(before, model(x), rtol=1e-3, atol=1e-3)
+    fused = resconv.fuse(gated)
+    assert type(fused.get_submodule("1")) is CONVS[dims]
+    assert not resconv.gates(fused, fixed=True)
+    torch.testing.assert_close(fused(x), before, rtol=1e-10, atol=1e-10)
+    # From a trained net the identity is taken out of the kernel: the function stays.
+    started = resconv.convert(model, x, shortcut="always", start="identity")
+    assert all(g.control.item() == 1 for g in resconv.gates(started, fixed=True).values())
+    torch.testing.assert_close(started(x), model(x), rtol=1e-9, atol=1e-9)
+    # Its gradient is that of the formula.
+    gated.train()
+    gated(x).square().sum().backward()
+    assert fixed["1"].control.grad is not None
+    assert fixed["1"].scale.grad is None
+
+
+def test_the_shortcut_of_a_strided_layer_is_the_strided_input():
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False).double()
+    model = nn.Sequential(nn.Identity(), conv, nn.Conv2d(6, 1, 1).double()).eval()
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    gated = resconv.convert(model, x, shortcut="always")
+    with torch.no_grad():
+        conv_in = gated.get_submodule("1")
+        conv_in.conv.weight.zero_()
+        conv_in.control.fill_(2.0)
+        y = conv_in(x)
+    assert torch.equal(y[:, :4], 2 * x[:, :, ::2, ::2])
+    assert not y[:, 4:].any()
+
+
+def test_a_shape_changing_layer_stays_and_says_why(images):
+    from resconv import nets
+
+    model = randomise(nets.create("resnet20").double())
+    gated = randomise_gates(resconv.convert(model, images, units="all", shortcut="always"))
+    plain = resconv.convert(model, images, units="all")
+    assert set(resconv.gates(gated)) == set(resconv.gates(plain))
+    found = {u.name: u for u in resconv.units(gated, images)}
+    assert found["layer2.0.conv1"].reason == "stride 2 changes the size"
+    assert not found["layer2.0.conv1"].removable
+    a, b = (resconv.plan(m, images, resconv.Budget(macs=0.5)) for m in (gated, plain))
+    assert a.macs_before == b.macs_before
+    assert a.num_params_before == b.num_params_before
+    assert "layer2.0.conv1" not in a.scales
+    with torch.no_grad():
+        resconv.gates(gated, fixed=True)["layer2.0.conv1"].control.fill_(0.8)
+    with pytest.raises(resconv.ResConvError, match=r"layer2\.0\.conv1 cannot be removed: stride 2"):
+        resconv.prune(gated, resconv.Plan(["layer2.0.conv1"]))
+    for fuse in (True, False):
+        compact = resconv.prune(gated, a, fuse=fuse)
+        resconv.verify(gated, compact, images, plan=a)
+        if not fuse:
+            resconv.verify(gated, resconv.fuse(compact), images, plan=a)
+
+
+def test_a_conv_that_reaches_too_far_out_gets_no_shortcut():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=2), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+    x = torch.randn(1, 4, 8, 8)
+    gated = resconv.convert(model.eval(), x, shortcut="always")
+    assert set(resconv.gates(gated, fixed=True)) == {"2"}
+    with pytest.raises(resconv.ResConvError, match="choose 'removable' or 'always'"):
+        resconv.convert(model, x, shortcut="sometimes")
+    with pytest.raises(resconv.ResConvError, match="units='blocks' converts none"):
+        resconv.convert(model, x, shortcut="always", units="blocks")

@@ -67,8 +67,6 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
         if p > 0 and ties.tie(x, y, math.log(p)):
             continue
         ties.tie(x, y)
-        if math.isclose(p, 1.0, rel_tol=1e-12):
-            continue
         if node.op != "gate":
             raise MustStayError({node.index})
         left.append((node, x, p))

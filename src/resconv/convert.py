@@ -53,6 +53,7 @@ def convert(
     *,
     units: str = "layers",
     start: str = "keep",
+    shortcut: str = "removable",
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
     """Return a copy of ``model`` in training form; ``model`` is left as it was.
@@ -63,6 +64,10 @@ def convert(
         units: "layers" (conv layers get a shortcut), "blocks" (residual branches get a scale)
             or "all".
         start: "keep" or "identity"; see the module's header.
+        shortcut: which conv layers get one. "removable": those that keep their input's shape, so
+            that they can go. "always": also those that change it (a stride, other channels, no
+            padding), with the identity strided, cut or padded with zero channels. These fuse as
+            exactly, and stay: ``gates`` and plans leave them out, ``units`` says why.
         filter: ``filter(name, module) -> bool``; a unit for which it is false stays ordinary.
 
     Raises:
@@ -74,6 +79,13 @@ def convert(
         raise ConversionError(f"units={units!r}; choose 'layers', 'blocks' or 'all'.")
     if start not in ("keep", "identity"):
         raise ConversionError(f"start={start!r}; choose 'keep' or 'identity'.")
+    if shortcut not in ("removable", "always"):
+        raise ConversionError(f"shortcut={shortcut!r}; choose 'removable' or 'always'.")
+    if shortcut == "always" and units == "blocks":
+        raise ConversionError(
+            "shortcut='always' is about conv layers, and units='blocks' converts none. Choose "
+            "units='all' or 'layers'."
+        )
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):
         raise ConversionError(
@@ -87,7 +99,11 @@ def convert(
     layers = find_layers(model, graph) if units in ("layers", "all") else []
     blocks = find_blocks(model, graph) if units in ("blocks", "all") else []
     kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
-    chosen = [c for c in (*layers, *blocks) if c.unit.removable]
+    chosen = [
+        c
+        for c in (*layers, *blocks)
+        if c.unit.removable or (shortcut == "always" and c.reach is not None)
+    ]
     if filter is not None:
         chosen = [c for c in chosen if filter(c.unit.name, model.get_submodule(c.conv or c.gate))]
     if not chosen:
@@ -189,14 +205,15 @@ def _insert_layer(
 
         apply_edit(model, edit)
     control = 0.0
-    if identity and (fresh or take_out_identity(conv, norm)):
+    where = tap(conv) if candidate.reach is None else candidate.reach.tap
+    if identity and where is not None and (fresh or take_out_identity(conv, norm, where)):
         control = 1.0
-    gate = ResConv(conv, norm, 1.0, control)
-    gate.unit = candidate.conv
+    gate = ResConv(conv, norm, 1.0, control, candidate.reach)
+    gate.unit, gate.reason = candidate.conv, candidate.unit.reason
     set_submodule(model, candidate.conv, gate)
 
 
-def take_out_identity(conv: nn.Module, norm: nn.Module | None) -> bool:
+def take_out_identity(conv: nn.Module, norm: nn.Module | None, where: tuple[int, ...]) -> bool:
     """Subtract from the kernel what ``+ x`` adds behind the norm; False where that is impossible.
 
     W <- W - (sigma / g) * Dirac. A channel whose norm weight ``g`` is (nearly) 0 would need an
@@ -215,11 +232,10 @@ def take_out_identity(conv: nn.Module, norm: nn.Module | None) -> bool:
         if bool((g.abs() < 1e-3 * sigma).any()):
             return False
         amount = sigma / g
-    where = tap(conv)
-    if where is None:
-        return False
+    assert isinstance(conv.groups, int)
     with torch.no_grad():
-        weight.copy_(add_identity(weight.double(), -amount, where).to(weight.dtype))
+        changed = add_identity(weight.double(), -amount, where, conv.groups)
+        weight.copy_(changed.to(weight.dtype))
     return True
 
 

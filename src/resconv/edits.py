@@ -196,6 +196,8 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             )
         except (TypeError, ValueError, RuntimeError) as error:
             raise PruneError(f"Not a convolution at {path!r}: {error}") from error
+        for parameter in made.parameters():
+            parameter.requires_grad_(like.requires_grad or not like.numel())
         return made.train(module.training)
     if op == "children":
         names = edit["names"]

@@ -27,7 +27,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     # An open net whose units are all gone has no gates either, but still its edits to hand over.
     if gates(model) or getattr(unwrap(model), "resconv_state", None) is not None:
-        for name, gate in gates(model).items():
+        for name, gate in gates(model, fixed=True).items():
             if isinstance(gate, ResConv) and gate.norm is not None and gate.norm.training:
                 raise FusionError(
                     f"The norm of {name} is in training mode, so no fixed kernel equals it. "

@@ -2,6 +2,9 @@
 
     layer   y = s * N(C(x)) + p * x      s: ``scale``, p: ``control``
     block   y = s * F(x) + x             the shortcut is the block's own
+    fixed   y = s * N(C(x)) + p * I(x)   a layer that changes the shape: ``I`` strides, crops, drops
+                                         channels or pads them with 0. It fuses just as well, but
+                                         s = 0 leaves no identity, so the layer stays; s is fixed.
 
 ``s`` multiplies the norm's weight and bias before the norm runs (same function, one pass over the
 activations less). ``p * x`` is one fused pass forward, and in the backward pass the gradient of
@@ -10,6 +13,7 @@ activations less). ``p * x`` is one fused pass forward, and in the backward pass
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ __all__ = [
     "BranchGate",
     "Gate",
     "Multiply",
+    "Reach",
     "ResConv",
     "copy_zeros",
     "gates",
@@ -75,8 +80,12 @@ class Gate(nn.Module):
 
     scale: nn.Parameter
     control: nn.Parameter | None
-    removable: bool = True
     unit: str = ""
+    reason: str | None = None  # why it cannot be removed
+
+    @property
+    def removable(self) -> bool:
+        return self.reason is None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         # ``model.bfloat16()`` too leaves the scalars in float32: bf16 cannot hold their small steps.
@@ -125,14 +134,42 @@ def _takes_scale(module: nn.Module) -> bool:
     return is_plain_norm(module) and getattr(module, "weight", None) is not None
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What the shortcut of a shape-changing conv reads: one tap of its kernel, see ``units.reach``.
+
+    Output position ``o`` reads input position ``offset + stride * o``. Within each group, output
+    channel ``c`` reads input channel ``c``, or 0 where there is none.
+    """
+
+    tap: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def __call__(self, x: Tensor, conv: Any, size: torch.Size) -> Tensor:
+        steps = zip(self.offset, conv.stride, size, strict=True)
+        read: Any = (..., *(slice(o, o + s * (n - 1) + 1, s) for o, s, n in steps))
+        x = x[read]
+        wide, narrow = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+        if wide != narrow:
+            x = x.reshape(-1, conv.groups, narrow, *size)[:, :, :wide]
+            x = F.pad(x, [0, 0] * len(size) + [0, wide - x.shape[2]]).flatten(1, 2)
+        return x
+
+
 class ResConv(Gate):
     """``y = scale * norm(conv(x)) + control * x`` (arXiv 2011.14356; see docs/method.md).
 
-    Shapes: x and y are (N, C, *spatial); ``scale`` and ``control`` are scalars.
+    Shapes: x and y are (N, C, *spatial); ``scale`` and ``control`` are scalars. With ``reach`` the
+    conv changes the shape, and so does the shortcut.
     """
 
     def __init__(
-        self, conv: nn.Module, norm: nn.Module | None, scale: float = 1.0, control: float = 0.0
+        self,
+        conv: nn.Module,
+        norm: nn.Module | None,
+        scale: float = 1.0,
+        control: float = 0.0,
+        reach: Reach | None = None,
     ) -> None:
         super().__init__()
         assert norm is None or is_plain_norm(norm)
@@ -144,6 +181,8 @@ class ResConv(Gate):
         self.norm = norm
         self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=like.device))
         self.control = nn.Parameter(torch.tensor(control, dtype=dtype, device=like.device))
+        self.reach = reach
+        self.scale.requires_grad_(reach is None)
         self.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,6 +194,8 @@ class ResConv(Gate):
         else:  # a SyncBatchNorm since the conversion: its forward talks to the other processes
             z = self.norm(z) * self.scale.to(z.dtype)
         assert self.control is not None
+        if self.reach is not None:
+            x = self.reach(x, self.conv, z.shape[2:])
         return _AddScaled.apply(z, x, self.control)  # type: ignore[no-any-return]
 
     # Code of the net that asks its conv for these goes on working.
@@ -201,12 +242,14 @@ def is_leaf(module: nn.Module) -> bool:
     return isinstance(module, ResConv | Multiply)
 
 
-def gates(model: nn.Module) -> dict[str, Gate]:
+def gates(model: nn.Module, *, fixed: bool = False) -> dict[str, Gate]:
     """Return ``{name: gate}`` of a converted model, in the order of its modules.
 
-    Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None).
+    Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None). With ``fixed``
+    those that cannot be removed are there as well; their ``reason`` says why.
     """
-    return {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
+    every = {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
+    return {n: gate for n, gate in every.items() if fixed or gate.removable}
 
 
 @torch.no_grad()

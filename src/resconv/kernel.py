@@ -3,6 +3,10 @@
     y = s * (g / sigma * (W * x + b - mu) + beta) + p * x  =  W' * x + b'
     W' = s * g / sigma * W + p * Dirac        b' = s * (g / sigma * (b - mu) + beta)
 
+``Dirac`` is 1 at one tap of the kernel, from input channel ``c`` of a group to its output channel
+``c``. With a stride, or with other channels out than in, that is the identity strided, cut or
+padded with zero channels.
+
 Computed in float64 and rounded once to the layer's own type.
 """
 
@@ -18,17 +22,19 @@ from .units import tap
 __all__ = ["add_identity", "fold_norm", "fused_kernel"]
 
 
-def add_identity(weight: Tensor, scale: Tensor, where: tuple[int, ...]) -> Tensor:
+def add_identity(weight: Tensor, scale: Tensor, where: tuple[int, ...], groups: int = 1) -> Tensor:
     """Return the kernel of ``x -> conv(x) + scale * x``; ``weight`` is left unchanged.
 
-    Shape: (C, C / groups, *kernel). ``where`` is the tap that reads the output's own position;
-    ``scale`` is one number or one a channel.
+    Shape: (out, in / groups, *kernel). ``where`` is the tap that reads the output's own position;
+    ``scale`` is one number or one an output channel.
     """
     channel = torch.arange(weight.shape[0], device=weight.device)
-    fused = weight.clone()
     # A grouped kernel sees its own group only: channel c is column c % width.
-    at: Any = (channel, channel % weight.shape[1], *where)
-    fused[at] += scale
+    column = channel % (weight.shape[0] // groups)
+    there = column < weight.shape[1]
+    fused = weight.clone()
+    at: Any = (channel[there], column[there], *where)
+    fused[at] += scale.expand(weight.shape[0])[there]
     return fused
 
 
@@ -77,9 +83,11 @@ def fused_kernel(layer: ResConv) -> tuple[Tensor, Tensor | None]:
     else:
         weight = weight.detach().double()
         bias = None if bias is None else bias.detach().double()
-    where = tap(conv)
+    where = tap(conv) if layer.reach is None else layer.reach.tap
     if where is None:
         raise FusionError("The layer's kernel has no tap at the output's own position.")
     assert layer.control is not None
-    weight = add_identity(weight * scale, layer.control.detach().double(), where)
+    assert isinstance(conv.groups, int)
+    control = layer.control.detach().double()
+    weight = add_identity(weight * scale, control, where, conv.groups)
     return weight, None if bias is None else bias * scale

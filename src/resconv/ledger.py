@@ -144,7 +144,10 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
     for index, atom in atom_of.items():
         atom_macs[atom] += graph.nodes[index].macs
     scalars = {
-        id(p) for gate in every.values() for p in (gate.scale, gate.control) if p is not None
+        id(p)
+        for gate in gates(model, fixed=True).values()
+        for p in (gate.scale, gate.control)
+        if p is not None
     }
     sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in scalars}
     atom_params = [0] * len(numbers)

@@ -43,6 +43,12 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
             "The plan removes nothing. Train longer, raise the strength or the threshold, or call "
             "resconv.fuse(model) to get the whole net back."
         )
+    for name, gate in gates(unwrap(model), fixed=True).items():
+        if name in plan.remove and gate.reason is not None:
+            raise PlanError(
+                f"{name} cannot be removed: {gate.reason}. It has a shortcut to train with; leave it "
+                "out of the plan."
+            )
     unknown = [name for name in plan.remove if name not in every]
     if unknown:
         raise PlanError(

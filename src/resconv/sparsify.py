@@ -152,7 +152,7 @@ class Sparsifier:
         self._step = 0
         scalars = {
             f"{n}.{kind}": p
-            for n, g in self.gates.items()
+            for n, g in gates(self.model, fixed=True).items()
             for kind, p in (("scale", g.scale), ("control", g.control))
             if p is not None
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .gates import BranchGate, ResConv, is_leaf, is_plain_norm
+from .gates import BranchGate, Reach, ResConv, is_leaf, is_plain_norm
 from .ops import NORMS, is_identity, kind
 from .trace import Call, Graph, Node, Ref, batch_size, record, unwrap
 
@@ -24,6 +24,7 @@ __all__ = [
     "norm_after",
     "owner_of",
     "params_behind",
+    "reach",
     "tap",
     "units",
     "why_untouchable",
@@ -56,6 +57,7 @@ class Candidate:
     conv: str = ""
     norm: str | None = None
     norm_children: tuple[str, ...] = ()
+    reach: Reach | None = None  # of a conv that stays, but may have a shortcut while training
     gate: str = ""
     add: int = -1
     value: int = -1
@@ -110,8 +112,11 @@ def find_layers(model: nn.Module, graph: Graph) -> list[Candidate]:
         if node.op == "gate":
             path = node.call.path
             if isinstance(node.call.module, ResConv):
-                name = node.call.module.unit or path
-                unit = Unit(name, "layer", node.macs, _num_params(node.call.module), True)
+                layer = node.call.module
+                size = _num_params(layer)
+                unit = Unit(
+                    layer.unit or path, "layer", node.macs, size, layer.removable, layer.reason
+                )
                 found[path] = Candidate(unit, conv=path, nodes=frozenset({node.index}))
             continue
         if node.op != "convolution":
@@ -131,13 +136,14 @@ def _layer(model: nn.Module, graph: Graph, node: Node, shared: set[str]) -> Cand
     num_params = _num_params(model.get_submodule(path))
     reason = _why_kept(model, graph, node, path, param, shared)
     base = Unit(path, "layer", node.macs, num_params, reason is None, reason)
-    if reason is not None:
+    tail = None if reason is None else reach(model, graph, node, path, reason)
+    if reason is not None and tail is None:
         return Candidate(base, conv=path, nodes=frozenset({node.index}))
     norm, children, norm_nodes = norm_after(model, graph, node)
     if norm is not None:
         base = replace(base, num_params=num_params + _num_params(model.get_submodule(norm)))
     nodes = frozenset({node.index, *norm_nodes})
-    return Candidate(base, conv=path, norm=norm, norm_children=children, nodes=nodes)
+    return Candidate(base, conv=path, norm=norm, norm_children=children, reach=tail, nodes=nodes)
 
 
 def _why_kept(
@@ -168,11 +174,11 @@ def _why_kept(
     x, y = call.args[0].value, node.outputs[0]
     shape_in, shape_out = graph.values[x].shape, graph.values[y].shape
     if any(s != 1 for s in stride):
-        return f"stride {_short(stride)} changes the size"
+        return _Reshapes(f"stride {_short(stride)} changes the size")
     if shape_in[1] != shape_out[1]:
-        return f"{shape_in[1]} channels in, {shape_out[1]} out"
+        return _Reshapes(f"{shape_in[1]} channels in, {shape_out[1]} out")
     if shape_in != shape_out:
-        return f"size {_short(shape_in[2:])} in, {_short(shape_out[2:])} out"
+        return _Reshapes(f"size {_short(shape_in[2:])} in, {_short(shape_out[2:])} out")
     if type(module) in _CONVS and tap(module) is None:
         kernel = tuple(graph.values[node.inputs[1]].shape[2:])
         return (
@@ -184,15 +190,49 @@ def _why_kept(
     return None
 
 
+class _Reshapes(str):
+    """A reason that leaves room for a shortcut of another shape."""
+
+    __slots__ = ()
+
+
+def reach(model: nn.Module, graph: Graph, node: Node, path: str, reason: str) -> Reach | None:
+    """Return the shortcut that a shape-changing conv may have, or None where none is fusible.
+
+    It reads the middle tap of the kernel, and must never read the padding.
+    """
+    if not isinstance(reason, _Reshapes):
+        return None
+    conv: Any = model.get_submodule(path)
+    shape_in = graph.values[graph.calls_of(path)[0].args[0].value].shape[2:]
+    shape_out = graph.values[node.outputs[0]].shape[2:]
+    taps, offsets = [], []
+    for i, (kernel, dilation, stride) in enumerate(
+        zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    ):
+        middle = (kernel - 1) // 2
+        offset = middle * dilation - _padding_before(conv, i)
+        if offset < 0 or offset + stride * (shape_out[i] - 1) >= shape_in[i]:
+            return None
+        taps.append(middle)
+        offsets.append(offset)
+    return Reach(tuple(taps), tuple(offsets))
+
+
+def _padding_before(conv: Any, dim: int) -> int:
+    if conv.padding == "valid":
+        return 0
+    if conv.padding == "same":
+        # torch puts the odd element behind.
+        return int(conv.dilation[dim] * (conv.kernel_size[dim] - 1) // 2)
+    return int(conv.padding[dim])
+
+
 def tap(conv: nn.Module) -> tuple[int, ...] | None:
     """Return the kernel index that reads the output's own position, or None (see method)."""
-    padding: Any = conv.padding
-    if padding == "valid":
-        padding = (0,) * len(conv.kernel_size)  # type: ignore[arg-type]
     found = []
     for i, (kernel, dilation) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):  # type: ignore[arg-type]
-        # torch puts the odd element of "same" padding behind.
-        before = dilation * (kernel - 1) // 2 if padding == "same" else padding[i]
+        before = _padding_before(conv, i)
         if before % dilation or before // dilation >= kernel:
             return None
         found.append(before // dilation)
