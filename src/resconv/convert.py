@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .edits import apply_edit, droppable, indexed_containers
 from .errors import ConversionError
 from .gates import BranchGate, Gate, ResConv, is_plain_norm
-from .trace import evaluating, record, to_device_of, unwrap
+from .trace import as_call, evaluating, record, tensors_in, to_device_of, unwrap
 from .units import Candidate, find_blocks, find_layers, tap
 
 __all__ = ["State", "convert", "state_of"]
@@ -95,7 +95,13 @@ def convert(
         model = copy.deepcopy(model)
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
-    graph = record(model, example_inputs)
+    with indexed_containers() as indexed:
+        graph = record(model, example_inputs)
+    if not graph.outputs:
+        raise ConversionError(
+            f"{type(model).__name__} returns no tensor, so nothing can be checked."
+        )
+    _has_finite_weights(model)
     layers = find_layers(model, graph) if units in ("layers", "all") else []
     blocks = find_blocks(model, graph) if units in ("blocks", "all") else []
     kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
@@ -121,16 +127,24 @@ def convert(
     )
     # A norm that goes into a ResConv leaves its place; a branch may have ended there.
     moved = _behind_norms(model, chosen)
+    empty = [
+        c.norm for c in chosen if c.norm is not None and droppable(model, graph, c.norm, indexed)
+    ]
     for candidate in chosen:
         if candidate.unit.kind == "layer":
             _insert_layer(model, candidate, state, start == "identity", fresh)
+    for path in empty:
+        if isinstance(model.get_submodule(path), nn.Identity):
+            state.edits.append({"op": "drop", "path": path})
+            apply_edit(model, state.edits[-1])
     places: dict[str, str] = {}
     for candidate in chosen:
         if candidate.unit.kind == "block":
             places.setdefault(moved.get(candidate.gate, candidate.gate), candidate.unit.name)
     # The innermost first: a gate around it lengthens the paths of all that it holds.
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
     for place in sorted(places, key=lambda p: -p.count(".")):
-        gate = BranchGate(model.get_submodule(place))
+        gate = BranchGate(model.get_submodule(place), like=like)
         gate.unit = places[place]
         set_submodule(model, place, gate)
     model.resconv_state = state  # type: ignore[assignment]
@@ -156,6 +170,17 @@ def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
         for i, name in enumerate(left):
             places[f"{c.norm}.{name}"] = c.norm if len(left) == 1 else f"{c.norm}.{i}"
     return places
+
+
+def _has_finite_weights(model: nn.Module) -> None:
+    bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+    # A mask of minus infinities is a sound buffer.
+    bad += [n for n, b in model.named_buffers() if bool(b.isnan().any())]
+    if bad:
+        raise ConversionError(
+            f"{', '.join(bad[:3])} of {type(model).__name__} hold NaN or infinite numbers, so no "
+            "outputs can be compared. Load sound weights first."
+        )
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -201,8 +226,6 @@ def _insert_layer(
         norm = plain_norm(whole)
         edit = {"op": "children", "path": candidate.norm, "names": list(candidate.norm_children)}
         state.edits.append(edit)
-        from .edits import apply_edit
-
         apply_edit(model, edit)
     control = 0.0
     where = tap(conv) if candidate.reach is None else candidate.reach.tap
@@ -240,8 +263,6 @@ def take_out_identity(conv: nn.Module, norm: nn.Module | None, where: tuple[int,
 
 
 def _check(model: nn.Module, example_inputs: Any, before: Any) -> None:
-    from .trace import as_call
-
     args, kwargs = as_call(to_device_of(model, example_inputs))
     with evaluating(model):
         try:
@@ -266,8 +287,7 @@ def relative_error(a: Any, b: Any) -> float:
     Infinite where structure or shapes differ, or where one has a NaN that the other has not.
     """
     worst = 0.0
-    xs = [t for t in tree_leaves(a) if isinstance(t, Tensor)]
-    ys = [t for t in tree_leaves(b) if isinstance(t, Tensor)]
+    xs, ys = tensors_in(a), tensors_in(b)
     if len(xs) != len(ys):
         return float("inf")
     for x, y in zip(xs, ys, strict=True):

@@ -1,7 +1,8 @@
 """Structural edits of a module tree, as plain data: made by ``prune``, replayed by ``load``.
 
     conv      put an ordinary convolution of the given geometry at ``path``
-    identity  the module at ``path`` does nothing any more (taken out of an ``nn.Sequential``)
+    identity  the module at ``path`` does nothing any more
+    drop      the identity at ``path`` is taken out of its ``nn.Sequential``
     clone     the module at ``path`` only copies its input (an in-place operation behind it would
               otherwise write into a value that is still needed)
     outplace  the activation at ``path`` no longer writes in place, for the same reason
@@ -16,15 +17,25 @@ Replaying runs nothing but this file and the constructors named in it.
 
 import hashlib
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .errors import PruneError
-from .trace import Ref
+from .trace import Graph, Ref
 
-__all__ = ["CONV_GEOMETRY", "apply_edit", "apply_edits", "encode", "trace_forward"]
+__all__ = [
+    "CONV_GEOMETRY",
+    "apply_edit",
+    "apply_edits",
+    "droppable",
+    "encode",
+    "indexed_containers",
+    "trace_forward",
+]
 
 _CONVS: dict[str, type[nn.Module]] = {
     "Conv1d": nn.Conv1d,
@@ -34,6 +45,7 @@ _CONVS: dict[str, type[nn.Module]] = {
 _FIELDS = {
     "conv": {"path", "type", "args"},
     "identity": {"path"},
+    "drop": {"path"},
     "clone": {"path"},
     "outplace": {"path"},
     "children": {"path", "names"},
@@ -150,14 +162,13 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
         return new
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    if (
-        isinstance(new, nn.Identity)
-        and _is_plain_sequential(parent)
-        and len(list(parent.children())) > 1
-    ):
-        delattr(parent, name)
-    else:
+    if op != "drop":
         setattr(parent, name, new)
+        return model
+    if not _is_plain_sequential(parent) or not isinstance(module, nn.Identity):
+        raise PruneError(f"{path!r} is no identity in an nn.Sequential, so it cannot be taken out.")
+    if len(list(parent.children())) > 1:
+        delattr(parent, name)
     return model
 
 
@@ -165,10 +176,38 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
+@contextmanager
+def indexed_containers() -> Iterator[set[int]]:
+    """Collect the ids of all ``nn.Sequential`` that code reads by index meanwhile."""
+    seen: set[int] = set()
+    original = nn.Sequential.__getitem__
+
+    def watched(self: nn.Sequential, index: Any) -> Any:
+        seen.add(id(self))
+        return original(self, index)
+
+    nn.Sequential.__getitem__ = watched  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        nn.Sequential.__getitem__ = original  # type: ignore[method-assign]
+
+
+def droppable(model: nn.Module, graph: Graph, path: str, indexed: set[int]) -> bool:
+    """Whether nothing but its ``nn.Sequential`` runs the module, and no code counts positions there."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if not _is_plain_sequential(parent) or id(parent) in indexed:
+        return False
+    calls = graph.calls_of(path)
+    return bool(calls) and all(c.parent is not None and c.parent.module is parent for c in calls)
+
+
 def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     op, path = edit["op"], edit["path"]
     if op == "identity":
         return nn.Identity()
+    if op == "drop":
+        return module
     if op == "outplace":
         if not isinstance(getattr(module, "inplace", None), bool):
             raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edits import CONV_GEOMETRY, apply_edits
+from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
 from .kernel import fold_norm
 from .trace import Ref, record, unwrap
 from .units import norm_after, owner_of, why_untouchable
@@ -39,7 +39,8 @@ def fill_convs(model: nn.Module, kernels: dict[str, tuple[Tensor, Tensor | None]
 def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Return a copy with every BatchNorm that alone reads a conv folded into that conv."""
     model = copy.deepcopy(unwrap(model))
-    graph = record(model, example_inputs)
+    with indexed_containers() as indexed:
+        graph = record(model, example_inputs)
     edits: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
     for node in graph.nodes:
@@ -64,6 +65,9 @@ def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         bn.train(modes)
         edits.append(conv_edit(path, conv, True))
         edits.append({"op": "children", "path": norm, "names": list(children)})
+        left = [n for n in children if not isinstance(bn.get_submodule(n), nn.Identity)]
+        if not left and droppable(model, graph, norm, indexed):
+            edits.append({"op": "drop", "path": norm})
     model = apply_edits(model, edits)
     fill_convs(model, kernels)
     before = getattr(model, "resconv_record", None)

@@ -218,9 +218,10 @@ class Multiply(nn.Module):
 class BranchGate(Gate):
     """``scale`` times what ``module``, the last layer of a residual branch, returns."""
 
-    def __init__(self, module: nn.Module, scale: float = 1.0) -> None:
+    def __init__(self, module: nn.Module, scale: float = 1.0, like: Tensor | None = None) -> None:
         super().__init__()
-        like = next((p for p in module.parameters() if p.is_floating_point()), None)
+        own = next((p for p in module.parameters() if p.is_floating_point()), None)
+        like = like if own is None else own  # an activation has no type or device of its own
         dtype = torch.float32 if like is None else torch.promote_types(torch.float32, like.dtype)
         device = None if like is None else like.device
         self.module = module

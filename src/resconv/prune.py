@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .absorb import Kernel, absorb, tie_factors
 from .convert import State, set_submodule, state_of
-from .edits import apply_edits
+from .edits import apply_edits, indexed_containers
 from .errors import PlanError
 from .fold import conv_edit, fill_convs
 from .gates import BranchGate, Gate, gates, is_leaf
@@ -66,7 +66,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     model = copy.deepcopy(model)
     state = copy.copy(state)
     state.edits = list(state.edits)
-    graph = record(model, state.example_inputs, leaf=is_leaf)
+    with indexed_containers() as indexed:
+        graph = record(model, state.example_inputs, leaf=is_leaf)
     if fuse:
         # A branch that counts nothing need not be computed, whether it was planned or not.
         remove += tuple(
@@ -74,7 +75,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    todo, kept, structure = _decide(model, graph, remove, fuse)
+    todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -95,13 +96,13 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
 
 
 def _decide(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool
+    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, indexed: set[int]
 ) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
     """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
     keep: frozenset[int] = frozenset()
     while True:
         try:
-            todo = decide(model, graph, remove, fuse, keep)
+            todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
             kept = tie_factors(model, todo, fuse)
             return todo, kept, tree_edits(model, todo)
         except MustStayError as again:

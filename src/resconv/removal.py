@@ -23,7 +23,13 @@ __all__ = ["decide"]
 
 
 def decide(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, keep: frozenset[int]
+    model: nn.Module,
+    graph: Graph,
+    remove: tuple[str, ...],
+    *,
+    fuse: bool,
+    keep: frozenset[int] = frozenset(),
+    indexed: set[int] | None = None,
 ) -> Surgery:
     """Return which values stand for which others once the named units are gone.
 
@@ -32,7 +38,7 @@ def decide(
     Raises:
         PruneError: a unit cannot go; the message says why.
     """
-    todo = Surgery(graph)
+    todo = Surgery(graph, indexed=indexed or set())
     every = gates(model)
     paths = {m.unit or p: p for p, m in model.named_modules() if isinstance(m, Gate)}
     chosen = {paths[name]: name for name in remove}
@@ -115,6 +121,7 @@ class _Walk:
             self.todo.factors[node.index] = factor
         self.known[made] = _times(self.known[read], factor)
         self._same(made, read, factor)
+        self._forget(node)
         self.touched.add(made)
 
     def visit(self, node: Node) -> None:
@@ -150,7 +157,13 @@ class _Walk:
             self.touched.update(node.outputs)
         for value in node.outputs:
             self.known[value] = span
+        self._forget(node)
         return None
+
+    def _forget(self, node: Node) -> None:
+        # Another value may stand in its place when the code decides otherwise.
+        for value in self.graph.exposed.intersection(node.outputs):
+            self.known[value] = (-math.inf, math.inf)
 
     def _is_sum_of_one_value(self, node: Node) -> bool:
         if node.op not in ("add", "add_") or len(node.args) != 2 or node.kwargs:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .edits import digest, encode, trace_forward
+from .edits import digest, droppable, encode, trace_forward
 from .errors import PruneError
 from .gates import BranchGate, ResConv, is_leaf
 from .inplace import unsafe_writes
@@ -88,6 +88,15 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             stay |= optional
     if stay:
         raise MustStayError(stay)
+    # Taken out before a forward is rewritten: the new one holds only what it calls.
+    stay_put = {*cloned, *todo.multiply}
+    edits += [
+        {"op": "drop", "path": original_path(model, p)}
+        for p in identities
+        if p not in stay_put
+        and p.rpartition(".")[0] not in rest
+        and droppable(model, graph, p, todo.indexed)
+    ]
     # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
     rewritten.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten
@@ -164,6 +173,10 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         name = tags[index - call.start][1]
         if name is None:
             raise refuse("an operation has no name in the trace")
+        # A hook's work, say, is part of the call it hangs on.
+        together = [call.start + i for i, tag in enumerate(tags) if tag[1] == name]
+        if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
+            raise refuse(f"{name} does more than the operation that goes")
         nodes.append([name, todo.bypassed[index]])
     return {
         "op": "bypass",

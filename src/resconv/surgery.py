@@ -20,6 +20,7 @@ class Surgery:
     optional: set[int] = field(default_factory=set)  # passed-by nodes that might as well stay
     multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
     dead: set[int] = field(default_factory=set)
+    indexed: set[int] = field(default_factory=set)  # ids of containers that code indexes
     potentials: Potentials = field(default_factory=Potentials)
 
     def resolve(self, value: int) -> int:

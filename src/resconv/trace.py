@@ -10,6 +10,7 @@ values on the way, so a value never changes once it is made.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -20,10 +21,23 @@ from torch.utils.flop_counter import flop_registry
 
 from .errors import TraceError
 
-__all__ = ["Call", "Count", "Graph", "Node", "Ref", "Value", "count", "record", "unwrap"]
+__all__ = [
+    "Call",
+    "Count",
+    "Graph",
+    "Node",
+    "Ref",
+    "Value",
+    "count",
+    "record",
+    "tensors_in",
+    "unwrap",
+]
 
 # These change a tensor's shape in place, not its data.
 _METADATA_WRITES = {"as_strided_", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_"}
+# A Python value made from a tensor's: what the code does next may depend on it.
+_DECISIONS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 _NO_VALUE = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 
@@ -90,7 +104,9 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     output: Any = None
-    control_flow_on_values: bool = False
+    # Values that code may read which did not run this time, since other values decide on it. They
+    # are among the outputs, too.
+    exposed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None
@@ -149,6 +165,25 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return every tensor of a nested structure: what pytrees know, and the fields of objects."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif isinstance(leaf, type | Enum | nn.Module) or callable(leaf):
+                continue
+            elif hasattr(leaf, "__dict__") and id(leaf) not in seen:
+                seen.add(id(leaf))
+                look(list(vars(leaf).values()))
+
+    look(tree)
+    return found
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, without gradients, and restore each one's own mode after."""
@@ -188,11 +223,12 @@ def record(
     A module for which ``leaf`` holds is recorded as one node, ``gate``. The model is left as it was.
 
     Raises:
-        TraceError: the forward pass itself fails on these inputs.
+        TraceError: the forward pass itself fails on these inputs, or there are no numbers to run on.
     """
+    _has_numbers(model)
     args, kwargs = as_call(to_device_of(model, example_inputs))
     recorder = _Recorder(model, leaf, tag)
-    with evaluating(model):
+    with evaluating(model), _restored(model):
         try:
             return recorder.run(args, kwargs)
         except Exception as error:
@@ -202,6 +238,33 @@ def record(
                 f"{type(model).__name__} does not run on inputs of shape {shapes}: "
                 f"{type(error).__name__} in {where or 'its own forward'}: {error}"
             ) from error
+
+
+def _has_numbers(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TraceError(
+                f"{name} of {type(model).__name__} has no size yet (a lazy module). Run the model "
+                "once on an example first."
+            )
+        if tensor.is_meta:
+            raise TraceError(
+                f"{name} of {type(model).__name__} is on the meta device and holds no numbers. "
+                "Load the weights first (model.to_empty, load_state_dict)."
+            )
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Undo what the forward writes into buffers (counters, caches)."""
+    before = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, old in before:
+                if buffer._version != version and buffer.shape == old.shape:
+                    buffer.copy_(old)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -214,6 +277,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stack: list[Call] = []
         self.inside_leaf: nn.Module | None = None
         self.leaf_macs = 0
+        self.deciding: set[int] = set()  # calls whose code goes on as a value says
         # Tensors are kept alive, so that an id stays one tensor's for the whole pass.
         self.known: dict[int, tuple[Tensor, int]] = {}
         self.by_storage: dict[int, list[Tensor]] = {}
@@ -222,9 +286,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
         graph = self.graph
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                graph.inputs.append(self._new(leaf))
+        for tensor in tensors_in((args, kwargs)):
+            graph.inputs.append(self._new(tensor))
         handles = []
         try:
             for path, module in self.model.named_modules():
@@ -242,10 +305,27 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
         graph.output = output
-        graph.outputs = [self._value(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
+        graph.outputs = [self._value(t) for t in tensors_in(output)]
+        self._expose()
         self.known.clear()
         self.by_storage.clear()
         return graph
+
+    def _expose(self) -> None:
+        """Count what a deciding call's code can see among the outputs: it may read all of it."""
+        graph = self.graph
+        if not self.deciding:
+            return
+        seen: list[Any] = [graph.calls[i].args for i in self.deciding]
+        seen += [graph.calls[i].kwargs for i in self.deciding]
+        for node in graph.nodes:
+            if node.call.index in self.deciding:
+                seen += [Ref(v) for v in (*node.inputs, *node.outputs)]
+        for call in graph.calls:
+            if call.parent is not None and call.parent.index in self.deciding:
+                seen += [call.args, call.kwargs, call.output]
+        graph.exposed = {leaf.value for leaf in tree_leaves(seen) if isinstance(leaf, Ref)}
+        graph.outputs += sorted(graph.exposed - set(graph.outputs))
 
     def _refs(self, tree: Any) -> Any:
         return tree_map(lambda a: Ref(self._value(a)) if isinstance(a, Tensor) else a, tree)
@@ -335,10 +415,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return output
         if not self.stack:  # outside every hooked module
             return output
-        if name in ("_local_scalar_dense", "nonzero"):
-            self.graph.control_flow_on_values = True
         inputs = tuple(a.value for a in tree_leaves((refs, kwrefs)) if isinstance(a, Ref))
         constant = all(self.graph.values[v].constant for v in inputs)
+        if name in _DECISIONS and not constant:
+            self.deciding.update(call.index for call in self.stack)
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         if name not in _NO_VALUE or inputs:
             index = len(self.graph.nodes)

@@ -157,12 +157,19 @@ def _why_kept(
         return f"{path} is a transposed convolution"
     if not isinstance(module, _CONVS):
         return f"{path} is a {type(module).__name__}, not a convolution module"
-    if param in shared:
-        return f"the kernel of {path} is shared with another layer"
     stride, padding, dilation = (tuple(node.args[i]) for i in (3, 4, 5))
     if (reason := why_untouchable(model, graph, path)) is not None:
         return reason
+    if param in shared:
+        return f"the kernel of {path} is shared with another layer"
     call = graph.calls_of(path)[0]
+    for value in node.inputs[1:]:
+        other = next((u for u in graph.users.get(value, []) if not call.holds(u)), None)
+        if other is not None:
+            return (
+                f"{graph.values[value].param} is read by other code, too ({other.op} in "
+                f"{other.call.path or 'the forward'})"
+            )
     own = [n for n in graph.nodes[call.start : call.end] if n.op != "empty"]
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], Ref):
         return f"{path} is called with more than one argument"

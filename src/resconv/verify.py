@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .convert import relative_error
 from .errors import PlanError, VerificationError
 from .gates import gates, zeroed
 from .plan import Plan
-from .trace import as_call, evaluating, to_device_of, unwrap
+from .trace import as_call, evaluating, tensors_in, to_device_of, unwrap
 
 __all__ = ["Verification", "compare_outputs", "verify"]
 
@@ -58,8 +58,8 @@ def verify(
 
 def compare_outputs(before: Any, after: Any, *, tolerance: float | None = None) -> Verification:
     """Compare two sets of outputs; see :func:`verify`."""
-    xs = [t for t in tree_leaves(before) if isinstance(t, Tensor)]
-    ys = [t for t in tree_leaves(after) if isinstance(t, Tensor)]
+    xs = tensors_in(before)
+    ys = tensors_in(after)
     if [tuple(t.shape) for t in xs] != [tuple(t.shape) for t in ys]:
         raise VerificationError(
             f"The outputs differ in shape: {[tuple(t.shape) for t in xs][:4]} before, "
