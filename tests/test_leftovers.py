@@ -9,9 +9,10 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.ledger import ledger
+from resconv.gates import is_leaf
 from resconv.ops import clamp_limits
 from resconv.trace import record
+from resconv.units import find_blocks, find_layers
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -35,9 +36,10 @@ def pruned(name, size, seed, share):
     plan = some_plan(gated, seed, share)
     compact = resconv.prune(gated, plan)
     assert resconv.leftovers(compact) == {}
-    costs = ledger(gated, x)
-    gone = set().union(*(costs.nodes[n] for n in plan.remove))
-    removed = sum(bool(costs.node_macs.get(i)) for i in gone)
+    graph = record(gated, x, leaf=is_leaf)
+    found = [*find_layers(gated, graph), *find_blocks(gated, graph)]
+    gone = set().union(*(c.nodes for c in found if c.unit.name in plan.remove))
+    removed = sum(bool(graph.nodes[i].macs) for i in gone)
     assert removed > 0
     return model, compact, x, removed
 

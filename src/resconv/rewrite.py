@@ -150,7 +150,7 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
             if k not in nested and not isinstance(v, Ref) and (k in given or v not in ((), {}))
         }
     except TypeError as error:
-        raise refuse(f"its arguments are not plain: {error}")
+        raise refuse(f"its arguments are not plain: {error}") from error
     why, found = "", None
     # A size handed on as a tuple should stay free; where the forward decides by it, it is fixed.
     for free in (True, False) if nested else (False,):
