@@ -5,6 +5,7 @@ without a result names the command that makes it.
 """
 
 import io
+import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib import pyplot
 from resconv.files import write_text
 
 from .accuracy import RANKINGS, SUITES, Job, read_results
+from .latency import RESULTS as LATENCY
 from .page import DOCS, table, write_section
 
 Rows = dict[str, dict[str, Any]]
@@ -294,6 +296,47 @@ def open_rows(results: Rows) -> None:
     )
 
 
+def readme(results: Rows) -> None:
+    """Write the headline figures between the markers in README.md."""
+    found = done(SUITES["resnet56"], results)
+    dense = results.get("cifar/resnet56/dense")
+    lines = []
+    for share in (50, 35):
+        file = LATENCY / f"resnet56-{share}.json"
+        if dense is None or not file.is_file():
+            continue
+        timed = {r["arm"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+        for kind, arm in (("ours", "resconv"), ("torch-pruning", "Torch-Pruning")):
+            row = results.get(f"cifar/resnet56/{kind}-{share}")
+            if row is None or arm not in timed:
+                continue
+            key = "onnxruntime, batch 1"
+            ratio = timed[arm]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
+            memory = timed[arm]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
+            lines.append(
+                [
+                    {"ours": "resconv (layers)", "torch-pruning": "Torch-Pruning (filters)"}[kind],
+                    f"{row['macs_after'] / dense['macs_after']:.0%}",
+                    f"{row['top1'] - dense['top1']:+.2f}",
+                    f"{ratio:.2f}x",
+                    f"{memory:.2f}x",
+                ]
+            )
+    if not lines:
+        return
+    header = ["ResNet-56", "MACs", "top-1, points to dense", "ONNX Runtime latency", "peak memory"]
+    text = (
+        f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense['epochs']} epochs in all for every arm, one "
+        f"seed, {found[-1]['date']}; written by `python -m benchmarks.claims`, conditions and "
+        "everything else that was measured in [docs/results.md](docs/results.md)."
+    )
+    page = DOCS.parent / "README.md"
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- figures -->\n")
+    _, end, after = rest.partition("<!-- end of figures -->\n")
+    assert mark and end, "README.md has lost its markers"
+    write_text(page, f"{before}{mark}{text}\n{end}{after}")
+
+
 WRITERS: tuple[Callable[[Rows], None], ...] = (
     lambda results: compare("resnet56", results),
     lambda results: compare("resnet110", results),
@@ -302,6 +345,7 @@ WRITERS: tuple[Callable[[Rows], None], ...] = (
     rankings,
     rates,
     open_rows,
+    readme,
 )
 
 
