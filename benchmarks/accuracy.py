@@ -55,6 +55,7 @@ class Job:
     seed: int = 0
     lr: float = 0.1
     macs: float | None = None
+    num_params: float | None = None
     start: str | None = None  # the arm whose trained net this one starts from
     like: str | None = None  # the arm whose compact architecture this one trains from scratch
     units: str = "all"
@@ -85,9 +86,11 @@ def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ..
     start = job("start", kind="dense", epochs=before)
     jobs = [start, job("dense", epochs=total)]
     for share in macs:
-        ours = job("ours", share, start=start.name)
+        # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
+        ours = job("ours", share, num_params=share, start=start.name)
         jobs += [
             ours,
+            job("ours-macs", share, kind="ours", start=start.name),
             job("torch-pruning", share, start=start.name),
             job("scratch", share, epochs=total, like=ours.name),
         ]
@@ -243,6 +246,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         model=job.net,
         data=job.data,
         macs=job.macs,
+        num_params=job.num_params,
         weights=str(_job(job.start).weights),
         sparse_epochs=job.epochs,
         finetune_epochs=0,

@@ -56,9 +56,10 @@ def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
 
 def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str], str]:
     """Return the units to remove to keep ``share`` of the MACs, and where the choice comes from."""
-    trained = results.get(f"cifar/{net}/ours-{round(100 * share)}")
-    if trained:
-        return trained["remove"], "chosen by sparse training"
+    for arm, what in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
+        trained = results.get(f"cifar/{net}/{arm}-{round(100 * share)}")
+        if trained:
+            return trained["remove"], f"chosen by sparse training towards {share:.0%} of the {what}"
     blocks = (int(net.removeprefix("resnet")) - 2) // 6
     example = torch.randn(1, 3, 32, 32)
     whole = resconv.count(nets.create(net), example).macs
