@@ -95,6 +95,7 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
     ("change", "message"),
     [
         (lambda h: h.update(format_version=99), "format version 99"),
+        (lambda h: h.update(format_version=1), "format version 1, which carries no checksum"),
         (lambda h: h.pop("edits"), "'edits' is missing"),
         (lambda h: h.update(extra=1), "'extra' is not known"),
         (lambda h: h.update(edits={}), "'edits' is a dict"),

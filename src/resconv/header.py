@@ -30,7 +30,7 @@ __all__ = [
     "seal",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum of its own and no settings of the modules
 _MAX_BYTES, _MAX_DEPTH, _MAX_EDITS, _MAX_NUMBER = 16 * 2**20, 24, 20_000, 2**63
 _KEYS: dict[str, Any] = {
     "format_version": int,
@@ -126,6 +126,11 @@ def read_header(folder: Path) -> dict[str, Any]:
             f"{file} has format version {version}; this resconv reads up to {FORMAT_VERSION}. "
             f"It was written by resconv {str(header.get('resconv_version'))[:40]}: upgrade with "
             "pip install -U resconv."
+        )
+    if version == 1:
+        raise LoadError(
+            f"{file} has format version 1, which carries no checksum of its plan and edits. Save the "
+            "network anew: `resconv prune RUN` writes a run's again."
         )
     faults = [f"{key!r} is missing" for key in _KEYS if key not in header]
     faults += [f"{key[:80]!r} is not known" for key in header if key not in _KEYS]
