@@ -1,11 +1,13 @@
 """Forwards that are rewritten: two branches in one module, called with more than a tensor."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resconv
-from resconv.edits import apply_edit
+from resconv.edits import apply_edit, apply_edits
 from resconv.errors import PruneError
 
 from .helpers import randomise, randomise_gates, settle
@@ -23,7 +25,7 @@ class Tokens(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int], scales: list[Tensor]) -> Tensor:
         height, width = size
-        if self.decides and height > 6:
+        if self.decides and height * width > 40 and x.shape[2] > 5:
             x = x * 0.5
         image = x.transpose(1, 2).reshape(x.shape[0], -1, height, width)
         x = x + self.norm(self.mix(image)).flatten(2).transpose(1, 2)
@@ -68,25 +70,42 @@ def test_a_forward_with_sizes_and_lists_is_rewritten(decides):
     assert not any(n.startswith(("blocks.0.mix", "blocks.1.mlp")) for n in names), names
 
 
-def test_a_size_that_decides_nothing_stays_free():
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_rewritten_forward_runs_on_other_sizes(decides):
     example = torch.randn(2, 3, 16, 12, dtype=torch.float64)
-    other = torch.randn(3, 3, 10, 20, dtype=torch.float64)
-    gated, compact, plan = pruned(False, example)
+    other = torch.randn(3, 3, 10, 20, dtype=torch.float64)  # the same branch as the example
+    gated, compact, plan = pruned(decides, example)
     resconv.verify(gated, compact, other, plan=plan)
-    # Where the forward branched on it, another size is an error and not another function.
-    _, fixed, _ = pruned(True, example)
-    with pytest.raises(AssertionError, match="specialized"):
-        fixed(other)
 
 
-def test_rewrites_are_replayed_from_plain_data():
-    import json
+def test_a_size_of_another_branch_is_an_error():
+    _, compact, _ = pruned(True, torch.randn(2, 3, 16, 12, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="rewritten by resconv for its example's size"):
+        compact(torch.randn(2, 3, 8, 8, dtype=torch.float64))
 
+
+def test_a_branch_on_a_tensors_numbers_is_refused():
+    class Decides(Tokens):
+        def forward(self, x: Tensor, size: tuple[int, int], scales: list[Tensor]) -> Tensor:
+            if x.sum() > 1e9:
+                return x
+            return super().forward(x, size, scales)
+
+    net = Net()
+    net.blocks[0] = Decides(6, False)
     example = torch.randn(2, 3, 16, 12, dtype=torch.float64)
-    _, compact, _ = pruned(False, example)
+    gated = resconv.convert(randomise(net.double(), 0, example), example, units="blocks")
+    with pytest.raises(PruneError, match=r"blocks\.0 .*branches on the numbers"):
+        resconv.prune(gated, resconv.Plan((next(iter(resconv.gates(gated))),)))
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_rewrites_are_replayed_from_plain_data(decides):
+    example = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    _, compact, _ = pruned(decides, example)
     edits = json.loads(json.dumps(compact.resconv_record["edits"]))
-    assert any(e["op"] == "bypass" for e in edits)
-    again = resconv.edits.apply_edits(Net().double().eval(), edits)
+    assert any(e["op"] == "bypass" and ("branches" in e) is decides for e in edits)
+    again = apply_edits(Net(decides).double().eval(), edits)
     again.load_state_dict(compact.state_dict())
     torch.testing.assert_close(again(example), compact(example), rtol=0, atol=0)
 

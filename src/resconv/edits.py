@@ -8,7 +8,8 @@
     outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
-              arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward
+              arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward, with
+              the branches on sizes taken as they were (``branches``)
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
 
@@ -17,7 +18,7 @@ Replaying runs nothing but this file and the constructors named in it.
 
 import hashlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +54,7 @@ _FIELDS = {
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
 }
+_OPTIONAL = {"_original", "branches"}
 CONV_GEOMETRY = (
     "in_channels",
     "out_channels",
@@ -65,8 +67,30 @@ CONV_GEOMETRY = (
 )
 
 
+_OTHER_BRANCH = (
+    "This forward was rewritten by resconv for its example's size, and branches on it: convert and "
+    "prune with an example of the size that you run."
+)
+
+
 class _OwnForward(fx.Tracer):
-    """Traces one module's own forward; every module it calls stays a call."""
+    """Traces one module's own forward; every module it calls stays a call.
+
+    A branch on a size is decided by ``decide``, and the decision is asserted in the graph: on an
+    input for which it would fall the other way, the rewritten forward stops.
+    """
+
+    def __init__(self, decide: Callable[[fx.Node], bool]) -> None:
+        super().__init__()
+        self.decide = decide
+        self.branches: list[bool] = []
+
+    def to_bool(self, obj: Any) -> bool:
+        chosen = self.decide(obj.node)
+        self.branches.append(chosen)
+        held = obj if chosen else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (held, _OTHER_BRANCH), {})
+        return chosen
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -105,13 +129,19 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
-    """Return the graph of the module's own forward, arguments in ``constants`` (encoded) fixed."""
+def trace_forward(
+    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool]
+) -> tuple[fx.Graph, list[bool]]:
+    """Return the graph of the module's own forward, and the branches it took.
+
+    Arguments in ``constants`` (encoded) are fixed; ``decide`` says which way a branch goes.
+    """
     constants = {name: _decode(value) for name, value in constants.items()}
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
+    tracer = _OwnForward(decide)
     try:
-        return _OwnForward().trace(module, concrete_args=constants or None)
+        return tracer.trace(module, concrete_args=constants or None), tracer.branches
     finally:
         for m, mode in modes:
             m.training = mode
@@ -143,7 +173,7 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
     op = edit.get("op") if isinstance(edit, dict) else None
     if (
         op not in _FIELDS
-        or set(edit) - {"_original"} != _FIELDS[op] | {"op"}
+        or set(edit) - _OPTIONAL != _FIELDS[op] | {"op"}
         or not isinstance(edit["path"], str)
     ):
         raise PruneError(f"Not an edit: {str(edit)[:200]}")
@@ -262,8 +292,9 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
 
 def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     path = edit["path"]
+    branches = list(edit.get("branches", ()))
     try:
-        graph = trace_forward(module, edit["constants"])
+        graph, _ = trace_forward(module, edit["constants"], lambda node: bool(branches.pop(0)))
     except Exception as error:
         raise PruneError(f"The forward of {path!r} cannot be rewritten: {error}") from error
     if digest(graph) != edit["code"]:

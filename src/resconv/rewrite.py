@@ -7,6 +7,7 @@ running it once.
 """
 
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .edits import digest, droppable, encode, trace_forward
-from .errors import PruneError
+from .errors import PruneError, TraceError
 from .gates import BranchGate, ResConv, is_leaf
 from .inplace import unsafe_writes
 from .surgery import MustStayError, Surgery, original_path
-from .trace import Graph, Ref, record
+from .trace import Graph, Ref, evaluating, record
 
 __all__ = ["tree_edits"]
 
@@ -156,18 +157,18 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
     for free in (True, False) if nested else (False,):
         try:
             constants = plain | {k: encode(signature[k], free) for k in nested}
-            gm, tags = _tagged(graph, module, signature, constants, nested)
+            gm, branches, tags = _tagged(graph, module, signature, constants, nested)
         except Exception as error:
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
         if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in tags]:
-            found = constants, gm, tags
+            found = constants, gm, branches, tags
             break
         why = why or "it does other things when it is traced"
     if found is None:
         raise refuse(why)
-    constants, gm, tags = found
+    constants, gm, branches, tags = found
     nodes = []
     for index in indices:
         name = tags[index - call.start][1]
@@ -178,13 +179,14 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
         nodes.append([name, todo.bypassed[index]])
-    return {
+    edit = {
         "op": "bypass",
         "path": original_path(model, path),
         "constants": constants,
         "nodes": nodes,
         "code": digest(gm.graph),
     }
+    return edit | {"branches": branches} if branches else edit
 
 
 class _Tagging(fx.Interpreter):
@@ -201,10 +203,8 @@ def _tagged(
     signature: dict[str, Any],
     constants: dict[str, Any],
     nested: set[str],
-) -> tuple[fx.GraphModule, list[tuple[str, str | None]]]:
+) -> tuple[fx.GraphModule, list[bool], list[tuple[str, str | None]]]:
     """Trace the module's own forward, and say which traced node ran each recorded operation."""
-    gm = fx.GraphModule(module, trace_forward(module, constants))
-    names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
 
     def fill(ref: Any, device: torch.device) -> Any:
         if not isinstance(ref, Ref):
@@ -217,7 +217,14 @@ def _tagged(
         return some.as_strided(value.shape, value.stride)
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    ordered = [tree_map(lambda r: fill(r, device), signature[n]) for n in signature]
+    filled = {n: tree_map(lambda r: fill(r, device), v) for n, v in signature.items()}
+    ordered = list(filled.values())
+    known = {n: v for n, v in filled.items() if n not in nested}
+    for n in nested:
+        known |= {f"{n}_{i}": v for i, v in enumerate(tree_leaves(filled[n]), 1)}
+    traced, branches = trace_forward(module, constants, lambda node: _decide(module, node, known))
+    gm = fx.GraphModule(module, traced)
+    names = [n.target for n in traced.nodes if n.op == "placeholder"]
     count = sum(len(tree_leaves(v)) if n in nested else 1 for n, v in signature.items())
     if len(names) != count:
         ordered = [t for t, n in zip(ordered, signature, strict=True) if n not in constants]
@@ -232,4 +239,31 @@ def _tagged(
             return interpreter.run(*args)
 
     seen = record(Runner(), tuple(ordered), leaf=is_leaf, tag=lambda: interpreter.current)
-    return gm, [(n.op, n.tag) for n in seen.nodes]
+    return gm, branches, [(n.op, n.tag) for n in seen.nodes]
+
+
+def _decide(module: nn.Module, condition: fx.Node, known: dict[str, Any]) -> bool:
+    """Return what a condition comes to on the recorded shapes.
+
+    Raises:
+        TraceError: it depends on a tensor's numbers, which the next input may not share.
+    """
+
+    def value(node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        if node.op == "placeholder":
+            return known[str(node.target)]
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(module)
+        if node.op == "call_module":
+            return module.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    with evaluating(module):
+        found = value(condition)
+    if not isinstance(found, bool | int | float):
+        raise TraceError(f"it branches on the numbers in a {type(found).__name__}")
+    return bool(found)
