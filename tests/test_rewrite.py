@@ -84,7 +84,7 @@ def test_a_size_of_another_branch_is_an_error():
         compact(torch.randn(2, 3, 8, 8, dtype=torch.float64))
 
 
-def test_a_branch_on_a_tensors_numbers_is_refused():
+def test_units_of_a_forward_that_branches_on_numbers_stay():
     class Decides(Tokens):
         def forward(self, x: Tensor, size: tuple[int, int], scales: list[Tensor]) -> Tensor:
             if x.sum() > 1e9:
@@ -94,9 +94,12 @@ def test_a_branch_on_a_tensors_numbers_is_refused():
     net = Net()
     net.blocks[0] = Decides(6, False)
     example = torch.randn(2, 3, 16, 12, dtype=torch.float64)
-    gated = resconv.convert(randomise(net.double(), 0, example), example, units="blocks")
-    with pytest.raises(PruneError, match=r"blocks\.0 .*branches on the numbers"):
-        resconv.prune(gated, resconv.Plan((next(iter(resconv.gates(gated))),)))
+    net = randomise(net.double(), 0, example)
+    gated = resconv.convert(net, example, units="blocks")
+    assert not [name for name in resconv.gates(gated) if name.startswith("blocks.0")]
+    reasons = [u.reason for u in resconv.units(net, example) if u.name.startswith("blocks.0/")]
+    assert len(reasons) == 2
+    assert all(reasons), reasons
 
 
 @pytest.mark.parametrize("decides", [False, True])
