@@ -5,7 +5,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from resconv.run.pipeline import machine
+from resconv.measure import machine
 
 __all__ = ["stamp", "table", "write_section"]
 

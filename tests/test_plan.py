@@ -5,6 +5,7 @@ import torch
 
 import resconv
 from resconv import nets
+from resconv.ledger import ledger
 
 from .helpers import randomise, randomise_gates
 
@@ -73,6 +74,49 @@ def test_bad_plans(text, message):
 def test_bad_budgets(kwargs):
     with pytest.raises(resconv.ResConvError):
         resconv.Budget(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"latency_ms": -1}, "latency_ms=-1: give milliseconds above 0"),
+        ({"latency_ms": float("nan")}, "milliseconds above 0"),
+        ({"latency": 1.0}, r"a share .* lies in \(0, 1\); for milliseconds give latency_ms"),
+        ({"latency": 8}, "for milliseconds give latency_ms"),
+        ({"latency": 0.5, "latency_ms": 8.0}, "limit the same thing"),
+        ({"latency": 0.5, "runtime": "tflite"}, "choose 'torch' or 'onnxruntime'"),
+        ({"latency": 0.5, "batch": 0}, "batch=0"),
+        ({"latency": 0.5, "threads": 1.5}, "threads=1.5"),
+        ({"macs": 0.5, "runtime": "onnxruntime"}, "no latency is limited"),
+        ({}, r"Budget\(latency_ms=8\)"),
+    ],
+)
+def test_bad_latencies(kwargs, message):
+    with pytest.raises(resconv.ResConvError, match=message):
+        resconv.Budget(**kwargs)
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(resconv.ResConvError) as error:
+        resconv.Budget(macs=2.0, latency_ms=-1, runtime="x", batch=0)
+    for part in ("macs=2.0", "latency_ms=-1", "runtime='x'", "batch=0"):
+        assert part in str(error.value)
+
+
+def test_milliseconds_are_milliseconds():
+    assert resconv.Budget(latency_ms=8).limits(10, 10, 20.0)[2] == 8
+    assert resconv.Budget(latency_ms=0.5).limits(10, 10, 20.0)[2] == 0.5
+    assert resconv.Budget(latency=0.5).limits(10, 10, 20.0)[2] == 10
+
+
+def test_no_unit_goes_in_vain(gated, images):
+    """Without any one of the units that were not 0, the budget is missed."""
+    budget = resconv.Budget(macs=0.55, num_params=0.8)
+    plan = resconv.plan(gated, images, budget)
+    costs = ledger(gated, images)
+    for name in plan.remove:
+        left = costs.left([n for n in plan.remove if n != name])
+        assert left.macs > 0.55 * costs.macs or left.num_params > 0.8 * costs.num_params
 
 
 def test_unreachable_budget_gives_the_floor(gated, images):

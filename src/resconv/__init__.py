@@ -12,6 +12,8 @@ from .export import export as export
 from .fuse import fuse as fuse
 from .gates import copy_zeros as copy_zeros
 from .gates import gates as gates
+from .latency import LatencyTable as LatencyTable
+from .latency import measure_latency as measure_latency
 from .plan import Plan as Plan
 from .prune import leftovers as leftovers
 from .prune import prune as prune

@@ -47,12 +47,11 @@ class Budget:
         limits = (self.macs, self.num_params, self.latency_ms, self.latency, self.threshold)
         if all(v is None for v in limits):
             faults.append(
-                "a budget needs a limit: Budget(macs=0.5), Budget(num_params=200_000), "
+                "A budget needs a limit: Budget(macs=0.5), Budget(num_params=200_000), "
                 "Budget(latency_ms=8), Budget(latency=0.5) or Budget(threshold=0.01)"
             )
         if faults:
-            text = "; ".join(faults) + "."
-            raise BudgetError(text[0].upper() + text[1:] if len(faults) == 1 else text)
+            raise BudgetError("; ".join(faults) + ".")
 
     @property
     def times(self) -> bool:

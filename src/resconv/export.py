@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
 from .files import write_together
 from .gates import Gate
+from .measure import as_batch
 from .plan import Plan
 from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
 from .signature import describe_inputs
@@ -27,7 +28,7 @@ from .trace import as_call, batch_size, evaluating, to_device_of, unwrap
 from .verify import Verification, compare_outputs
 from .version import __version__
 
-__all__ = ["Exported", "export", "run_onnx"]
+__all__ = ["Exported", "export", "onnx_bytes", "run_onnx"]
 
 _OPSET = 18
 # A protobuf holds 2 GiB; a larger network has its weights in a second file.
@@ -125,23 +126,43 @@ def export(
     return write(job)
 
 
+def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
+    """Return the network as ONNX at the example's own batch size, unchecked: to time it, not to ship it.
+
+    Raises:
+        ExportError: torch cannot write it.
+        MissingExtraError: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "onnx", "Writing ONNX") from error
+    net = copy.deepcopy(unwrap(model)).cpu().eval()
+    args, kwargs = as_call(to_device_of(net, example_inputs))
+    try:
+        with quietly():
+            program = torch.onnx.export(
+                net, args, kwargs=kwargs or None, dynamo=True, opset_version=_OPSET, verbose=False
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch cannot write {type(net).__name__} as ONNX. {first_line(error)}"
+        ) from error
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
 def _batched(inputs: Any) -> Callable[[Any], bool]:
     """Return which leaves of the inputs have the batch as their first dimension."""
     size = batch_size(inputs)
     return lambda t: isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == size
 
 
-def _as_batch(inputs: Any, size: int) -> Any:
-    """Repeat the example to another batch size."""
-    has_batch = _batched(inputs)
-    return tree_map(
-        lambda t: t[torch.arange(size) % t.shape[0]].clone() if has_batch(t) else t, inputs
-    )
-
-
 def _attempts(inputs: Any) -> list[_Attempt]:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    two, has_batch = _as_batch(inputs, 2), _batched(inputs)
+    two, has_batch = as_batch(inputs, 2), _batched(inputs)
 
     def open_batch(t: Any) -> Any:
         return ({0: batch} if has_batch(t) else {}) if isinstance(t, Tensor) else None
@@ -207,7 +228,7 @@ def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
         run = open_file(file).run
         sizes = [1, 3] if dynamic else []
         result = None
-        for inputs in (job.inputs, *(_as_batch(job.inputs, n) for n in sizes)):
+        for inputs in (job.inputs, *(as_batch(job.inputs, n) for n in sizes)):
             expected, got = _reference(job.net, inputs), run(inputs)
             checked = compare_outputs(expected, got, tolerance=job.tolerance)
             result = result or checked

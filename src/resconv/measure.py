@@ -3,6 +3,7 @@
 Machines are noisy: the networks take turns, repeat by repeat, and medians are compared.
 """
 
+import platform
 import random
 import statistics
 import time
@@ -16,12 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ExportError, MissingExtraError
-from .trace import as_call, evaluating, to_device_of
+from .trace import as_call, batch_size, evaluating, to_device_of
 
-__all__ = ["Timing", "onnx_runner", "peak_memory", "time_together", "torch_runner"]
+__all__ = [
+    "Timing",
+    "as_batch",
+    "machine",
+    "onnx_runner",
+    "peak_memory",
+    "processor",
+    "time_together",
+    "torch_runner",
+    "torch_threads",
+]
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,20 @@ class Timing:
 def time_together(
     runners: Mapping[str, Callable[[], Any]], *, repeats: int = 30, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Time the calls in turn, ``repeats`` rounds, each round in another order."""
+    """Time the calls in turn, ``repeats`` rounds, each round in another order.
+
+    Each timed call follows an untimed one of the same net: it finds its own data in the caches, as
+    in a service that runs one net, and not what another net has left there.
+    """
     names = list(runners)
     for name in names:
         for _ in range(warmup):
             runners[name]()
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        # A fixed or rotating order would give each call the same predecessor, whose leftovers in
-        # the caches it would pay for every time.
+        # A fixed or rotating order would give each call the same predecessor.
         for name in random.Random(turn).sample(names, len(names)):
+            runners[name]()
             start = time.perf_counter()
             runners[name]()
             taken[name].append((time.perf_counter() - start) * 1e3)
@@ -88,8 +103,10 @@ def torch_runner(model: nn.Module, example_inputs: Any) -> Callable[[], Any]:
     return run
 
 
-def onnx_runner(path: Path, example_inputs: Any, threads: int | None = None) -> Callable[[], Any]:
-    """Return a call that runs the file in ONNX Runtime on the CPU.
+def onnx_runner(
+    model: Path | bytes, example_inputs: Any, threads: int | None = None
+) -> Callable[[], Any]:
+    """Return a call that runs an ONNX file, or its content, in ONNX Runtime on the CPU.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -106,16 +123,50 @@ def onnx_runner(path: Path, example_inputs: Any, threads: int | None = None) -> 
         options.inter_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=["CPUExecutionProvider"],
         )
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot read {path}: {str(error)[:200]}") from error
+        what = "the network it was given" if isinstance(model, bytes) else model
+        raise ExportError(f"ONNX Runtime cannot read {what}: {str(error)[:200]}") from error
     tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
     feed = {
         i.name: t.detach().cpu().numpy()
         for i, t in zip(session.get_inputs(), tensors, strict=False)
     }
     return lambda: session.run(None, feed)
+
+
+def as_batch(example_inputs: Any, size: int) -> Any:
+    """Repeat (or cut) the example tensors to another batch size.
+
+    Those whose first dimension is not the batch stay as they are.
+    """
+    batch = batch_size(example_inputs)
+
+    def repeat(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.ndim or t.shape[0] != batch:
+            return t
+        return t[torch.arange(size) % batch].clone()
+
+    return tree_map(repeat, example_inputs)
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="ignore").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Describe this machine for a results table: processor, threads, accelerator, torch."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:

@@ -23,7 +23,10 @@ class Plan:
     """The units to remove; JSON in and out.
 
     ``macs`` and ``num_params`` (at batch size 1, norms unfolded) say what is expected before and
-    after; they are None in a plan written by hand.
+    after; they are None in a plan written by hand. Where the budget limits the latency,
+    ``latency_ms_predicted`` is what the measured table says of the net that is left, and
+    ``latency_ms_after`` what that net, finished, took; ``latency_ms_before`` is the dense net's in
+    the same rounds.
     """
 
     remove: tuple[str, ...] = ()
@@ -32,6 +35,9 @@ class Plan:
     num_params_before: int | None = None
     num_params_after: int | None = None
     scales: dict[str, float] = field(default_factory=dict)
+    latency_ms_before: float | None = None
+    latency_ms_predicted: float | None = None
+    latency_ms_after: float | None = None
 
     def __post_init__(self) -> None:
         names: Any = self.remove
@@ -72,6 +78,12 @@ class Plan:
             value = content.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise PlanError(f"{key}={value!r} is no whole number.")
+        for key in ("latency_ms_before", "latency_ms_predicted", "latency_ms_after"):
+            value = content.get(key)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise PlanError(f"{key}={value!r} is no number.")
         return cls(**content)
 
     def save(self, path: str | Path) -> None:

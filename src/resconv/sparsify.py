@@ -22,6 +22,7 @@ Nothing here waits for the device in an ordinary step: scores stay there until a
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,16 @@ from torch.optim import Optimizer
 
 from .agree import are_several, differing_ranks, from_first, is_shared
 from .budget import Budget
-from .errors import BudgetError, ConversionError, RunError
+from .errors import BudgetError, ConversionError, ExportError, PruneError, RunError
 from .gates import BranchGate, Gate, ResConv, gates
+from .latency import (
+    LatencyTable,
+    check_latency,
+    corrected_limit,
+    fitting,
+    is_met,
+    measure_latency,
+)
 from .ledger import Ledger, excess, ledger
 from .scalars import Scalars
 from .steering import Steering
@@ -112,10 +121,14 @@ class Sparsifier:
         shared: whether the processes of ``torch.distributed`` train one net together, so that the
             first one decides for all, and their scales are compared now and then. By default where
             ``model`` is wrapped in DistributedDataParallel.
+        latency: what :func:`resconv.measure_latency` returned for this model: units then weigh by
+            their milliseconds. With a target for the latency it is measured here if not given (in
+            several processes by the first, for all).
 
     Raises:
         ConversionError: the model has no gates.
         BudgetError: the target cannot be reached or limits nothing, or ``total_steps`` is missing.
+        MissingExtraError: the target's runtime is not installed.
     """
 
     def __init__(
@@ -129,6 +142,7 @@ class Sparsifier:
         example_inputs: Any = None,
         learning_rate: float = 0.1,
         shared: bool | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         from .convert import state_of
 
@@ -159,14 +173,26 @@ class Sparsifier:
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
         self._scores: Tensor | None = None  # by unit, on the device; NaN: not seen yet
         self._weights = dict.fromkeys(self.costs.names, 1.0)
-        self._costs_of = {n: max(self.costs.own_macs(n), 1) for n in self.costs.names}
+        self.latency = latency
+        self._untimed = False
+        self._example_inputs = example_inputs
         self._steering: Steering | None = None
         if target is not None:
-            self._check_target(target)
+            self._check_form(target)
+            if target.times and latency is None:
+                self.latency = _by_first_rank(
+                    lambda: measure_latency(self.model, example_inputs, target)
+                )
+        if self.latency is not None:
+            if target is not None and target.times:
+                fitting(self.latency, self.costs, target)
+            self.costs = self.costs.with_latency(self.latency.latency_ms, self.latency.unit_ms)
+        if target is not None:
+            self._check_reach(target)
             assert total_steps is not None
             self._steering = Steering(self.costs, target, total_steps)
 
-    def _check_target(self, target: Budget) -> None:
+    def _check_form(self, target: Budget) -> None:
         if self.mode != "proximal":
             raise BudgetError("A target needs mode='proximal': the subgradient never reaches 0.")
         if not target.sizes:
@@ -179,8 +205,17 @@ class Sparsifier:
                 f"total_steps={self.total_steps!r}: with a target, say how many optimizer steps "
                 "the run has (at least 20), so that the zeros are there in time."
             )
+
+    def _check_reach(self, target: Budget) -> None:
         limits = target.limits(*self.costs.whole)
-        too_much = excess(self.costs.left(self.costs.names), self.costs.whole, limits)
+        left = self.costs.left(self.costs.names)
+        if self.latency is not None:
+            # The net without all its units may have been timed for the table.
+            timed = [
+                n.latency_ms for n in self.latency.nets if set(n.removed) == set(self.costs.names)
+            ]
+            left = left._replace(latency_ms=min([left.latency_ms, *timed]))
+        too_much = excess(left, self.costs.whole, limits)
         if too_much:
             raise BudgetError(
                 f"The target cannot be reached: with all {len(self.costs.names)} units gone "
@@ -322,10 +357,9 @@ class Sparsifier:
         names = self.costs.names
         if self._step % _REFRESH == 1:
             values = _stack([self.gates[n].scale for n in names]).tolist()
-            raw = {
-                n: self._costs_of[n] / (abs(v) + _EPS) for n, v in zip(names, values, strict=True)
-            }
-            total = sum(raw.values()) / len(raw)
+            cost = self.costs.own_ms if self.costs.unit_ms else self.costs.own_macs
+            raw = {n: cost(n) / (abs(v) + _EPS) for n, v in zip(names, values, strict=True)}
+            total = max(sum(raw.values()) / len(raw), 1e-12)
             self._weights = {n: w / total for n, w in raw.items()}
         rate = max(float(g["lr"]) for g in optimizer.param_groups)
         for name in names:
@@ -338,6 +372,8 @@ class Sparsifier:
             steering.choose(step, self._host_scores(), lambda n: self.gates[n].scale.item())
             if self.shared:
                 steering.load_state_dict(from_first(steering.state_dict()))
+            if self.target is not None and self.target.times and steering.settled(step):
+                self._check_latency(steering, self.target)
         for name, fade in list(steering.fading.items()):
             scale, control = self.gates[name].scale, self.gates[name].control
             left = (fade.end - step) / max(1, fade.end - fade.start)
@@ -367,6 +403,28 @@ class Sparsifier:
                 "and convert before wrapping."
             )
 
+    def _check_latency(self, steering: Steering, target: Budget) -> None:
+        """Time the net that the zeros leave; where it misses the target, let more units go."""
+        table = self.latency
+        assert table is not None
+        if table.check_of(steering.zero) is not None or self._untimed:
+            return
+
+        def check() -> LatencyTable:
+            return check_latency(self.model, self._example_inputs, table, steering.zero)[0]
+
+        try:
+            self.latency = _by_first_rank(check)
+        except (PruneError, ExportError) as error:
+            # Not worth losing the run for; the plan will meet it again.
+            self._untimed = True
+            warnings.warn(f"The net was not timed during training: {error}", stacklevel=2)
+            return
+        found = self.latency.check_of(steering.zero)
+        assert found is not None
+        if not is_met(target, found):
+            steering.limit_ms = min(steering.limit_ms, corrected_limit(target, self.latency, found))
+
     def _snapshot(self) -> None:
         if self.shared:
             self._compare()
@@ -394,6 +452,8 @@ class Sparsifier:
             "scalars": self._scalars.state_dict(),
             "history": [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in self.history],
         }
+        if self.latency is not None:
+            state["latency"] = self.latency.to_json()
         if self._steering is not None:
             state |= self._steering.state_dict()
         return state
@@ -408,8 +468,30 @@ class Sparsifier:
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
         self.history = [Snapshot(*s) for s in state["history"]]
+        if "latency" in state:
+            # A resumed run goes on from what the first one measured.
+            self.latency = LatencyTable.from_json(state["latency"])
+            self.costs = self.costs.with_latency(self.latency.latency_ms, self.latency.unit_ms)
         if self._steering is not None:
+            self._steering.costs = self.costs
             self._steering.load_state_dict(state)
+
+
+def _by_first_rank(call: Callable[[], LatencyTable]) -> LatencyTable:
+    """Let the first process measure, and give every process what it found (or its error)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return call()
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found = [call()]
+        except Exception as error:
+            found = [error]
+    torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    assert isinstance(found[0], LatencyTable)
+    return found[0]
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:

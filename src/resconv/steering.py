@@ -75,6 +75,10 @@ class Steering:
             end = min(step + self.window, max(step + 1, int(self.total * LAST)))
             self.fading[name] = Fade(step, end, scale_of(name))
 
+    def settled(self, step: int) -> bool:
+        """Whether all that the target needs has been chosen, and is 0."""
+        return self.progress(step) >= 1 and not self.fading and bool(self.zero)
+
     def missing(self, scores: Mapping[str, float]) -> list[str]:
         """Return the units that would still have to be chosen to meet the limits."""
         return self._until(list(self.limits), self.taken, scores)

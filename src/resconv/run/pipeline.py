@@ -1,6 +1,5 @@
 """The stages of the main job, in order: each reads what those before it left, and is done once."""
 
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from resconv import nets
 from resconv.data import ImageData
 from resconv.errors import MissingExtraError, RunError
 from resconv.files import write_atomic
-from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner
+from resconv.measure import machine, onnx_runner, peak_memory, time_together, torch_runner
 from resconv.plan import Plan
 from resconv.prune import leftovers
 from resconv.report import write_report
@@ -380,19 +379,6 @@ def _report(run: Run) -> None:
         run.say(f"No report: {error}")
         return
     run.say(f"Report: {path}")
-
-
-def machine() -> str:
-    """Describe this machine for a results table: processor, threads, accelerator, torch."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="ignore").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
