@@ -151,6 +151,9 @@ def test_what_cannot_be_reached_is_refused_with_the_floor(table, gated, example)
         resconv.ResConvError, match=r"about [\d.]+ of [\d.]+ ms \(the budget is 0.0001"
     ):
         resconv.Sparsifier(gated, target=budget, total_steps=100, latency=table)
+    roomy = resconv.Budget(latency_ms=1e6, threads=1)
+    with pytest.raises(resconv.ResConvError, match=r"within the target as it is .* ms\)"):
+        resconv.Sparsifier(gated, target=roomy, total_steps=100, latency=table)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line and the run folder: the main job, stopped and resumed, and bad input."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -152,6 +153,140 @@ def test_a_stopped_run_goes_on(tmp_path):
         run.run_stage(whole, "prune")
 
 
+def test_a_target_in_latency(tmp_path):
+    out = tmp_path / "fast"
+    args = ("compress", *SMALL, "--latency", "60%", "--threads", 1, "--finetune-epochs", 0)
+    result = invoke(*args, "--out", out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    metrics = json.loads((out / "metrics.json").read_text())
+    plan = resconv.Plan.load(out / "plan.json")
+    assert plan.latency_ms_after <= 0.6 * plan.latency_ms_before
+    target = metrics["latency_target"]
+    assert target["asked_share"] == 0.6
+    assert target["planned_ms"] == plan.latency_ms_after
+    assert target["predicted_ms"] == plan.latency_ms_predicted
+    assert target["compact_ms"] < target["dense_ms"]
+    table = resconv.LatencyTable.load(out / "latency.json")
+    assert table.check_of(plan.remove).latency_ms == plan.latency_ms_after
+    assert "Latency target" in (out / "report.html").read_text()
+    assert len(json.loads((out / "scales.json").read_text())[0]) == 5
+    # The stored table is used again, and gives the same plan.
+    result = invoke("prune", out)
+    assert "Measuring" not in result.output
+    assert resconv.Plan.load(out / "plan.json") == plan
+
+
+@pytest.mark.parametrize("stage", ["sparse", "finetune"])
+def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
+    from lightning.pytorch.callbacks import Callback
+    from safetensors.torch import load_file
+
+    from resconv.run import pipeline
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    config = run.Config(
+        model="resnet20",
+        data="digits",
+        macs=0.6,
+        limit=160,
+        epochs=1,
+        sparse_epochs=5,
+        finetune_epochs=2,
+        batch_size=32,
+        distill=True,
+        progress=False,
+    )
+    fit = pipeline.fit
+
+    def train(current):
+        for name in STAGES:
+            run.run_stage(current, name)
+            if name == "finetune":
+                break
+
+    def stopping(*args, **kwargs):
+        if args[3].name == stage:
+            kwargs["callbacks"] = (Stop(),)
+        return fit(*args, **kwargs)
+
+    nets_of = {}
+    for name in ("whole", "stopped"):
+        current = run.open_run(run.RunFolder.begin(tmp_path / name, config).path, lambda t: None)
+        if name == "stopped":
+            monkeypatch.setattr(pipeline, "fit", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                train(current)
+            assert stage not in current.folder.done()
+            monkeypatch.setattr(pipeline, "fit", fit)
+            current = run.open_run(current.folder.path, lambda t: None)
+        train(current)
+        nets_of[name] = load_file(tmp_path / name / "model.safetensors"), current.plan().remove
+    whole, stopped = nets_of["whole"], nets_of["stopped"]
+    assert whole[1] == stopped[1]
+    assert whole[0].keys() == stopped[0].keys()
+    for key in whole[0]:
+        torch.testing.assert_close(stopped[0][key], whole[0][key], rtol=0, atol=1e-6)
+
+
+def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_path):
+    """A plan by hand takes units that training kept; without new statistics that costs more."""
+    import shutil
+
+    out = tmp_path / "hand"
+    shutil.copytree(finished[0], out)
+    kept = [n for n, s in resconv.Plan.load(out / "plan.json").scales.items() if s > 0.2]
+    (tmp_path / "plan.json").write_text(json.dumps({"remove": kept[-3:]}))
+    current = run.open_run(out, lambda t: None)
+    resconv.Plan.load(tmp_path / "plan.json").save(out / "plan.json")
+    run.run_stage(current, "prune", again=True)
+    metrics = current.folder.metrics()
+    assert sorted(metrics["removed_with_nonzero_scale"]) == sorted(kept[-3:])
+    assert metrics["top1_recalibrated"] is not None
+    assert metrics["top1_recalibrated"] != metrics["top1_pruned"]
+    first = json.loads((finished[0] / "metrics.json").read_text())
+    assert first["top1_recalibrated"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--macs", "2.0"], r"macs=2.0: a float is a fraction"),
+        (["--macs", "abc"], "--macs abc: give a fraction"),
+        (["--latency-ms", "-1"], "latency_ms=-1.0: give milliseconds above 0"),
+        (["--latency", "8"], "For milliseconds give --latency-ms"),
+        (["--latency", "0.5", "--latency-ms", "3"], "limit the same thing"),
+        (["--macs", "0.5", "--threads", "2"], "no latency is limited"),
+        (["--latency", "0.5", "--runtime", "tflite"], "choose 'torch' or 'onnxruntime'"),
+        (["--latency", "0.5", "--latency-batch", "0"], "batch=0"),
+        ([], "Nothing is asked for.*--latency-ms"),
+        (["--macs", "0.01"], "cannot be reached"),
+        (["--latency-ms", "0.0001", "--threads", "1"], r"cannot be reached.* ms"),
+        (["--macs", "1.0"], "within the target as it is"),
+    ],
+)
+def test_bad_targets_are_refused_before_any_training(args, message, tmp_path):
+    start = ["compress", "--model", "resnet20", "--data", "digits", "--limit", "64"]
+    result = invoke(*start, *args, "--out", tmp_path / "out")
+    assert isinstance(result.exception, resconv.ResConvError), result.output
+    assert re.search(message, str(result.exception)), result.exception
+    assert not (tmp_path / "out" / "dense.safetensors").exists()
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_a_missing_runtime_is_named_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    start = ["compress", "--model", "resnet20", "--data", "digits", "--limit", "64"]
+    asked = ["--latency", "0.5", "--runtime", "onnxruntime"]
+    result = invoke(*start, *asked, "--out", tmp_path / "out")
+    assert isinstance(result.exception, resconv.ResConvError)
+    assert "pip install 'resconv[onnx]'" in str(result.exception)
+    assert not (tmp_path / "out" / "logs").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -199,7 +334,7 @@ def test_a_stopped_run_goes_on(tmp_path):
 def test_bad_input_is_a_clear_error(args, message, tmp_path):
     result = invoke(*args, "--out", tmp_path / "out")
     assert isinstance(result.exception, resconv.ResConvError), result.output
-    assert __import__("re").search(message, str(result.exception)), result.exception
+    assert re.search(message, str(result.exception)), result.exception
 
 
 def test_errors_end_as_a_panel_and_status_two(monkeypatch, capsys):

@@ -50,10 +50,12 @@ __all__ = [
     "is_met",
     "measure_latency",
     "require_runtime",
+    "time_nets",
 ]
 
 _LEAST_ERROR = 0.005  # relative; what repeats cannot average away
 _SECONDS = 15.0
+_CHECK = 5.0
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,6 @@ def measure_latency(
     for name in costs.names:
         kinds.setdefault(costs.signatures[name], []).append(name)
     groups = list(kinds.values())
-    inputs = as_batch(example_inputs, budget.batch)
     nets: dict[tuple[str, ...], nn.Module] = {}
     for subset in design(len(groups), seed):
         removed = tuple(n for n in costs.names if any(n in groups[k] for k in subset))
@@ -211,7 +212,7 @@ def measure_latency(
         except PruneError:
             # Such a net cannot be had, so no plan will ask for it either; the others tell enough.
             continue
-    timings = _time(list(nets.values()), inputs, bare, seconds)
+    timings = time_nets(list(nets.values()), example_inputs, bare, seconds=seconds)
     removals = list(nets)
     counts = np.array(
         [[len(costs.gone(r) & set(group)) for group in groups] for r in removals], dtype=float
@@ -250,8 +251,7 @@ def check_latency(
     copied = copy.deepcopy(model).to(table.device).eval()
     finished = _deployed(copied, names, example_inputs)
     dense = _deployed(_ready(copied), (), example_inputs)
-    inputs = as_batch(example_inputs, table.batch)
-    before, after = _time([dense, finished], inputs, table, _SECONDS / 3)
+    before, after = time_nets([dense, finished], example_inputs, table)
     found = TimedNet(names, after.median_ms, before.median_ms, costs.left(names).latency_ms)
     return replace(table, checks=(*table.checks, found)), found
 
@@ -309,7 +309,11 @@ def _deployed(model: nn.Module, removed: tuple[str, ...], example_inputs: Any) -
     return fuse(net, example_inputs)
 
 
-def _time(nets: list[nn.Module], inputs: Any, table: LatencyTable, seconds: float) -> list[Timing]:
+def time_nets(
+    nets: list[nn.Module], example_inputs: Any, table: LatencyTable, *, seconds: float = _CHECK
+) -> list[Timing]:
+    """Time ordinary nets in turn, in the runtime, batch and threads of the table."""
+    inputs = as_batch(example_inputs, table.batch)
     if table.runtime == "onnxruntime":
         runners = [onnx_runner(onnx_bytes(n, inputs), inputs, table.threads) for n in nets]
     else:

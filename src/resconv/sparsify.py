@@ -208,6 +208,12 @@ class Sparsifier:
 
     def _check_reach(self, target: Budget) -> None:
         limits = target.limits(*self.costs.whole)
+        if not excess(self.costs.whole, self.costs.whole, limits):
+            ms = f", {self.costs.latency_ms:.3g} ms" if self.costs.unit_ms else ""
+            raise BudgetError(
+                f"The net is within the target as it is ({self.costs.macs:,} MACs, "
+                f"{self.costs.num_params:,} parameters{ms}): nothing would be removed. Lower it."
+            )
         left = self.costs.left(self.costs.names)
         if self.latency is not None:
             # The net without all its units may have been timed for the table.
@@ -345,7 +351,10 @@ class Sparsifier:
         ratios = torch.stack(torch._foreach_norm(weights)).div_(
             torch.tensor(root, device=weights[0].device)
         )
-        ratios = torch.where(ratios > 1e-6, ratios, torch.ones_like(ratios))
+        # What is normalised stays as it is to the last bit, or a resumed run would drift away from
+        # the whole one.
+        still = (ratios <= 1e-6) | ((ratios - 1).abs() <= 1e-6)
+        ratios = torch.where(still, torch.ones_like(ratios), ratios)
         pieces = [r.to(w.dtype) for r, w in zip(ratios.unbind(), weights, strict=True)]
         torch._foreach_div_(weights, pieces)
         torch._foreach_div_([n.bias for _, n in found], pieces)

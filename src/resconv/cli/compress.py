@@ -4,7 +4,21 @@ from typing import Annotated
 
 import typer
 
-from .options import Data, Devices, ImageSize, Model, Out, amount, show_table
+from .options import (
+    Data,
+    Devices,
+    ImageSize,
+    Latency,
+    LatencyBatch,
+    LatencyMs,
+    Model,
+    Out,
+    Runtime,
+    Threads,
+    amount,
+    share,
+    show_table,
+)
 
 __all__ = ["register"]
 
@@ -16,6 +30,8 @@ EXAMPLES = """
   resconv compress --model resnet56 --data cifar10 --macs 0.35 --finetune-epochs 20 --out runs/c56
 
   resconv compress --model timm:resnet18 --data folder:photos --weights mine.safetensors --macs 60% --out runs/mine
+
+  resconv compress --model resnet56 --data cifar10 --latency-ms 1.2 --runtime onnxruntime --threads 1 --out runs/fast
 
   torchrun --nproc-per-node 4 -m resconv compress --model resnet56 --data cifar10 --macs 0.5 --out runs/c56
 """
@@ -33,6 +49,11 @@ def compress(
     params: Annotated[
         str | None, typer.Option(help="Parameters to end at: 0.5, 50% or 200k.")
     ] = None,
+    latency_ms: LatencyMs = None,
+    latency: Latency = None,
+    runtime: Runtime = "torch",
+    latency_batch: LatencyBatch = 1,
+    threads: Threads = None,
     weights: Annotated[
         str | None, typer.Option(help="Trained weights (.safetensors, .pt); else it is trained.")
     ] = None,
@@ -40,6 +61,13 @@ def compress(
     sparse_epochs: Annotated[int | None, typer.Option(help="Epochs of sparse training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs after pruning.")] = None,
     distill: Annotated[bool, typer.Option(help="Follow the dense net's outputs as well.")] = False,
+    recalibrate: Annotated[
+        bool | None,
+        typer.Option(
+            help="Collect BatchNorm statistics anew after pruning; default: where a unit goes "
+            "whose scale is not 0."
+        ),
+    ] = None,
     units: Annotated[str, typer.Option(help="What may go: layers, blocks or all.")] = "all",
     lr: Annotated[float, typer.Option(help="Peak learning rate of dense training.")] = 0.1,
     sparse_lr: Annotated[
@@ -66,11 +94,17 @@ def compress(
         data=data,
         macs=amount(macs, "macs"),
         num_params=amount(params, "params"),
+        latency_ms=latency_ms,
+        latency=share(latency, "latency"),
+        runtime=runtime,
+        latency_batch=latency_batch,
+        threads=threads,
         weights=weights,
         epochs=epochs,
         sparse_epochs=sparse_epochs,
         finetune_epochs=finetune_epochs,
         distill=distill,
+        recalibrate=recalibrate,
         units=units,
         lr=lr,
         sparse_lr=sparse_lr,
@@ -98,6 +132,7 @@ def compress(
         "model.safetensors",
         "model.json",
         "model.onnx",
+        "latency.json",
         "metrics.json",
         "report.html",
     ):

@@ -11,11 +11,17 @@ __all__ = [
     "Data",
     "Devices",
     "ImageSize",
+    "Latency",
+    "LatencyBatch",
+    "LatencyMs",
     "Model",
     "Out",
     "RunPath",
+    "Runtime",
+    "Threads",
     "amount",
     "example_for",
+    "share",
     "show_table",
 ]
 
@@ -31,6 +37,19 @@ Devices = Annotated[
     typer.Option(
         help="Processes that train: GPUs, or CPU processes; default: every GPU, else one process."
     ),
+]
+LatencyMs = Annotated[
+    float | None, typer.Option(help="Milliseconds of one forward pass on this machine to end at.")
+]
+Latency = Annotated[
+    str | None, typer.Option(help="The same as a share of the dense net's: 0.5 or 50%.")
+]
+Runtime = Annotated[
+    str, typer.Option(help="What the latency is measured in: torch or onnxruntime.")
+]
+LatencyBatch = Annotated[int, typer.Option(help="Images a forward pass, for the latency.")]
+Threads = Annotated[
+    int | None, typer.Option(help="For the latency; default: as many as torch uses.")
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 
@@ -50,6 +69,17 @@ def amount(text: str | None, name: str) -> float | int | None:
         raise BudgetError(
             f"--{name} {text}: give a fraction (0.5 or 50%) or a number (40000000 or 40M)."
         ) from None
+
+
+def share(text: str | None, name: str) -> float | None:
+    """Read a fraction (0.5, 50%)."""
+    value = amount(text, name)
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise BudgetError(
+        f"--{name} {text}: a share of the dense net's latency lies between 0 and 1 (0.5 or 50%). "
+        f"For milliseconds give --latency-ms."
+    )
 
 
 def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:

@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from .options import Data, Devices, ImageSize, Model, Out, amount
+from .options import (
+    Data,
+    Devices,
+    ImageSize,
+    Latency,
+    LatencyBatch,
+    LatencyMs,
+    Model,
+    Out,
+    Runtime,
+    Threads,
+    amount,
+    share,
+)
 
 __all__ = ["register"]
 
@@ -28,6 +41,11 @@ def train(
     out: Out,
     macs: Annotated[str | None, typer.Option(help="MACs to end at: 0.5, 50% or 20M.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters to end at.")] = None,
+    latency_ms: LatencyMs = None,
+    latency: Latency = None,
+    runtime: Runtime = "torch",
+    latency_batch: LatencyBatch = 1,
+    threads: Threads = None,
     dense_only: Annotated[bool, typer.Option(help="Stop after dense training.")] = False,
     weights: Annotated[str | None, typer.Option(help="Trained weights to start from.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of dense training.")] = None,
@@ -50,6 +68,11 @@ def train(
         data=data,
         macs=amount(macs, "macs"),
         num_params=amount(params, "params"),
+        latency_ms=latency_ms,
+        latency=share(latency, "latency"),
+        runtime=runtime,
+        latency_batch=latency_batch,
+        threads=threads,
         weights=weights,
         epochs=epochs,
         sparse_epochs=sparse_epochs,

@@ -14,9 +14,16 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    path: Path, config: Any, metrics: dict[str, Any], plan: dict[str, Any], history: list[Any]
+    path: Path,
+    config: Any,
+    metrics: dict[str, Any],
+    plan: dict[str, Any],
+    history: list[Any],
+    latency: dict[str, Any] | None = None,
 ) -> Path:
     """Write the page about a run to ``path``, and return it.
+
+    ``latency`` is the content of the run's ``latency.json``, where its target limits the latency.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -35,19 +42,29 @@ def write_report(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
-        units=_units(plan, history),
-        plots=[_scales_plot(history, plan["remove"]), _macs_plot(history)],
+        units=_units(plan, history, latency),
+        target=metrics.get("latency_target"),
+        plots=[_scales_plot(history, plan["remove"]), _left_plot(history, latency)],
         removed=plan["remove"],
     )
     write_text(path, page)
     return path
 
 
-def _units(plan: dict[str, Any], history: list[Any]) -> list[dict[str, Any]]:
+def _units(
+    plan: dict[str, Any], history: list[Any], latency: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     removed = set(plan["remove"])
     controls = history[-1][2] if history else {}
+    times = (latency or {}).get("unit_ms", {})
     return [
-        {"name": n, "scale": s, "control": controls.get(n), "removed": n in removed}
+        {
+            "name": n,
+            "scale": s,
+            "control": controls.get(n),
+            "ms": times.get(n),
+            "removed": n in removed,
+        }
         for n, s in plan["scales"].items()
     ]
 
@@ -81,12 +98,17 @@ def _scales_plot(history: list[Any], removed: list[str]) -> str:
     return _svg(figure)
 
 
-def _macs_plot(history: list[Any]) -> str:
+def _left_plot(history: list[Any], latency: dict[str, Any] | None) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 2.2))
-    axes.step([r[0] for r in history], [100 * r[3] for r in history], where="post", color="#2c3e50")
-    axes.set(xlabel="optimizer step", ylabel="MACs left by\nthe zeros (%)")
+    steps = [r[0] for r in history]
+    axes.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
+    if latency is not None and all(len(r) > 4 and r[4] is not None for r in history):
+        shares = [100 * r[4] / latency["latency_ms"] for r in history]
+        axes.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
+        axes.legend(frameon=False, loc="lower left")
+    axes.set(xlabel="optimizer step", ylabel="left by\nthe zeros (%)")
     axes.set_ylim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)

@@ -12,6 +12,7 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     for key, label in (
         ("top1_gated", "top-1 after sparse training (%)"),
         ("top1_pruned", "top-1 pruned, no retraining (%)"),
+        ("top1_recalibrated", "top-1 with new BatchNorm statistics (%)"),
         ("top1_finetuned", "top-1 finetuned (%)"),
     ):
         if dense is not None and metrics.get(key) is not None:
@@ -28,6 +29,17 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 f"{found['dense_ms']:.2f}",
                 f"{found['compact_ms']:.2f}",
                 f"{found['ratio']:.2f}x",
+            )
+        )
+    target = metrics.get("latency_target")
+    if target:
+        table.append(
+            (
+                f"latency of the target: {target['runtime']}, batch {target['batch']}, "
+                f"{target['threads']} threads (ms)",
+                f"{target['dense_ms']:.2f}",
+                f"{target['compact_ms']:.2f}",
+                f"{target['compact_ms'] / target['dense_ms']:.2f}x",
             )
         )
     memory = metrics.get("peak_memory_bytes")

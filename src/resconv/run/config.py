@@ -22,11 +22,17 @@ class Config:
     data: str
     macs: float | int | None = None
     num_params: float | int | None = None
+    latency_ms: float | None = None
+    latency: float | None = None
+    runtime: str = "torch"
+    latency_batch: int = 1
+    threads: int | None = None
     weights: str | None = None
     epochs: int | None = None
     sparse_epochs: int | None = None
     finetune_epochs: int | None = None
     distill: bool = False
+    recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
     units: str = "all"
     lr: float = 0.1
     sparse_lr: float | None = None
@@ -47,8 +53,24 @@ class Config:
                 raise RunError(f"{key}={value}: at least {least}.")
         if not self.lr > 0 or self.batch_size < 1:
             raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")
-        if self.macs is not None or self.num_params is not None:
-            self.budget()
+        asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
+        if self._has_target() or asked:
+            self._budget()
+
+    def _has_target(self) -> bool:
+        limits = (self.macs, self.num_params, self.latency_ms, self.latency)
+        return any(v is not None for v in limits)
+
+    def _budget(self) -> Budget:
+        return Budget(
+            macs=self.macs,
+            num_params=self.num_params,
+            latency_ms=self.latency_ms,
+            latency=self.latency,
+            runtime=self.runtime,
+            batch=self.latency_batch,
+            threads=self.threads,
+        )
 
     def budget(self) -> Budget:
         """Return the target.
@@ -56,9 +78,12 @@ class Config:
         Raises:
             RunError: none was given.
         """
-        if self.macs is None and self.num_params is None:
-            raise RunError("Nothing is asked for: give --macs 0.5 (half the MACs) or --params 0.5.")
-        return Budget(macs=self.macs, num_params=self.num_params)
+        if not self._has_target():
+            raise RunError(
+                "Nothing is asked for: give --macs 0.5 (half the MACs), --params 0.5, "
+                "--latency-ms 8 or --latency 0.5 (of the dense net's)."
+            )
+        return self._budget()
 
     def stage_epochs(self) -> tuple[int, int, int]:
         """Return the epochs of dense, sparse and finetuning."""

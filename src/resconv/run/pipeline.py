@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 import resconv
 from resconv import data as datasets
 from resconv import nets
-from resconv.data import ImageData
+from resconv.choose import plan_measured
+from resconv.data import BatchLoader, ImageData
 from resconv.errors import MissingExtraError, RunError
 from resconv.files import write_atomic
+from resconv.latency import LatencyTable, require_runtime, time_nets
+from resconv.ledger import ledger
 from resconv.measure import machine, onnx_runner, peak_memory, time_together, torch_runner
 from resconv.plan import Plan
 from resconv.prune import leftovers
@@ -30,6 +34,7 @@ from .folder import RunFolder
 __all__ = ["STAGES", "Run", "begin", "compress", "open_run", "run_stage"]
 
 Say = Callable[[str], None]
+LATENCY = "latency.json"
 
 
 class Run:
@@ -186,6 +191,7 @@ def _dense(run: Run) -> None:
 def _sparse(run: Run) -> None:
     config = run.config
     model = resconv.convert(run.dense(), run.example(2), units=config.units, start="keep")
+    table = tell(run.ranks, lambda: latency_table(run, model))
     epochs = config.stage_epochs()[1]
     run.say(
         f"Sparse training for {epochs} epochs: {len(resconv.gates(model))} units, target "
@@ -200,6 +206,7 @@ def _sparse(run: Run) -> None:
         run.recipe(epochs, lr),
         run.folder.logs / "sparse",
         target=config.budget(),
+        latency=table,
         teacher=teacher,
         precision=run.precision,
         progress=config.progress,
@@ -210,8 +217,11 @@ def _sparse(run: Run) -> None:
     top1 = evaluate(model, run.data)
     _save_state(model, run.folder / "gated.safetensors")
     run.folder.write_json(
-        "scales.json", [[s.step, s.scales, s.controls, s.macs] for s in result.history]
+        "scales.json",
+        [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in result.history],
     )
+    if result.latency is not None:
+        result.latency.save(run.folder / LATENCY)
     zero = [n for n, g in resconv.gates(model).items() if g.scale.item() == 0]
     run.folder.add_metrics(top1_gated=top1, num_units=len(resconv.gates(model)), num_zero=len(zero))
     run.say(f"Gated: top-1 {top1:.2f} %, {len(zero)} scales are exactly 0.")
@@ -224,16 +234,71 @@ def _words(config: Config) -> str:
             parts.append(
                 f"{value:.0%} of the {what}" if isinstance(value, float) else f"{value:,} {what}"
             )
+    if config.latency_ms is not None:
+        parts.append(f"{config.latency_ms:g} ms in {config.runtime}")
+    if config.latency is not None:
+        parts.append(f"{config.latency:.0%} of the latency in {config.runtime}")
     return " and ".join(parts)
 
 
+def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
+    """Return the units' measured latency where the target needs it: the folder's, or measured now."""
+    budget = run.config.budget()
+    if not budget.times:
+        return None
+    path = run.folder / LATENCY
+    costs = ledger(model, run.example())
+    if path.is_file():
+        table = LatencyTable.load(path)
+        reason = table.why_unfit(costs, budget)
+        if reason is None:
+            return table
+        run.say(f"{path} is measured anew: {reason}.")
+    run.say(f"Measuring the latency of {len(costs.names)} units in {budget.runtime}.")
+    table = resconv.measure_latency(model, run.example(), budget)
+    table.save(path)
+    run.say(
+        f"The dense net takes {table.latency_ms:.3g} ms (batch {table.batch}, {table.threads} "
+        f"threads); {len(table.nets)} nets timed, the model of them is right to {table.error:.0%}."
+    )
+    return table
+
+
+def check_reach(run: Run) -> None:
+    """Refuse a target that no plan can reach, before anything is trained.
+
+    Raises:
+        BudgetError: see :class:`resconv.Sparsifier`.
+    """
+    model = resconv.convert(run.create().eval(), run.example(2), units=run.config.units)
+    resconv.Sparsifier(
+        model,
+        target=run.config.budget(),
+        total_steps=1000,
+        example_inputs=run.example(),
+        latency=latency_table(run, model),
+    )
+
+
 def _plan(run: Run) -> None:
-    plan = resconv.plan(run.gated(), run.example(), run.config.budget())
+    gated = run.gated()
+    plan, table = plan_measured(
+        gated, run.example(), run.config.budget(), latency_table(run, gated)
+    )
+    if table is not None:
+        table.save(run.folder / LATENCY)
     plan.save(run.folder / "plan.json")
+    nonzero = [n for n in plan.remove if plan.scales[n] != 0]
     run.say(
         f"Plan: {len(plan.remove)} units go ({', '.join(plan.remove[:6])}"
-        f"{', ...' if len(plan.remove) > 6 else ''})."
+        f"{', ...' if len(plan.remove) > 6 else ''})"
+        + (f"; the scale of {len(nonzero)} of them is not 0." if nonzero else ".")
     )
+    if plan.latency_ms_after is not None:
+        run.say(
+            f"The net that is left takes {plan.latency_ms_after:.3g} ms (predicted "
+            f"{plan.latency_ms_predicted:.3g}, dense {plan.latency_ms_before:.3g})."
+        )
 
 
 def _prune(run: Run) -> None:
@@ -242,11 +307,21 @@ def _prune(run: Run) -> None:
     check = resconv.verify(gated, compact, example, plan=plan)
     top1 = evaluate(compact, run.data)
     nonzero = [n for n in plan.remove if resconv.gates(gated)[n].scale.item() != 0]
+    run.say(
+        f"Pruned, without retraining: top-1 {top1:.2f} %; agrees with the gated net to "
+        f"{check.max_rel_error:.1e}."
+    )
+    metrics: dict[str, Any] = {"top1_pruned": top1, "top1_recalibrated": None}
+    asked = run.config.recalibrate
+    if asked or (asked is None and nonzero):
+        compact = _recalibrated(run, gated, plan)
+        metrics["top1_recalibrated"] = evaluate(compact, run.data)
+        run.say(f"BatchNorm statistics collected anew: top-1 {metrics['top1_recalibrated']:.2f} %.")
     _finish(run, compact, plan)
     # A checkpoint of another plan's finetuning would not fit.
     shutil.rmtree(run.folder.logs / "finetune", ignore_errors=True)
     run.folder.add_metrics(
-        top1_pruned=top1,
+        **metrics,
         verify={
             "max_abs_error": check.max_abs_error,
             "max_rel_error": check.max_rel_error,
@@ -255,10 +330,23 @@ def _prune(run: Run) -> None:
         removed_with_nonzero_scale=nonzero,
         leftover_factors=leftovers(compact),
     )
-    run.say(
-        f"Pruned, without retraining: top-1 {top1:.2f} %; agrees with the gated net to "
-        f"{check.max_rel_error:.1e}."
+
+
+def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
+    """Return the compact net with BatchNorm statistics from training images, without retraining."""
+    data = run.data
+    net = resconv.prune(gated, plan, fuse=False)
+    loader = BatchLoader(
+        data.train,
+        256,
+        shuffle=True,
+        seed=run.config.seed,
+        augment=None,
+        mean=data.mean,
+        std=data.std,
     )
+    resconv.recalibrate(net, islice(loader, 50))
+    return resconv.fuse(net.eval(), run.example(4))
 
 
 def _finish(run: Run, compact: nn.Module, plan: Plan) -> None:
@@ -325,7 +413,42 @@ def _export(run: Run) -> None:
     )
 
 
+def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> dict[str, Any]:
+    """Time the two nets as the target says, and return all that is to be known about it."""
+    budget, plan, table = run.config.budget(), run.plan(), LatencyTable.load(run.folder / LATENCY)
+    before, after = time_nets([dense, compact], run.example(), table)
+    limit = budget.limits(0, 0, before.median_ms)[2]
+    found = {
+        "asked_ms": budget.latency_ms,
+        "asked_share": budget.latency,
+        "limit_ms": limit,
+        "runtime": table.runtime,
+        "batch": table.batch,
+        "threads": table.threads,
+        "predicted_ms": plan.latency_ms_predicted,
+        "planned_ms": plan.latency_ms_after,
+        "dense_ms": before.median_ms,
+        "compact_ms": after.median_ms,
+        "repeats": after.repeats,
+        "met": after.median_ms <= limit,
+        "table_error": table.error,
+        "nets_timed": len(table.nets),
+    }
+    run.say(
+        f"Target: at most {limit:.3g} ms in {table.runtime}; the net takes "
+        f"{after.median_ms:.3g} ms"
+        + (
+            "."
+            if found["met"]
+            else ", which is over it now: the machine is slower than when it was "
+            "planned, or busy. Measure again: resconv measure."
+        )
+    )
+    return found
+
+
 def _measure(run: Run) -> None:
+    config = run.config
     example = run.example()
     compact = compact_of(run)
     # The same deployment form on both sides: norms folded.
@@ -359,6 +482,8 @@ def _measure(run: Run) -> None:
             "image_size": run.data.image_size,
         },
     )
+    if config.budget().times:
+        run.folder.add_metrics(latency_target=_against_target(run, dense, compact))
     text = ", ".join(
         f"{k} {v['dense_ms']:.2f} -> {v['compact_ms']:.2f} ms" for k, v in latency.items()
     )
@@ -374,6 +499,7 @@ def _report(run: Run) -> None:
             run.folder.metrics(),
             run.folder.read_json("plan.json"),
             run.folder.read_json("scales.json"),
+            run.folder.read_json(LATENCY) if run.config.budget().times else None,
         )
     except MissingExtraError as error:
         run.say(f"No report: {error}")
@@ -445,7 +571,9 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
 
 def compress(run: Run) -> dict[str, Any]:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
-    run.config.budget()
+    require_runtime(run.config.budget().runtime)
+    if "sparse" not in tell(run.ranks, run.folder.done):
+        tell(run.ranks, lambda: check_reach(run))
     for stage in STAGES:
         run_stage(run, stage)
     return run.folder.metrics() if run.ranks.leads else {}

@@ -4,6 +4,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -16,6 +17,7 @@ from resconv.data import ImageData
 from resconv.errors import RunError
 from resconv.gates import gates
 from resconv.integrations.lightning import SparsityCallback
+from resconv.latency import LatencyTable
 from resconv.sparsify import Snapshot
 
 from .module import Classifier
@@ -28,10 +30,14 @@ __all__ = ["FitResult", "Recipe", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """The scales over training (empty without a target), and how many epochs were run."""
+    """The scales over training (empty without a target), and how many epochs were run.
+
+    ``latency`` is the table of the target, with the nets that were timed during training.
+    """
 
     history: list[Snapshot]
     epochs: int
+    latency: LatencyTable | None = None
 
 
 def fit(
@@ -41,6 +47,7 @@ def fit(
     folder: Path,
     *,
     target: Budget | None = None,
+    latency: LatencyTable | None = None,
     teacher: nn.Module | None = None,
     precision: Precision | None = None,
     devices: int | str = "auto",
@@ -52,7 +59,8 @@ def fit(
     A run that was stopped goes on from its last whole epoch when called again with the same
     folder.
 
-    With a ``target`` it is sparse training towards that budget. ``devices`` are processes on this
+    With a ``target`` it is sparse training towards that budget, with units weighed by ``latency``
+    where it limits that. ``devices`` are processes on this
     machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
     how many there are is then what the launcher says.
@@ -68,7 +76,7 @@ def fit(
     module = Classifier(model, data, recipe, channels_last=precision.channels_last, teacher=teacher)
     sparsity: list[SparsityCallback] = []
     if target is not None:
-        sparsity = [SparsityCallback(target)]
+        sparsity = [SparsityCallback(target, latency=latency)]
     elif gates(model):
         # No pressure, but scalars are moved apart from the weights all the same: they overshoot.
         sparsity = [SparsityCallback(strength=0.0)]
@@ -117,16 +125,20 @@ def fit(
     module.model.to("cpu")
     history: list[Snapshot] = []
     if target is not None:
-        history = _stored_history(last) if spawns else _history(sparsity[0])
-    return FitResult(history, recipe.epochs if spawns else trainer.current_epoch)
+        if spawns:
+            state = _stored_state(last)
+            history = [Snapshot(*row) for row in state["history"]]
+            if "latency" in state:
+                latency = LatencyTable.from_json(state["latency"])
+        elif (sparsifier := sparsity[0].sparsifier) is not None:
+            history, latency = sparsifier.history, sparsifier.latency
+    return FitResult(history, recipe.epochs if spawns else trainer.current_epoch, latency)
 
 
-def _history(callback: SparsityCallback) -> list[Snapshot]:
-    return [] if callback.sparsifier is None else callback.sparsifier.history
-
-
-def _stored_history(checkpoint: Path) -> list[Snapshot]:
-    """Read what the processes that trained left in the checkpoint."""
+def _stored_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the Sparsifier's state, as the processes that trained left it in the checkpoint."""
     stored = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
-    state = next(s["sparsifier"] for n, s in stored.items() if n.startswith("SparsityCallback"))
-    return [Snapshot(*row) for row in state["history"]]
+    state: dict[str, Any] = next(
+        s["sparsifier"] for n, s in stored.items() if n.startswith("SparsityCallback")
+    )
+    return state
