@@ -180,7 +180,7 @@ class Sparsifier:
         if target is not None:
             self._check_form(target)
             if target.times and latency is None:
-                self.latency = _by_first_rank(
+                self.latency = self._by_first(
                     lambda: measure_latency(self.model, example_inputs, target)
                 )
         if self.latency is not None:
@@ -412,6 +412,22 @@ class Sparsifier:
                 "and convert before wrapping."
             )
 
+    def _by_first(self, call: Callable[[], LatencyTable]) -> LatencyTable:
+        """Let the first process measure for all, and give every one what it found (or its error)."""
+        if not self.shared:
+            return call()
+        found: LatencyTable | Exception | None = None
+        if torch.distributed.get_rank() == 0:
+            try:
+                found = call()
+            except Exception as error:
+                found = error
+        found = from_first(found)
+        if isinstance(found, Exception):
+            raise found
+        assert found is not None
+        return found
+
     def _check_latency(self, steering: Steering, target: Budget) -> None:
         """Time the net that the zeros leave; where it misses the target, let more units go."""
         table = self.latency
@@ -423,7 +439,7 @@ class Sparsifier:
             return check_latency(self.model, self._example_inputs, table, steering.zero)[0]
 
         try:
-            self.latency = _by_first_rank(check)
+            self.latency = self._by_first(check)
         except (PruneError, ExportError) as error:
             # Not worth losing the run for; the plan will meet it again.
             self._untimed = True
@@ -484,23 +500,6 @@ class Sparsifier:
         if self._steering is not None:
             self._steering.costs = self.costs
             self._steering.load_state_dict(state)
-
-
-def _by_first_rank(call: Callable[[], LatencyTable]) -> LatencyTable:
-    """Let the first process measure, and give every process what it found (or its error)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return call()
-    found: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            found = [call()]
-        except Exception as error:
-            found = [error]
-    torch.distributed.broadcast_object_list(found, src=0)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    assert isinstance(found[0], LatencyTable)
-    return found[0]
 
 
 def _stack(scalars: list[Tensor]) -> Tensor:
