@@ -114,6 +114,9 @@ class Graph:
 
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None
+        self._calls_of: dict[str, list[Call]] | None = None
+        self._calls_to: dict[int, list[Call]] | None = None
+        self._places: dict[int, list[str]] | None = None
 
     @property
     def users(self) -> dict[int, list[Node]]:
@@ -126,7 +129,28 @@ class Graph:
         return self._users
 
     def calls_of(self, path: str) -> list[Call]:
-        return [call for call in self.calls if call.path == path]
+        if self._calls_of is None:
+            self._calls_of = {}
+            for call in self.calls:
+                self._calls_of.setdefault(call.path, []).append(call)
+        return self._calls_of.get(path, [])
+
+    def calls_to(self, value: int) -> list[Call]:
+        """Calls that return this value."""
+        if self._calls_to is None:
+            self._calls_to = {}
+            for call in self.calls:
+                if isinstance(call.output, Ref):
+                    self._calls_to.setdefault(call.output.value, []).append(call)
+        return self._calls_to.get(value, [])
+
+    def places(self, model: nn.Module, module: nn.Module) -> list[str]:
+        """Every path at which ``module`` stands in the recorded ``model``."""
+        if self._places is None:
+            self._places = {}
+            for path, m in model.named_modules(remove_duplicate=False):
+                self._places.setdefault(id(m), []).append(path)
+        return self._places.get(id(module), [])
 
     def producer(self, value: int) -> Node | None:
         index = self.values[value].producer

@@ -89,7 +89,7 @@ def why_untouchable(model: nn.Module, graph: Graph, path: str) -> str | None:
     """Return why the module at ``path`` cannot be replaced by another, or None."""
     module = model.get_submodule(path)
     calls = graph.calls_of(path)
-    paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    paths = graph.places(model, module)
     if not calls:
         return f"{path} is never called as a module (its parameters are used by other code)"
     if len(calls) > 1:
@@ -380,13 +380,13 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
         # A BatchNorm first: there the scale costs no pass over the activations.
         # The gate of an earlier conversion before anything else.
         for candidate in sorted(
-            graph.calls,
+            graph.calls_to(value),
             key=lambda c: (
                 0 if isinstance(c.module, BranchGate) else 2 - is_plain_norm(c.module),
                 -c.index,
             ),
         ):
-            if candidate.output != Ref(value) or candidate.index in ancestors:
+            if candidate.index in ancestors:
                 continue
             if candidate.start == candidate.end and graph.values[value].producer is None:
                 continue

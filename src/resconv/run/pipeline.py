@@ -330,6 +330,11 @@ def _prune(run: Run) -> None:
         removed_with_nonzero_scale=nonzero,
         leftover_factors=leftovers(compact),
     )
+    if left := leftovers(compact):
+        run.say(
+            f"{len(left)} factors of removed layers could not be absorbed and stay as one multiply "
+            f"each: {', '.join(list(left)[:4])}{', ...' if len(left) > 4 else ''}."
+        )
 
 
 def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
