@@ -177,3 +177,48 @@ def test_relu6_goes_on_the_side_that_no_longer_needs_it(controls, images):
     assert resconv.leftovers(compact) == {}
     ops = [n.op for n in record(compact, images).nodes if n.op != "empty"]
     assert ops == ["convolution", "hardtanh", "convolution"]
+
+
+class Concat(nn.Module):
+    """One value after each of several layers, side by side (VoVNet's block)."""
+
+    def __init__(self, groups, norm):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+        self.mid = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(3)
+        )
+        self.norm = nn.BatchNorm2d(32) if norm else nn.Identity()
+        self.head = nn.Conv2d(32, 32, 1, groups=groups)
+
+    def forward(self, x):
+        values = [self.stem(x)]
+        for layer in self.mid:
+            values.append(layer(values[-1]))
+        y = torch.cat(values, 1)
+        return self.head(self.norm(nn.functional.max_pool2d(torch.relu(y), 2)))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 32])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_slices_of_a_concatenation_keep_their_own_factors(groups, norm, fuse, images):
+    model = randomise(Concat(groups, norm)).double()
+    gated = randomise_gates(resconv.convert(model, images), 2)
+    plan = resconv.Plan(["mid.0.0", "mid.2.0"])
+    compact = resconv.prune(gated, plan, fuse=fuse)
+    resconv.verify(gated, compact, images, plan=plan)
+    if fuse:
+        assert resconv.leftovers(compact) == {}
+    else:
+        resconv.verify(gated, resconv.fuse(compact), images, plan=plan)
+
+
+def test_a_concatenation_that_is_an_output_keeps_its_multiply(images):
+    model = randomise(Concat(1, False)).double()
+    model.head = nn.Identity()
+    gated = randomise_gates(resconv.convert(model, images), 2)
+    plan = resconv.Plan(["mid.0.0"])
+    compact = resconv.prune(gated, plan)
+    resconv.verify(gated, compact, images, plan=plan)
+    assert set(resconv.leftovers(compact)) == {"mid.0.0"}

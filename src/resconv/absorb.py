@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .gates import BranchGate, Multiply, ResConv
 from .kernel import fused_kernel
 from .ops import NORMS, kind, weight_values
+from .slices import Slices, by_input
 from .surgery import MustStayError, Surgery
 from .trace import Graph, Node, Ref
 from .units import params_behind
@@ -24,10 +25,13 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
     for value in (*graph.inputs, *graph.outputs):
         ties.pin(value)
     uses = _param_uses(graph, todo.dead)
+    slices = todo.slices = Slices(graph, ties)
     for node in graph.nodes:
         if node.index in todo.dead:
             continue
         data = [v for v in node.inputs if not graph.values[v].constant]
+        if slices.visit(node, absorbs=_takes_slices(todo, node, uses, fuse)):
+            continue
         if node.index in todo.bypassed:
             read = node.inputs[todo.bypassed[node.index]]
             if node.index in todo.factors:
@@ -60,6 +64,8 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
             elif how == "opaque":
                 for v in (*data, *node.outputs):
                     ties.pin(v)
+    for value in graph.outputs:
+        slices.collapse(value)
     left: list[tuple[Node, int, float]] = []
     for node, x, p in demands:
         # y = p * x, one value from now on: f(x) = p * f(y).
@@ -85,14 +91,25 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
             path = node.call.path
             if node.index in todo.dead or path in kept or path in todo.multiply:
                 continue
-            f_in, f_out = ties.factor(node.inputs[0]), ties.factor(node.outputs[0])
             weight, bias = fused_kernel(_in_eval(gate))
+            assert isinstance(gate.conv.groups, int)
+            f_in = by_input(slices.factors(node.inputs[0]), weight, gate.conv.groups)
+            f_out = ties.factor(node.outputs[0])
             kept[path] = (
                 weight * (f_out / f_in),
                 None if bias is None else bias * f_out,
                 gate.conv,
             )
     return kept
+
+
+def _takes_slices(todo: Surgery, node: Node, uses: dict[str, int], fuse: bool) -> bool:
+    """Whether one factor per channel of the input can go into the operation's weights."""
+    if node.index in todo.bypassed:
+        return False
+    if node.op == "gate":
+        return fuse and isinstance(node.call.module, ResConv)
+    return kind(todo.graph, node) == "linear" and _absorbs(todo.graph, node, uses)
 
 
 def _place(gate: Node) -> str:
@@ -198,8 +215,8 @@ def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:
     uses = _param_uses(graph, todo.dead)
     done: set[str] = set()
 
-    def scale(name: str | None, factor: float) -> None:
-        if name is not None and factor != 1.0:
+    def scale(name: str | None, factor: float | Tensor) -> None:
+        if name is not None and (isinstance(factor, Tensor) or factor != 1.0):
             tensor = tensors[name]
             tensor.copy_((tensor.double() * factor).to(tensor.dtype))
 
@@ -207,6 +224,7 @@ def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:
         for node in graph.nodes:
             if node.index in todo.dead or not node.outputs:
                 continue
+            # A row of slices is made by a concatenation, which absorbs nothing.
             f_out = ties.factor(node.outputs[0])
             if node.op == "gate":
                 gate = node.call.module
@@ -237,13 +255,18 @@ def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:
             if not _absorbs(graph, node, uses):
                 continue
             data = next(v for v in node.inputs if not graph.values[v].constant)
-            f_in = ties.factor(data)
+            assert todo.slices is not None
+            taken = todo.slices.factors(data)
             weight, bias, _ = _linear_params(graph, node)
-            if node.op in NORMS and f_in != 1.0:
+            assert weight is not None
+            if node.op in NORMS:
                 mean = _param_of(graph, node.args[3].value)
                 assert mean is not None
-                scale(mean, f_in)
-            scale(weight, f_out / f_in)
+                taken = taken.to(tensors[mean].device) if isinstance(taken, Tensor) else taken
+                scale(mean, taken)
+            elif node.op == "convolution" and not node.args[6]:
+                taken = by_input(taken, tensors[weight], node.args[8])
+            scale(weight, f_out / taken)
             scale(bias, f_out)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from .gates import BranchGate
 from .scaling import Potentials
+from .slices import Slices
 from .trace import Graph
 
 __all__ = ["MustStayError", "Surgery", "original_path"]
@@ -21,6 +22,7 @@ class Surgery:
     multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
     dead: set[int] = field(default_factory=set)
     indexed: set[int] = field(default_factory=set)  # ids of containers that code indexes
+    slices: Slices | None = None
     potentials: Potentials = field(default_factory=Potentials)
 
     def resolve(self, value: int) -> int:
