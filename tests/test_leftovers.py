@@ -222,3 +222,31 @@ def test_a_concatenation_that_is_an_output_keeps_its_multiply(images):
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)
     assert set(resconv.leftovers(compact)) == {"mid.0.0"}
+
+
+class BothPinned(nn.Module):
+    """The stream before and after a branch is an output, so the branch keeps its factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return x, torch.relu(x + self.act(self.conv(x)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_a_branch_scale_of_one_does_not_lose_the_factor_inside(scale, images):
+    gated = resconv.convert(randomise(BothPinned()).double(), images, units="all")
+    found = resconv.gates(gated)
+    block = next(n for n, g in found.items() if g.control is None)
+    with torch.no_grad():
+        found["conv"].control.fill_(0.5)
+        found[block].scale.fill_(scale)
+    plan = resconv.Plan(["conv"])
+    compact = resconv.prune(gated, plan)
+    resconv.verify(gated, compact, images, plan=plan)
+    assert list(resconv.leftovers(compact).values()) == [pytest.approx(0.5 * scale)]
