@@ -34,7 +34,7 @@ import resconv
 from resconv.convert import relative_error
 from resconv.gates import zeroed
 from resconv.trace import as_call
-from tests.helpers import randomise, randomise_gates, settle, some_plan
+from tests.helpers import VARIANCES, randomise, randomise_gates, settle, some_plan
 
 from . import coverage_page
 from .zoo import build, timm_families, torchvision_sizes
@@ -177,7 +177,7 @@ def main() -> None:
             if time.monotonic() - begun > limit:
                 break
             for name in names[:4]:
-                row = one(name, onnx) | {"job": label, "commit": at}
+                row = one(name, onnx) | {"job": label, "commit": at, "variances": VARIANCES}
                 if not row.pop("nothing", False):
                     break
             last[label] = row

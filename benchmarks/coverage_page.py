@@ -49,10 +49,14 @@ def write(rows: list[dict]) -> None:
         f"Of the models, {sum(p > 1e-3 for p in power)} of {len(power)} move by more than 1e-3 when "
         "any one of six units' scales is 0.5 off (`power`), so a forgotten factor shows."
     )
-    commits = ", ".join(sorted({r["commit"] for r in rows}))
+    groups = Counter((r["commit"], *r["variances"]) for r in rows)
+    commits = "; ".join(
+        f"{n} models at commit {commit} (BatchNorm variances moved by factors in [{a:g}, {b:g}])"
+        for (commit, a, b), n in sorted(groups.items(), key=lambda g: -g[1])
+    )
     write_section(
         "Rates",
-        f"{stamp(command='python -m benchmarks.coverage')} Measured at commit {commits}.\n\n"
+        f"{stamp(command='python -m benchmarks.coverage')} {commits}.\n\n"
         + table(["", "models", *OUTCOMES, "pruned", "and in ONNX Runtime"], lines)
         + "\n\n`complete`: converted, pruned, written as ONNX and run by ONNX Runtime, each step "
         "within 1e-4 (relative, float32) of what went in. `pruned`: the file was not tried yet. "

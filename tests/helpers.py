@@ -12,7 +12,9 @@ import resconv
 from resconv.ops import NORMS
 from resconv.trace import as_call, evaluating
 
-__all__ = ["randomise", "randomise_gates", "settle", "some_plan"]
+__all__ = ["VARIANCES", "randomise", "randomise_gates", "settle", "some_plan"]
+
+VARIANCES = (1.0, 4.0)  # by what factors settled variances move
 
 
 def randomise(model: nn.Module, seed: int = 0, example_inputs: Any = None) -> nn.Module:
@@ -59,7 +61,7 @@ def _fill_constant(name: str, p: Tensor, gen: torch.Generator) -> None:
 def settle(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
     """Set each BatchNorm's statistics to those of its input, moved at random by a good margin.
 
-    The means move by half a standard deviation, the variances by a factor in [1, 4]: nothing
+    The means move by half a standard deviation, the variances by a factor in ``VARIANCES``: nothing
     cancels, and yet activations stay of one size through any depth. Statistics that are random
     alone multiply them at every norm, and a net of 300 layers then magnifies float32's rounding
     itself beyond any tolerance. So does a random net with its exact statistics, by about 1.2 a layer
@@ -98,7 +100,8 @@ class _Settling(TorchDispatchMode):
             own = rows.var(1, correction=0).clamp_min(0.25 * rows.square().mean() + 1e-6)
             random = torch.randn(len(own), generator=self.gen).to(own.dtype)
             mean.copy_(rows.mean(1) + 0.5 * own.sqrt() * random)
-            factor = 4 ** torch.rand(len(own), generator=self.gen)
+            low, high = VARIANCES
+            factor = low * (high / low) ** torch.rand(len(own), generator=self.gen)
             var.copy_(own * factor.to(own.dtype))
         return func(*args, **(kwargs or {}))
 
