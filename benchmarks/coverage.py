@@ -1,10 +1,10 @@
 """Convert, prune and export one small variant of every family of timm, and all of torchvision.
 
-    python -m benchmarks.coverage [SECONDS] [MODEL ...]
+    python -m benchmarks.coverage [SECONDS] [onnx] [MODEL ...]
 
 Appends to build/coverage.jsonl, goes on where it stopped (SECONDS bounds one call; named models are
 done again), and writes docs/coverage.md from the log. A first pass prunes every model, the smallest
-first, a second one writes the files, which takes ten times as long.
+first, a second one (with ``onnx`` the only one) writes the files, which takes ten times as long.
 
 For each model, in float32, with random weights and random BatchNorm statistics that are kept near
 each norm's own input (tests/helpers.py says why):
@@ -167,7 +167,7 @@ def main() -> None:
     rows = [json.loads(s) for s in LOG.read_text().splitlines()] if LOG.is_file() else []
     last = {r["job"]: r for r in rows}
     begun, at = time.monotonic(), commit()
-    for onnx in (True,) if again else (False, True):
+    for onnx in (True,) if again or "onnx" in wanted else (False, True):
         for label, names in jobs():
             if again:
                 if not again & {label, *names}:
