@@ -166,7 +166,9 @@ def processor() -> str:
 def machine() -> str:
     """Describe this machine for a results table: processor, threads, accelerator, torch."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{processor()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    plural = "s" if threads != 1 else ""
+    return f"{processor()}, {threads} thread{plural}{gpu}, torch {torch.__version__}"
 
 
 def peak_memory(model: nn.Module, example_inputs: Any) -> int:

@@ -44,7 +44,7 @@ def write_report(
         rows=rows(metrics),
         units=_units(plan, history, latency),
         target=metrics.get("latency_target"),
-        plots=[_scales_plot(history, plan["remove"]), _left_plot(history, latency)],
+        plot=_plot(history, plan["remove"], latency),
         removed=plan["remove"],
     )
     write_text(path, page)
@@ -73,42 +73,36 @@ def _svg(figure: Any) -> str:
     from matplotlib import pyplot
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _scales_plot(history: list[Any], removed: list[str]) -> str:
+def _plot(history: list[Any], removed: list[str], latency: dict[str, Any] | None) -> str:
+    """Draw the scales over training and, on the same steps below, what the zeros leave."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 3.6))
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
     steps = [row[0] for row in history]
     gone = set(removed)
     for name in history[-1][1] if history else []:
         values = [row[1][name] for row in history]
         color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
-        axes.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
-    axes.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
-    axes.plot([], [], color="#7f8c8d", label="kept")
-    axes.set(xlabel="optimizer step", ylabel="layer scaling factor s")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
-
-
-def _left_plot(history: list[Any], latency: dict[str, Any] | None) -> str:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 2.2))
-    steps = [r[0] for r in history]
-    axes.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
+        above.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
+    above.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
+    above.plot([], [], color="#7f8c8d", label="kept")
+    above.set(ylabel="layer scaling factor s")
+    above.set_ylim(bottom=0)
+    below.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
     if latency is not None and all(len(r) > 4 and r[4] is not None for r in history):
         shares = [100 * r[4] / latency["latency_ms"] for r in history]
-        axes.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
+        below.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
+    below.set(xlabel="optimizer step", ylabel="left by the zeros (%)")
+    below.set_ylim(0, 105)
+    for axes in (above, below):
         axes.legend(frameon=False, loc="lower left")
-    axes.set(xlabel="optimizer step", ylabel="left by\nthe zeros (%)")
-    axes.set_ylim(0, 105)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)

@@ -26,8 +26,8 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         table.append(
             (
                 f"latency, {runtime} (ms)",
-                f"{found['dense_ms']:.2f}",
-                f"{found['compact_ms']:.2f}",
+                f"{found['dense_ms']:.3g}",
+                f"{found['compact_ms']:.3g}",
                 f"{found['ratio']:.2f}x",
             )
         )
@@ -35,10 +35,9 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if target:
         table.append(
             (
-                f"latency of the target: {target['runtime']}, batch {target['batch']}, "
-                f"{target['threads']} threads (ms)",
-                f"{target['dense_ms']:.2f}",
-                f"{target['compact_ms']:.2f}",
+                f"latency of the target, {target['runtime']}, batch {target['batch']} (ms)",
+                f"{target['dense_ms']:.3g}",
+                f"{target['compact_ms']:.3g}",
                 f"{target['compact_ms'] / target['dense_ms']:.2f}x",
             )
         )
