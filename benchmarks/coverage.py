@@ -185,7 +185,7 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             figure = row.get("onnx_error", row.get("prune_error"))
             print(row["outcome"], row["model"], row.get("reason", figure), flush=True)
-    coverage_page.write(list(last.values()))
+    coverage_page.write(list(last.values()), [label for label, _ in jobs()])
 
 
 if __name__ == "__main__":

@@ -21,24 +21,32 @@ def _zoo(row: dict) -> str:
     return row["model"].partition(":")[0]
 
 
-def _summary(title: str, rows: list[dict], asked: int) -> list[str]:
-    counts = Counter(r["outcome"] for r in rows)
-    done = sum(counts[k] for k in ("complete", "pruned", "no ONNX from torch"))
-    rate = f"{100 * done / asked:.1f} %" if asked else ""
-    files = f"{100 * counts['complete'] / asked:.1f} %" if asked else ""
-    return [title, str(asked), *(str(counts[k]) for k in OUTCOMES), rate, files]
+def _summary(title: str, rows: list[dict], labels: list[str]) -> list[str]:
+    mine = [r for r in rows if r["job"] in labels]
+    counts = Counter(r["outcome"] for r in mine)
+    pruned = sum(counts[k] for k in ("complete", "pruned", "no ONNX from torch"))
+    tried = pruned - counts["pruned"]
+    return [
+        title,
+        str(len(labels)),
+        str(len(labels) - len(mine)),
+        *(str(counts[k]) for k in OUTCOMES),
+        f"{pruned} of {len(mine)} ({100 * pruned / max(1, len(mine)):.1f} %)",
+        f"{counts['complete']} of {tried} ({100 * counts['complete'] / max(1, tried):.1f} %)",
+    ]
 
 
-def write(rows: list[dict]) -> None:
-    """Write the page; of a model done twice the later row counts."""
-    rows = sorted({r["job"]: r for r in rows}.values(), key=lambda r: r["job"])
+def write(rows: list[dict], labels: list[str]) -> None:
+    """Write the page from the rows; ``labels`` are all that the sweep will have run."""
+    rows = sorted((r for r in rows if r["job"] in labels), key=lambda r: r["job"])
     zoos = {zoo: [r for r in rows if _zoo(r) == zoo] for zoo in ("torchvision", "timm")}
-    theirs = [r for r in rows if r["job"] in torch_pruning_names()]
     listed = len(torch_pruning_names())
     lines = [
-        _summary("torchvision, every model", zoos["torchvision"], len(zoos["torchvision"])),
-        _summary("timm, one a family", zoos["timm"], len(zoos["timm"])),
-        _summary("the list Torch-Pruning publishes", theirs, listed),
+        _summary(
+            "torchvision, every model", rows, [n for n in labels if n.startswith("torchvision:")]
+        ),
+        _summary("timm, one a family", rows, [n for n in labels if n.startswith("timm:")]),
+        _summary("the list Torch-Pruning publishes", rows, torch_pruning_names()),
     ]
     worst = {
         key: max((r[key] for r in rows if key in r), default=0.0)
@@ -57,7 +65,9 @@ def write(rows: list[dict]) -> None:
     write_section(
         "Rates",
         f"{stamp(command='python -m benchmarks.coverage')} {commits}.\n\n"
-        + table(["", "models", *OUTCOMES, "pruned", "and in ONNX Runtime"], lines)
+        + table(
+            ["", "models", "not run yet", *OUTCOMES, "all pruned", "right in ONNX Runtime"], lines
+        )
         + "\n\n`complete`: converted, pruned, written as ONNX and run by ONNX Runtime, each step "
         "within 1e-4 (relative, float32) of what went in. `pruned`: the file was not tried yet. "
         "`no ONNX from torch`: pruned within it, and torch's exporter cannot write the dense net "

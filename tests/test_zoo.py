@@ -50,6 +50,7 @@ SAMPLE = [
     "timm:starnet_s050",
     "timm:fastvit_t8",
     "timm:efficientvit_b0",
+    "timm:efficientvit_m0",
     "timm:mambaout_femto",
     "timm:fasternet_t0",
     "timm:skresnet18",

@@ -63,12 +63,11 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         for p, factor in todo.multiply.items()
         if isinstance(model.get_submodule(p), ResConv)
     ]
-    branch = [p for p in todo.multiply if isinstance(model.get_submodule(p), BranchGate)]
-    if branch:
-        edits += [
-            {"op": "append", "path": original_path(model, p), "factor": todo.multiply[p]}
-            for p in branch
-        ]
+    appended: list[dict[str, Any]] = [
+        {"op": "append", "path": original_path(model, p), "factor": factor}
+        for p, factor in todo.multiply.items()
+        if isinstance(model.get_submodule(p), BranchGate)
+    ]
     rest: dict[str, list[int]] = {}
     for index in todo.bypassed:
         if index in covered or (index in todo.dead):
@@ -98,9 +97,11 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         and p.rpartition(".")[0] not in rest
         and droppable(model, graph, p, todo.indexed)
     ]
-    # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
+    # Inner forwards first, so that an outer rewrite holds the rewritten inner one. What is put
+    # behind a module comes last, as it gives all within another path.
     rewritten.sort(key=lambda e: -e["path"].count("."))
-    return edits + rewritten
+    appended.sort(key=lambda e: -e["path"].count("."))
+    return edits + rewritten + appended
 
 
 def _whole(graph: Graph, call: Any, index: int) -> bool:
