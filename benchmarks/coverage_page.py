@@ -88,10 +88,17 @@ def write(rows: list[dict], labels: list[str]) -> None:
         ),
         page=PAGE,
     )
+    about = {
+        "torchvision": "Detectors run up to their boxes: maps and heads, no selection "
+        "(benchmarks/zoo.py says why). ",
+        "timm": "The smallest variant of each family that has something to remove; a family is a "
+        "module of timm and the first word of a name, and has a convolution that overlaps. ",
+    }
     for zoo, mine in zoos.items():
         write_section(
             zoo,
-            "A random half of the units removed; errors are relative to the largest output. "
+            about[zoo]
+            + "A random half of the units removed; errors are relative to the largest output. "
             "`surgery` is convert and prune, `ONNX` the export with its checks, in seconds.\n\n"
             + table(
                 list(COLUMNS),
