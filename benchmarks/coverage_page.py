@@ -7,7 +7,7 @@ from .zoo import TORCH_PRUNING, torch_pruning_names
 
 __all__ = ["write"]
 
-OUTCOMES = ("complete", "pruned", "no ONNX from torch", "refused", "wrong", "crashed")
+OUTCOMES = ("complete", "pruned", "no ONNX from torch", "unstable", "refused", "wrong", "crashed")
 PAGE = "coverage.md"
 COLUMNS = ("model", "input", "units", "removed", "convert", "prune", "ONNX error", "power")
 COLUMNS += ("surgery", "ONNX", "outcome")
@@ -71,7 +71,8 @@ def write(rows: list[dict], labels: list[str]) -> None:
         + "\n\n`complete`: converted, pruned, written as ONNX and run by ONNX Runtime, each step "
         "within 1e-4 (relative, float32) of what went in. `pruned`: the file was not tried yet. "
         "`no ONNX from torch`: pruned within it, and torch's exporter cannot write the dense net "
-        "either. `refused`: an error that names the reason, nothing written. Torch-Pruning prunes "
+        "either. `unstable`: past 1e-4 in float32, within 1e-10 in float64. "
+        "`refused`: an error that names the reason, nothing written. Torch-Pruning prunes "
         f"{len(TORCH_PRUNING[True])} of the {listed} models of its list by its own page "
         "(benchmarks/prunability/readme.md), which checks that the pruned net runs, not what it "
         "computes.\n\n"
