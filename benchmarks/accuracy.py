@@ -159,8 +159,8 @@ SUITES: dict[str, list[Job]] = {
         for net in ("plainnet20", "plainnet56", "plainnet110", "resnet20", "resnet56")
         for job in _plain(net, "digits", 30, seeds=3)
     ],
-    "rankings": _ranked("resnet56", 15, 30, 0.5),
-    "rates": _rates("resnet56", 15, 30, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
+    "rankings": _ranked("resnet56", 30, 60, 0.5),
+    "rates": _rates("resnet56", 30, 60, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
 }
 
 
