@@ -347,10 +347,14 @@ def _scores(gated: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, f
 
 
 def _scratch(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    remove = json.loads(_job(job.like).result.read_text(encoding="utf-8"))["remove"]
+    assert job.like is not None
+    results = read_results()
+    like = next(n for n in (job.like, job.like.replace("/ours-", "/ours-macs-")) if n in results)
+    remove = results[like]["remove"]
     torch.manual_seed(job.seed)
     model = without_units(job.net, data.num_classes, data.channels, data.image_size, remove)
-    return _finish(_trained(model, job, data), job, data)
+    layout = {"like": like, "layout": blocks_kept(job.net, remove)}
+    return _finish(_trained(model, job, data), job, data) | layout
 
 
 KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
