@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ def test_another_configuration_is_refused(finished):
     assert "macs: 0.5 there, 0.4 now" in str(result.exception)
 
 
-def test_stages_are_commands(finished):
-    out, _ = finished
+def test_stages_are_commands(finished, tmp_path):
+    out = tmp_path / "mine"
+    shutil.copytree(finished[0], out)  # other tests read the run as it was
     assert invoke("export", out, "--to", out / "model.pt2").exit_code == 0
     assert (out / "model.pt2").is_file()
     plan = out / "mine.json"
@@ -234,8 +236,6 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
 
 def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_path):
     """A plan by hand takes units that training kept; without new statistics that costs more."""
-    import shutil
-
     out = tmp_path / "hand"
     shutil.copytree(finished[0], out)
     scales = resconv.Plan.load(out / "plan.json").scales
