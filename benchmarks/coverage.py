@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage [SECONDS] [onnx] [MODEL ...]
 
-Appends to build/coverage.jsonl, goes on where it stopped (SECONDS bounds one call; named models are
+Appends to benchmarks/results/coverage.jsonl, goes on where it stopped (SECONDS bounds one call; named models are
 done again), and writes docs/coverage.md from the log. A first pass prunes every model, the smallest
 first, a second one (with ``onnx`` the only one) writes the files, which takes ten times as long.
 
@@ -40,7 +40,7 @@ from tests.helpers import VARIANCES, randomise, randomise_gates, settle, some_pl
 from . import coverage_page
 from .zoo import build, timm_families, torchvision_sizes
 
-LOG = Path("build/coverage.jsonl")
+LOG = Path(__file__).parent / "results" / "coverage.jsonl"
 TOLERANCE = 1e-4
 
 
