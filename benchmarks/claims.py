@@ -309,7 +309,11 @@ def readme(results: Rows) -> None:
         if dense is None or not file.is_file():
             continue
         timed = {r["arm"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-        for kind, arm in (("ours", "resconv"), ("torch-pruning", "Torch-Pruning")):
+        # The plan that was timed is the one held to parameters as well, where there is one.
+        ours = next(
+            (a for a in ("ours", "ours-macs") if f"cifar/resnet56/{a}-{share}" in results), "ours"
+        )
+        for kind, arm in ((ours, "resconv"), ("torch-pruning", "Torch-Pruning")):
             row = results.get(f"cifar/resnet56/{kind}-{share}")
             if row is None or arm not in timed:
                 continue
@@ -318,7 +322,7 @@ def readme(results: Rows) -> None:
             memory = timed[arm]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
             lines.append(
                 [
-                    {"ours": "resconv (layers)", "torch-pruning": "Torch-Pruning (filters)"}[kind],
+                    "Torch-Pruning (filters)" if kind == "torch-pruning" else "resconv (layers)",
                     f"{row['macs_after'] / dense['macs_after']:.0%}",
                     f"{row['top1'] - dense['top1']:+.2f}",
                     f"{ratio:.2f}x",
