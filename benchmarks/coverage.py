@@ -174,7 +174,7 @@ def main() -> None:
     wanted = set(sys.argv[1:])
     limit = next((float(a) for a in wanted if a.replace(".", "").isdigit()), float("inf"))
     again = {a for a in wanted if ":" in a}
-    LOG.parent.mkdir(exist_ok=True)
+    LOG.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(s) for s in LOG.read_text().splitlines()] if LOG.is_file() else []
     last = {r["job"]: r for r in rows}
     begun, at = time.monotonic(), commit()
