@@ -30,7 +30,7 @@ from resconv.data import BatchLoader
 from resconv.files import write_text
 from resconv.gates import zeroed
 from resconv.ledger import ledger
-from resconv.run.pipeline import machine
+from resconv.run.pipeline import history, machine
 from resconv.train import Recipe, evaluate, fit
 
 from .channels import prune_channels
@@ -200,6 +200,14 @@ def _create(job: Job, data: datasets.ImageData) -> nn.Module:
     return nets.create(job.net, num_classes=data.num_classes, in_channels=data.channels)
 
 
+def _started(job: Job, data: datasets.ImageData) -> nn.Module:
+    """Return the trained net that the job starts from."""
+    assert job.start is not None
+    model = _create(job, data)
+    model.load_state_dict(load_file(_job(job.start).weights))
+    return model.eval()
+
+
 def _trained(model: nn.Module, job: Job, data: datasets.ImageData) -> nn.Module:
     fit(
         model.train(),
@@ -258,7 +266,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     folder = runs.RunFolder.begin(job.folder, config)
     metrics = runs.compress(runs.open_run(folder.path))
     plan = folder.read_json("plan.json")
-    history = folder.read_json("scales.json")
+    steps = history(folder)
     return {
         "top1": metrics["top1_pruned"],
         "top1_training_form": metrics["top1_gated"],
@@ -268,19 +276,15 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         "layout": blocks_kept(job.net, plan["remove"]),
         "macs_after": metrics["macs_compact"],
         "num_params_after": metrics["num_params_compact"],
-        "history": [
-            [step, scales] for step, scales, _, _ in history[:: max(1, len(history) // 25)]
-        ],
+        "history": [[s.step, s.scales] for s in steps[:: max(1, len(steps) // 25)]],
     }
 
 
 def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    assert job.start is not None
     assert job.macs is not None
-    model = _create(job, data)
-    model.load_state_dict(load_file(_job(job.start).weights))
+    model = _started(job, data)
     example = torch.randn(1, data.channels, data.image_size, data.image_size)
-    made = prune_channels(model.eval(), example, job.macs)
+    made = prune_channels(model, example, job.macs)
     assert made is not None
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
@@ -289,12 +293,10 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Remove the branches that rank lowest, all at once, and train what is left."""
-    assert job.start is not None
     assert job.macs is not None
-    model = _create(job, data)
-    model.load_state_dict(load_file(_job(job.start).weights))
+    model = _started(job, data)
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(model.eval(), example, units=job.units).eval()
+    gated = resconv.convert(model, example, units=job.units).eval()
     costs = ledger(gated, example)
     scores = _scores(gated, job, data)
     chosen: list[str] = []
