@@ -367,3 +367,95 @@ def test_a_unit_without_gradients_is_chosen_last():
         optimizer.step()
     assert sparsifier.finish().met
     assert "layer2.1" not in sparsifier.removed
+
+
+def train_to_half(make, *, rest, steps=60, dtype=torch.float64, **kwargs):
+    """Train towards half the MACs, with units at 0 resting or computed; return what ran at the end."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 32, 32, dtype=dtype)
+    gated = resconv.convert(make().to(dtype).eval(), x, units="all").train()
+    optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
+    sparsifier = resconv.Sparsifier(
+        gated, target=resconv.Budget(macs=0.5), total_steps=steps
+    ).attach(optimizer)
+    if not rest:
+        sparsifier._rest = lambda: None
+    ran = set()
+    for name, module in gated.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, n=name: ran.add(n))
+    y = torch.arange(16) % 10
+    for _ in range(steps):
+        ran.clear()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kwargs.get("autocast", False)):
+            loss = nn.functional.cross_entropy(gated(x).float().to(dtype), y)
+        loss.backward()
+        optimizer.step()
+    return gated, sparsifier, x, ran
+
+
+@pytest.mark.parametrize("make", [lambda: nets.create("resnet20"), lambda: squeezing_net()])
+def test_units_at_zero_rest_and_nothing_else_changes(make):
+    resting, first, x, ran = train_to_half(make, rest=True)
+    computed, second, _, ran_all = train_to_half(make, rest=False)
+    assert first.removed == second.removed
+    assert first.removed
+    assert len(ran) < len(ran_all)
+    plan = resconv.plan(resting, x, resconv.Budget(macs=0.5))
+    compact = resconv.prune(resting.eval(), plan, fuse=False)
+    other = resconv.prune(computed.eval(), plan, fuse=False)
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(compact.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+    # The law sees a wrong rest: a unit that is not at 0 moves the outputs when it rests.
+    name, gate = next((n, g) for n, g in resconv.gates(resting).items() if not g.resting)
+    with torch.no_grad():
+        before = resting.train()(x)
+        gate.resting = True
+        assert (resting(x) - before).abs().max() > 1e-3, name
+        first.detach()  # nothing rests any longer
+        torch.testing.assert_close(resting(x), before, rtol=1e-9, atol=1e-12)
+
+
+def test_resting_units_keep_the_type_of_the_computed_ones():
+    kwargs = {"dtype": torch.float32, "autocast": True, "steps": 30}
+    gated, sparsifier, x, _ = train_to_half(lambda: nets.create("resnet20"), rest=True, **kwargs)
+    assert sparsifier.removed
+    seen = {}
+    for name, gate in resconv.gates(gated).items():
+        gate.register_forward_hook(
+            lambda m, i, out, n=name: seen.setdefault(n, []).append(out.dtype)
+        )
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        gated(x)
+        sparsifier.detach()
+        gated(x)
+    assert all(len(set(types)) == 1 for types in seen.values()), seen
+
+
+def squeezing_net():
+    """Residual branches that end in a layer scale, an SE block or an activation, with ReLU in place."""
+
+    class Squeeze(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+    class Block(nn.Module):
+        def __init__(self, last):
+            super().__init__()
+            self.branch = nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), last
+            )
+
+        def forward(self, x):
+            return x + self.branch(x)
+
+    lasts = [Squeeze, lambda: nn.Conv2d(8, 8, 3, padding=1), nn.Tanh, lambda: nn.BatchNorm2d(8)]
+    blocks = [Block(make()) for make in lasts for _ in range(2)]
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )

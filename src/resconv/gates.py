@@ -6,6 +6,8 @@
                                          channels or pads them with 0. It fuses just as well, but
                                          s = 0 leaves no identity, so the layer stays; s is fixed.
 
+A unit whose scale stays at 0 need not be computed while the rest is trained: see ``Gate.resting``.
+
 ``s`` multiplies the norm's weight and bias before the norm runs (same function, one pass over the
 activations less). ``p * x`` is one fused pass forward, and in the backward pass the gradient of
 ``p`` is a dot product, so nothing the size of an activation is kept for it.
@@ -76,16 +78,26 @@ def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Gate(nn.Module):
-    """A unit that can be removed: ``scale`` decides, ``control`` weighs our own shortcut."""
+    """A unit that can be removed: ``scale`` decides, ``control`` weighs our own shortcut.
+
+    ``resting`` says that nothing depends on what the unit computes: its scale is held at 0, or it
+    lies inside a branch whose scale is. In training mode its layers then do not run, in the forward
+    or the backward pass. Outputs and all other gradients are the same; its own parameters get none.
+    """
 
     scale: nn.Parameter
     control: nn.Parameter | None
     unit: str = ""
     reason: str | None = None  # why it cannot be removed
+    resting: bool = False
 
     @property
     def removable(self) -> bool:
         return self.reason is None
+
+    def _rests(self) -> bool:
+        # Compiled code runs everything: it would be compiled anew for each set of resting units.
+        return not torch.compiler.is_compiling() and self.resting and self.training
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         # ``model.bfloat16()`` too leaves the scalars in float32: bf16 cannot hold their small steps.
@@ -122,6 +134,13 @@ def _scaled_norm(norm: nn.Module, z: Tensor, scale: Tensor) -> Tensor:
         momentum,
         norm.eps,
     )
+
+
+def _dtype_of_ops(x: Tensor) -> torch.dtype:
+    """Return the type in which a conv would compute here."""
+    kind = x.device.type
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def is_plain_norm(module: nn.Module) -> bool:
@@ -186,6 +205,10 @@ class ResConv(Gate):
         self.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._rests():
+            assert self.control is not None
+            zero = torch.zeros_like(x, dtype=_dtype_of_ops(x))
+            return _AddScaled.apply(zero, x, self.control)  # type: ignore[no-any-return]
         z = self.conv(x)
         if self.norm is None:
             z = z * self.scale.to(z.dtype)
@@ -231,6 +254,12 @@ class BranchGate(Gate):
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rests():
+            # Whatever made the branch is left out of the backward pass.
+            with torch.no_grad():
+                plain = is_plain_norm(self.module)
+                like = args[0] if plain else self.module(*args, **kwargs)
+            return torch.zeros_like(like)
         if _takes_scale(self.module):
             return _scaled_norm(self.module, args[0], self.scale)
         return self.multiply(self.module(*args, **kwargs), self.scale)
