@@ -280,6 +280,28 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     }
 
 
+def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
+    """Train a net from random weights towards the target, in one run that makes no dense net."""
+    example = torch.randn(2, data.channels, data.image_size, data.image_size)
+    gated = resconv.convert(_create(job, data), example, units=job.units, start="keep")
+    budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
+    recipe = Recipe(job.epochs, lr=job.lr, seed=job.seed)
+    steps = fit(
+        gated.train(), data, recipe, job.folder / "fit", target=budget, progress=False
+    ).history
+    plan = resconv.plan(gated.eval(), example, budget)
+    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    resconv.verify(gated, compact, example, plan=plan)
+    return _finish(compact, job, data) | {
+        "top1_training_form": evaluate(gated, data),
+        "removed_with_nonzero_scale": [n for n in plan.remove if plan.scales[n] != 0],
+        "num_units": len(resconv.gates(gated)),
+        "remove": list(plan.remove),
+        "layout": blocks_kept(job.net, list(plan.remove)),
+        "history": [[s.step, s.scales] for s in steps[:: max(1, len(steps) // 25)]],
+    }
+
+
 def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     assert job.macs is not None
     model = _started(job, data)
@@ -363,6 +385,7 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
     "dense": _dense,
     "resconv": _resconv,
     "ours": _ours,
+    "once": _once,
     "torch-pruning": _torch_pruning,
     "ranked": _ranked_arm,
     "scratch": _scratch,

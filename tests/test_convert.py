@@ -125,3 +125,21 @@ def test_filter_chooses(images):
         "layer3.2.conv1",
         "layer3.2.conv2",
     }
+
+
+@pytest.mark.parametrize("net", ["resnet56", "plainnet56"])
+def test_an_untrained_net_gets_one_shortcut_a_block(net):
+    torch.manual_seed(0)
+    model, x = nets.create(net).train(), torch.randn(8, 3, 32, 32)
+    gated = resconv.convert(model, x, start="identity")
+    controls = {n: g.control for n, g in resconv.gates(gated).items()}
+    branches = [u.name for u in resconv.units(model, x) if u.kind == "block" and u.removable]
+    for name, control in controls.items():
+        assert control.item() == (0.0 if name.rpartition(".")[0] in branches else 1.0), name
+    # Values stay of the size they had; with a second shortcut they double in every block.
+    plain, converted = model(x).abs().max(), gated(x).abs().max()
+    if net == "resnet56":
+        assert converted < 10 * plain
+        for control in controls.values():
+            control.data.fill_(1.0)
+        assert gated(x).abs().max() > 1e4 * plain

@@ -2,8 +2,11 @@
 
 ``start="keep"``      s = 1, p = 0: nothing changes.
 ``start="identity"``  s = 1, p = 1. An untrained net simply gets the shortcut (that is what makes deep
-                      plain nets trainable). From the kernel of a trained one the identity is taken
-                      out, W <- W - (sigma / g) * Dirac, so its outputs do not change either.
+                      plain nets trainable), except where a layer lies in a residual branch: the
+                      block's own shortcut does it there, and a second one multiplies the stream
+                      in every block (2^27 in a ResNet-56, whose training ends in NaN), so p = 0.
+                      From the kernel of a trained net the identity is taken out,
+                      W <- W - (sigma / g) * Dirac, so its outputs do not change either.
 """
 
 import copy
@@ -103,7 +106,8 @@ def convert(
         )
     _has_finite_weights(model)
     layers = find_layers(model, graph) if units in ("layers", "all") else []
-    blocks = find_blocks(model, graph) if units in ("blocks", "all") else []
+    branches = find_blocks(model, graph)
+    blocks = branches if units in ("blocks", "all") else []
     kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
     chosen = [
         c
@@ -130,9 +134,11 @@ def convert(
     empty = [
         c.norm for c in chosen if c.norm is not None and droppable(model, graph, c.norm, indexed)
     ]
+    in_branch = set().union(*(c.nodes for c in branches)) if fresh else set()
     for candidate in chosen:
         if candidate.unit.kind == "layer":
-            _insert_layer(model, candidate, state, start == "identity", fresh)
+            identity = start == "identity" and not candidate.nodes & in_branch
+            _insert_layer(model, candidate, state, identity, fresh)
     for path in empty:
         if isinstance(model.get_submodule(path), nn.Identity):
             state.edits.append({"op": "drop", "path": path})
