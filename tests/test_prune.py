@@ -220,3 +220,21 @@ def test_in_place_operations_do_not_reach_the_shortcut(functional, images):
     if not functional:
         assert compact.act.inplace is False
         assert model.act.inplace is True
+
+
+@pytest.mark.parametrize("where", ["layer2.1.conv1.scale", "fc.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_net_that_diverged_is_refused(where, value, images):
+    gated = gated_net("resnet20", images)
+    parameters = dict(gated.named_parameters())
+    with torch.no_grad():
+        parameters[where].fill_(value)
+    errors = resconv.errors
+    calls = [
+        (errors.PlanError, lambda: resconv.plan(gated, images, resconv.Budget(macs=0.5))),
+        (errors.PruneError, lambda: resconv.prune(gated, resconv.Plan(("layer1.0",)))),
+        (errors.PruneError, lambda: resconv.fuse(gated)),
+    ]
+    for error, call in calls:
+        with pytest.raises(error, match="NaN or infinite numbers .*training diverged"):
+            call()

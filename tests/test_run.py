@@ -338,6 +338,14 @@ def test_bad_input_is_a_clear_error(args, message, tmp_path):
     assert re.search(message, str(result.exception)), result.exception
 
 
+def test_a_training_that_diverges_is_stopped_and_says_so(tmp_path):
+    result = invoke("compress", *SMALL, "--lr", "1e9", "--macs", "0.5", "--out", tmp_path / "x")
+    text = " ".join(str(result.exception or result.output).split())
+    assert result.exit_code != 0
+    assert "Training diverged" in text
+    assert "lower rate" in text
+
+
 def test_errors_end_as_a_panel_and_status_two(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["resconv", "prune", "/nowhere"])
     assert run_app(app) == 2

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .budget import Budget
-from .errors import BudgetError
+from .errors import BudgetError, PlanError
 from .gates import gates
 from .latency import (
     LatencyTable,
@@ -48,6 +48,7 @@ def plan(
     Raises:
         BudgetError: the budget cannot be met; the least possible size and the reasons are given.
         ConversionError: the model was not converted.
+        PlanError: the model holds NaN or infinite numbers.
         MissingExtraError: the budget's runtime is not installed.
     """
     return plan_measured(model, example_inputs, budget, latency)[0]
@@ -57,10 +58,11 @@ def plan_measured(
     model: nn.Module, example_inputs: Any, budget: Budget, table: LatencyTable | None
 ) -> tuple[Plan, LatencyTable | None]:
     """Return the plan, and the latency table with the timings of finished nets added."""
-    from .convert import state_of
+    from .convert import require_finite, state_of
 
     model = unwrap(model)
     state_of(model)
+    require_finite(model, PlanError)
     costs = ledger(model, example_inputs)
     if budget.times:
         if table is None:

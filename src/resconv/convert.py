@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .edits import apply_edit, droppable, indexed_containers
-from .errors import ConversionError
+from .errors import ConversionError, ResConvError
 from .gates import BranchGate, Gate, ResConv, is_plain_norm
 from .trace import as_call, evaluating, record, tensors_in, to_device_of, unwrap
 from .units import Candidate, find_blocks, find_layers, tap
 
-__all__ = ["State", "convert", "state_of"]
+__all__ = ["State", "convert", "require_finite", "state_of"]
 
 
 @dataclass
@@ -104,7 +104,7 @@ def convert(
         raise ConversionError(
             f"{type(model).__name__} returns no tensor, so nothing can be checked."
         )
-    _has_finite_weights(model)
+    require_finite(model, ConversionError)
     layers = find_layers(model, graph) if units in ("layers", "all") else []
     branches = find_blocks(model, graph)
     blocks = branches if units in ("blocks", "all") else []
@@ -178,14 +178,19 @@ def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
     return places
 
 
-def _has_finite_weights(model: nn.Module) -> None:
+def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
+    """Raise ``error`` where a weight, scale or control is NaN or infinite: nothing can be compared.
+
+    Buffers may hold infinities (a mask of them is sound), but no NaN.
+    """
     bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
-    # A mask of minus infinities is a sound buffer.
     bad += [n for n, b in model.named_buffers() if bool(b.isnan().any())]
     if bad:
-        raise ConversionError(
-            f"{', '.join(bad[:3])} of {type(model).__name__} hold NaN or infinite numbers, so no "
-            "outputs can be compared. Load sound weights first."
+        raise error(
+            f"{len(bad)} tensors of {type(model).__name__} hold NaN or infinite numbers "
+            f"({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}), so no outputs can be "
+            "compared. If it was trained like this, the training diverged: lower the learning "
+            "rate. Else load sound weights first."
         )
 
 

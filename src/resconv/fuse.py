@@ -23,7 +23,7 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     Raises:
         FusionError: a norm is in training mode, so no fixed kernel equals it.
             Call ``model.eval()`` first.
-        PruneError: the model's forward cannot be recorded any more.
+        PruneError: the model holds NaN or infinite numbers, or cannot be recorded any more.
     """
     # An open net whose units are all gone has no gates either, but still its edits to hand over.
     if gates(model) or getattr(unwrap(model), "resconv_state", None) is not None:

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .absorb import Kernel, absorb, tie_factors
-from .convert import State, set_submodule, state_of
+from .convert import State, require_finite, set_submodule, state_of
 from .edits import apply_edits, indexed_containers
-from .errors import PlanError
+from .errors import PlanError, PruneError
 from .fold import conv_edit, fill_convs
 from .gates import BranchGate, Gate, gates, is_leaf
 from .plan import Plan
@@ -35,7 +35,8 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
 
     Raises:
         PlanError: the plan is empty, or names a unit that the model does not have.
-        PruneError: a unit cannot be removed exactly; the reason is in the message.
+        PruneError: a unit cannot be removed exactly; the reason is in the message. Or the model
+            holds NaN or infinite numbers.
     """
     every = gates(unwrap(model))
     if not plan.remove:
@@ -63,6 +64,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
     state = state_of(model)
+    require_finite(model, PruneError)
     model = copy.deepcopy(model)
     state = copy.copy(state)
     state.edits = list(state.edits)

@@ -17,6 +17,8 @@ from .recipe import Recipe
 
 __all__ = ["Classifier"]
 
+_CHECK = 20  # steps between two looks at the loss
+
 
 class Classifier(lightning.LightningModule):
     """Trains ``model`` on ``data``: SGD, warm-up and cosine, cross-entropy.
@@ -117,8 +119,21 @@ class Classifier(lightning.LightningModule):
                 wanted = teacher(images)
             share = self.recipe.distill
             loss = (1 - share) * loss + share * distill(logits, wanted)
+        # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.
+        if index % _CHECK == 0 or self.trainer.is_last_batch:
+            self._require_finite(loss)
         self.log("loss", loss, prog_bar=True)
         return loss
+
+    def _require_finite(self, loss: Tensor) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RunError(
+                f"Training diverged: the loss is {value} at step {self.trainer.global_step:,} (epoch "
+                f"{self.current_epoch + 1} of {self.recipe.epochs}, learning rate {self.recipe.lr:g} at "
+                "its peak). Start anew with a lower rate (--lr, in sparse training --sparse-lr), and "
+                "look for NaN in the images or the weights if that changes nothing."
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
