@@ -35,7 +35,15 @@ from resconv.train import Recipe, evaluate, fit
 
 from .channels import prune_channels
 
-__all__ = ["RESULTS", "SUITES", "Job", "blocks_kept", "read_results", "without_units"]
+__all__ = [
+    "RESULTS",
+    "SUITES",
+    "Job",
+    "blocks_kept",
+    "chosen_arm",
+    "read_results",
+    "without_units",
+]
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 WORK = Path("runs/accuracy")
@@ -87,12 +95,13 @@ def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ..
     jobs = [start, job("dense", epochs=total)]
     for share in macs:
         # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
-        ours = job("ours", share, num_params=share, start=start.name)
+        once = job("once", share, num_params=share, epochs=total)
         jobs += [
-            ours,
+            once,
+            job("ours", share, num_params=share, start=start.name),
             job("ours-macs", share, kind="ours", start=start.name),
             job("torch-pruning", share, start=start.name),
-            job("scratch", share, epochs=total, like=ours.name),
+            job("scratch", share, epochs=total, like=once.name),
         ]
     return jobs
 
@@ -168,9 +177,10 @@ def without_units(net: str, classes: int, channels: int, side: int, remove: list
     """Return the architecture of a compact net with random weights, ready to be trained."""
     model = nets.create(net, num_classes=classes, in_channels=channels)
     example = torch.randn(2, channels, side, side)
-    gated = resconv.convert(
-        model, example, units="all", start="identity", filter=lambda name, module: name in remove
-    )
+    gated = resconv.convert(model, example, units="all", filter=lambda name, module: name in remove)
+    for gate in resconv.gates(gated).values():
+        if gate.control is not None:
+            nn.init.ones_(gate.control)  # a removed conv passes its input on as it is
     return resconv.prune(gated.eval(), resconv.Plan(tuple(remove)))
 
 
@@ -187,6 +197,12 @@ def blocks_kept(net: str, remove: list[str]) -> list[str]:
             half += name not in remove and convs == 1
         kept.append(f"{whole}" + (f"+{half}" if half else ""))
     return kept
+
+
+def chosen_arm(net: str, share: float, results: dict[str, Any]) -> str | None:
+    """Return the arm whose net stands for the method at this share: latency is measured on it too."""
+    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("once", "ours", "ours-macs"))
+    return next((name for name in names if name in results), None)
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -372,12 +388,10 @@ def _scores(gated: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, f
 
 def _scratch(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     assert job.like is not None
-    results = read_results()
-    like = next(n for n in (job.like, job.like.replace("/ours-", "/ours-macs-")) if n in results)
-    remove = results[like]["remove"]
+    remove = read_results()[job.like]["remove"]
     torch.manual_seed(job.seed)
     model = without_units(job.net, data.num_classes, data.channels, data.image_size, remove)
-    layout = {"like": like, "layout": blocks_kept(job.net, remove)}
+    layout = {"layout": blocks_kept(job.net, remove)}
     return _finish(_trained(model, job, data), job, data) | layout
 
 

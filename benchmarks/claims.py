@@ -18,7 +18,7 @@ from matplotlib import pyplot
 
 from resconv.files import write_text
 
-from .accuracy import RANKINGS, SUITES, Job, read_results
+from .accuracy import RANKINGS, SUITES, Job, chosen_arm, read_results
 from .latency import RESULTS as LATENCY
 from .page import DOCS, table, write_section
 
@@ -84,7 +84,7 @@ def plain(results: Rows) -> None:
             f"C1, C2: training with ResConv, {where}",
             f"{commands(suite, done(jobs, results))} Top-1 in %; the ResConv column is the fused net "
             "(an ordinary net of the same size). Every conv layer that keeps its input's shape is "
-            "a ResConv from the start (s = 1, p = 1), without pressure on the scales.\n\n"
+            "a ResConv from the start (s = 1; p = 1, in residual branches 0), without pressure on the scales.\n\n"
             + table(["net", "epochs", "seeds", "plain", "ResConv", "points"], lines),
         )
 
@@ -99,8 +99,9 @@ def compare(suite: str, results: Rows) -> None:
     base = results.get(dense.name)
     start = next(j for j in jobs if j.name.endswith("/start"))
     names = {
-        "ours": "resconv",
-        "ours-macs": "resconv, MACs only",
+        "once": "resconv, one run",
+        "ours": "resconv, from the dense net",
+        "ours-macs": "resconv, from the dense net, MACs only",
         "torch-pruning": "Torch-Pruning (filters)",
         "scratch": "resconv's net from scratch",
     }
@@ -129,7 +130,7 @@ def compare(suite: str, results: Rows) -> None:
                 ", ".join(row.get("layout", [])),
             ]
         )
-    ours = [r for r in found if r["kind"] == "ours"]
+    ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "
         f"{len(r['removed_with_nonzero_scale'])} removed units with a scale other than 0"
@@ -138,12 +139,14 @@ def compare(suite: str, results: Rows) -> None:
     write_section(
         f"{start.net} on CIFAR-10 (JPEG): accuracy at equal MACs",
         f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
-        f"resconv and Torch-Pruning start from the same dense net of {start.epochs} epochs "
+        '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
+        f'the dense net" and Torch-Pruning start from the same dense net of {start.epochs} epochs '
         f"({results[start.name]['top1']:.2f} %), then train for {dense.epochs - start.epochs} epochs at "
-        f"the same peak rate ({start.lr}); resconv's sparse training is all of it, the net is not "
-        "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, "
-        "pruned in one step and finetuned; only inner channels of blocks, since it cannot follow "
-        "channels through zero-padded shortcuts. resconv is held to the same share of MACs and of "
+        f"the same peak rate ({start.lr}). No resconv net is "
+        "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
+        "in one step and finetuned; only inner channels of blocks, since it cannot follow "
+        "channels through zero-padded shortcuts. The net from scratch is the one that the one run came "
+        "to, trained by itself from random weights. resconv is held to the same share of MACs and of "
         'parameters; "MACs only" is not held to parameters. The last column is blocks kept a stage (+ blocks '
         "with one of two convs).\n\n"
         + table(
@@ -240,7 +243,7 @@ def scales(results: Rows) -> None:
     """C4: the scales over sparse training."""
     parts = []
     for row in results.values():
-        if row["kind"] != "ours" or row["data"] == "digits":
+        if row["kind"] not in ("ours", "once") or row["data"] == "digits":
             continue
         gone = set(row["remove"])
         figure, axes = pyplot.subplots(figsize=(8, 3.4))
@@ -309,12 +312,10 @@ def readme(results: Rows) -> None:
         if dense is None or not file.is_file():
             continue
         timed = {r["arm"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-        # The plan that was timed is the one held to parameters as well, where there is one.
-        ours = next(
-            (a for a in ("ours", "ours-macs") if f"cifar/resnet56/{a}-{share}" in results), "ours"
-        )
-        for kind, arm in ((ours, "resconv"), ("torch-pruning", "Torch-Pruning")):
-            row = results.get(f"cifar/resnet56/{kind}-{share}")
+        ours = chosen_arm("resnet56", share / 100, results)
+        other = f"cifar/resnet56/torch-pruning-{share}"
+        for name, arm in ((ours, "resconv"), (other, "Torch-Pruning")):
+            row = results.get(name or "")
             if row is None or arm not in timed:
                 continue
             key = "onnxruntime, batch 1"
@@ -322,7 +323,7 @@ def readme(results: Rows) -> None:
             memory = timed[arm]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
             lines.append(
                 [
-                    "Torch-Pruning (filters)" if kind == "torch-pruning" else "resconv (layers)",
+                    "Torch-Pruning (filters)" if name == other else "resconv (layers)",
                     f"{row['macs_after'] / dense['macs_after']:.0%}",
                     f"{row['top1'] - dense['top1']:+.2f}",
                     f"{ratio:.2f}x",

@@ -23,7 +23,7 @@ from resconv.files import write_text
 from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 
-from .accuracy import read_results, without_units
+from .accuracy import chosen_arm, read_results, without_units
 from .channels import prune_channels
 from .page import stamp, table, write_section
 
@@ -56,10 +56,12 @@ def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
 
 def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str], str]:
     """Return the units to remove to keep ``share`` of the MACs, and where the choice comes from."""
-    for arm, what in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
-        trained = results.get(f"cifar/{net}/{arm}-{round(100 * share)}")
-        if trained:
-            return trained["remove"], f"chosen by sparse training towards {share:.0%} of the {what}"
+    arm = chosen_arm(net, share, results)
+    if arm is not None:
+        trained = results[arm]
+        what = "MACs" if trained["num_params"] is None else "MACs and parameters"
+        how = f"chosen by sparse training towards {share:.0%} of the {what} (`{arm}`)"
+        return trained["remove"], how
     blocks = (int(net.removeprefix("resnet")) - 2) // 6
     example = torch.randn(1, 3, 32, 32)
     whole = resconv.count(nets.create(net), example).macs
