@@ -52,7 +52,7 @@ def main() -> None:
         f"{stamp()} Forward: batch {BATCH} at {SIZE}x{SIZE}, eager, float32. Convert (all units), "
         "plan (60 % of the MACs, scales all different) and prune run on an example of batch 1. "
         f"{REPEATS} interleaved repeats, medians; the last column is convert + plan + prune over "
-        f"forward. The machine was not ours alone: load average {os.getloadavg()[0]:.0f} on "
+        f"forward. Load average {os.getloadavg()[0]:.0f} on "
         f"{os.cpu_count()} cores.\n\n" + table([*header, "ratio"], rows),
     )
 
