@@ -4,12 +4,13 @@ DistributedDataParallel averages the gradients, so every process takes the same 
 measured or decided on the host is sent, so that it cannot differ.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["are_several", "differing_ranks", "from_first", "is_shared"]
+__all__ = ["are_several", "by_first", "differing_ranks", "from_first", "is_shared"]
 
 T = TypeVar("T")
 
@@ -33,6 +34,26 @@ def from_first(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_first(call: Callable[[], T], shared: bool) -> T:
+    """Let the first process call for all, and give every one what it returned (or its error).
+
+    Not ``shared``, every process calls by itself.
+    """
+    if not shared:
+        return call()
+    found: T | Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            found = call()
+        except Exception as error:
+            found = error
+    found = from_first(found)
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return found
 
 
 def differing_ranks(values: Tensor) -> list[int]:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .errors import ConversionError
 
-__all__ = ["Scalars"]
+__all__ = ["Scalars", "by_name", "stack"]
 
 _BETA = 0.999
 
@@ -169,3 +169,18 @@ class Scalars:
 def _steps_by_gradient(optimizer: Optimizer) -> bool:
     """Whether the rate is meant for raw gradients (SGD, LARS), not for normalised ones (Adam)."""
     return any("dampening" in group for group in optimizer.param_groups)
+
+
+def stack(scalars: list[Tensor]) -> Tensor:
+    """Return the scalars as one float32 vector, on the device of the first."""
+    device = scalars[0].device
+    return torch.stack([s.detach().to(device, torch.float32) for s in scalars])
+
+
+def by_name(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read all values in one transfer."""
+    if not scalars:
+        return {}
+    first = next(iter(scalars.values()))
+    values = torch.stack([s.detach().to(first.device, first.dtype) for s in scalars.values()])
+    return dict(zip(scalars, values.tolist(), strict=True))

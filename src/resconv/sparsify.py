@@ -26,15 +26,13 @@ gradients waits for every parameter, nor in code from ``torch.compile``.
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .agree import are_several, differing_ranks, from_first, is_shared
+from .agree import are_several, by_first, differing_ranks, from_first, is_shared
 from .budget import Budget
 from .errors import BudgetError, ConversionError, ExportError, PruneError, RunError
 from .gates import BranchGate, Gate, ResConv, gates
@@ -47,65 +45,17 @@ from .latency import (
     measure_latency,
 )
 from .ledger import Ledger, excess, ledger
-from .scalars import Scalars
+from .outcome import Outcome, Snapshot
+from .scalars import Scalars, by_name, stack
+from .scores import Scores
 from .steering import Steering
 from .trace import unwrap
 
-__all__ = ["Outcome", "Snapshot", "Sparsifier"]
+__all__ = ["Sparsifier"]
 
 _EPS = 0.1
-_KEEP = 0.98  # of the old score a step
 _LEAST_CONTROL = 0.05  # of a removed layer: a control of 0 would cut the net in two
 _REFRESH = 100  # steps between two refreshes without a target
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The scales (and controls) after a step, and the share of MACs that the zeros leave.
-
-    ``latency_ms`` is what the zeros are predicted to leave, where latency was measured.
-    """
-
-    step: int
-    scales: dict[str, float]
-    controls: dict[str, float]
-    macs: float
-    latency_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a run stands: ``str()`` of it is a sentence for the user.
-
-    ``pending`` are units that the target needs and whose scale is not 0 yet.
-    """
-
-    step: int
-    total_steps: int | None
-    removed: tuple[str, ...]
-    pending: tuple[str, ...]
-    macs: int
-    num_params: int
-    latency_ms: float | None
-    over: str
-
-    @property
-    def met(self) -> bool:
-        """Whether the zeros alone meet the target (true without one)."""
-        return not self.over
-
-    def __str__(self) -> str:
-        text = f"{len(self.removed)} scales are exactly 0 after {self.step:,} steps"
-        if self.met:
-            return text + "."
-        of = "" if self.total_steps is None else f" of the {self.total_steps:,} announced"
-        names = ", ".join(self.pending[:4]) + (", ..." if len(self.pending) > 4 else "")
-        return (
-            f"{text}{of}, which leaves {self.over}. {len(self.pending)} scales that should be 0 are "
-            f"not ({names}). Train on to the announced number of steps; or go on with "
-            "resconv.plan, which removes units whose scale is not 0 (the outputs change), then "
-            "resconv.recalibrate and finetune."
-        )
 
 
 class Sparsifier:
@@ -175,7 +125,7 @@ class Sparsifier:
             if p is not None
         }
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
-        self._scores: Tensor | None = None  # by unit, on the device; NaN: not seen yet
+        self._scores = Scores({n: self.gates[n] for n in self.costs.names})
         self._weights = dict.fromkeys(self.costs.names, 1.0)
         self.latency = latency
         self._untimed = False
@@ -184,8 +134,8 @@ class Sparsifier:
         if target is not None:
             self._check_form(target)
             if target.times and latency is None:
-                self.latency = self._by_first(
-                    lambda: measure_latency(self.model, example_inputs, target)
+                self.latency = by_first(
+                    lambda: measure_latency(self.model, example_inputs, target), self.shared
                 )
         if self.latency is not None:
             if target is not None and target.times:
@@ -276,7 +226,7 @@ class Sparsifier:
         if self._steering is not None:
             over = excess(left, self.costs.whole, self._steering.limits)
             if over:
-                planned = [*self._steering.taken, *self._steering.missing(self._host_scores())]
+                planned = [*self._steering.taken, *self._steering.missing(self._scores.read())]
                 pending = tuple(n for n in planned if n not in removed)
         return Outcome(
             step=self._step,
@@ -296,35 +246,7 @@ class Sparsifier:
                     weight = self.strength * self._weights.get(name, 1.0)
                     grads[id(gate.scale)].add_(weight * gate.scale.sign())
         elif self.target is not None:
-            self._score(grads)
-
-    def _score(self, grads: dict[int, Tensor]) -> None:
-        """Follow the score of each unit: what removing it does to the loss, to first order."""
-        every = [self.gates[n] for n in self.costs.names]
-        unseen = torch.full((), math.nan, device=every[0].scale.device)
-        changes = []
-        for gate in every:
-            if id(gate.scale) not in grads:
-                changes.append(unseen)
-                continue
-            change = -gate.scale.detach() * grads[id(gate.scale)]
-            if gate.control is not None and id(gate.control) in grads:
-                # A layer does not vanish, it becomes the identity: p goes to 1 meanwhile.
-                change = change + (1 - gate.control.detach()) * grads[id(gate.control)]
-            changes.append(change)
-        now = _stack(changes).square()
-        if self._scores is None:
-            self._scores = torch.full_like(now, math.nan)
-        old = self._scores.to(now.device)
-        new = torch.where(old.isnan(), now, _KEEP * old + (1 - _KEEP) * now)
-        # A step that overflowed says nothing.
-        self._scores = torch.where(now.isfinite(), new, old)
-
-    def _host_scores(self) -> dict[str, float]:
-        if self._scores is None:
-            return {}
-        values = zip(self.costs.names, self._scores.tolist(), strict=True)
-        return {n: v for n, v in values if math.isfinite(v)}
+            self._scores.add(grads)
 
     def _finish_step(self, optimizer: Optimizer) -> None:
         self._step += 1
@@ -372,7 +294,7 @@ class Sparsifier:
         """Take the reweighted proximal L1 step."""
         names = self.costs.names
         if self._step % _REFRESH == 1:
-            values = _stack([self.gates[n].scale for n in names]).tolist()
+            values = stack([self.gates[n].scale for n in names]).tolist()
             cost = self.costs.own_ms if self.costs.unit_ms else self.costs.own_macs
             raw = {n: cost(n) / (abs(v) + _EPS) for n, v in zip(names, values, strict=True)}
             total = max(sum(raw.values()) / len(raw), 1e-12)
@@ -385,7 +307,7 @@ class Sparsifier:
     def _steer(self, steering: Steering) -> None:
         step = self._step
         if steering.due(step):
-            steering.choose(step, self._host_scores(), lambda n: self.gates[n].scale.item())
+            steering.choose(step, self._scores.read(), lambda n: self.gates[n].scale.item())
             if self.shared:
                 steering.load_state_dict(from_first(steering.state_dict()))
             if self.target is not None and self.target.times and steering.settled(step):
@@ -418,7 +340,7 @@ class Sparsifier:
     def _compare(self) -> None:
         every: list[Tensor] = [g.scale for g in self.gates.values()]
         every += [g.control for g in self.gates.values() if g.control is not None]
-        ranks = differing_ranks(_stack(every))
+        ranks = differing_ranks(stack(every))
         if ranks:
             raise RunError(
                 f"After step {self._step} the scales of rank {', '.join(map(str, ranks))} are not "
@@ -426,22 +348,6 @@ class Sparsifier:
                 "wrapped in DistributedDataParallel in the training loop, not the one inside it, "
                 "and convert before wrapping."
             )
-
-    def _by_first(self, call: Callable[[], LatencyTable]) -> LatencyTable:
-        """Let the first process measure for all, and give every one what it found (or its error)."""
-        if not self.shared:
-            return call()
-        found: LatencyTable | Exception | None = None
-        if torch.distributed.get_rank() == 0:
-            try:
-                found = call()
-            except Exception as error:
-                found = error
-        found = from_first(found)
-        if isinstance(found, Exception):
-            raise found
-        assert found is not None
-        return found
 
     def _check_latency(self, steering: Steering, target: Budget) -> None:
         """Time the net that the zeros leave; where it misses the target, let more units go."""
@@ -454,7 +360,7 @@ class Sparsifier:
             return check_latency(self.model, self._example_inputs, table, steering.zero)[0]
 
         try:
-            self.latency = self._by_first(check)
+            self.latency = by_first(check, self.shared)
         except (PruneError, ExportError) as error:
             # Not worth losing the run for; the plan will meet it again.
             self._untimed = True
@@ -468,8 +374,8 @@ class Sparsifier:
     def _snapshot(self) -> None:
         if self.shared:
             self._compare()
-        scales = _by_name({n: g.scale for n, g in self.gates.items()})
-        controls = _by_name({n: g.control for n, g in self.gates.items() if g.control is not None})
+        scales = by_name({n: g.scale for n, g in self.gates.items()})
+        controls = by_name({n: g.control for n, g in self.gates.items() if g.control is not None})
         left = self.costs.left([n for n in self.costs.names if scales[n] == 0])
         share = left.macs / max(1, self.costs.macs)
         ms = left.latency_ms if self.costs.unit_ms else None
@@ -478,14 +384,14 @@ class Sparsifier:
     @property
     def removed(self) -> list[str]:
         """Names of the units whose scale is 0."""
-        scales = _by_name({n: g.scale for n, g in self.gates.items()})
+        scales = by_name({n: g.scale for n, g in self.gates.items()})
         return [n for n, s in scales.items() if s == 0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data."""
         state: dict[str, Any] = {
             "step": self._step,
-            "scores": self._host_scores(),
+            "scores": self._scores.read(),
             "fading": {},
             "zero": [],
             "weights": dict(self._weights),
@@ -501,9 +407,7 @@ class Sparsifier:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another Sparsifier's ``state_dict`` (the same model and arguments)."""
         self._step = state["step"]
-        device = self.gates[self.costs.names[0]].scale.device
-        values = [state["scores"].get(n, math.nan) for n in self.costs.names]
-        self._scores = torch.tensor(values, device=device, dtype=torch.float32)
+        self._scores.restore(state["scores"])
         self._weights = dict(state["weights"])
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
@@ -516,21 +420,6 @@ class Sparsifier:
             self._steering.costs = self.costs
             self._steering.load_state_dict(state)
             self._rest()
-
-
-def _stack(scalars: list[Tensor]) -> Tensor:
-    """Return the scalars as one float32 vector, on the device of the first."""
-    device = scalars[0].device
-    return torch.stack([s.detach().to(device, torch.float32) for s in scalars])
-
-
-def _by_name(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Read all values in one transfer."""
-    if not scalars:
-        return {}
-    first = next(iter(scalars.values()))
-    values = torch.stack([s.detach().to(first.device, first.dtype) for s in scalars.values()])
-    return dict(zip(scalars, values.tolist(), strict=True))
 
 
 def _affine(gate: Gate) -> Any:

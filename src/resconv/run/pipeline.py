@@ -22,10 +22,10 @@ from resconv.files import write_atomic
 from resconv.latency import LatencyTable, require_runtime, time_nets
 from resconv.ledger import ledger
 from resconv.measure import machine, onnx_runner, peak_memory, time_together, torch_runner
+from resconv.outcome import Snapshot
 from resconv.plan import Plan
 from resconv.prune import leftovers
 from resconv.report import write_report
-from resconv.sparsify import Snapshot
 from resconv.train import Ranks, Recipe, choose_precision, evaluate, fit, join, tell
 
 from .config import Config

@@ -18,7 +18,7 @@ from resconv.errors import RunError
 from resconv.gates import gates
 from resconv.integrations.lightning import SparsityCallback
 from resconv.latency import LatencyTable
-from resconv.sparsify import Snapshot
+from resconv.outcome import Snapshot
 
 from .module import Classifier
 from .precision import Precision, choose_precision
