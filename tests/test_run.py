@@ -338,6 +338,22 @@ def test_bad_input_is_a_clear_error(args, message, tmp_path):
     assert re.search(message, str(result.exception)), result.exception
 
 
+def test_sparse_training_from_random_weights(tmp_path):
+    short = [*SMALL, "--epochs", "0", "--macs", "0.6"]
+    result = invoke("compress", *short, "--model", "plainnet20", "--out", tmp_path / "x")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "x" / "metrics.json").read_text())
+    assert metrics["top1_dense"] is None
+    assert metrics["top1_pruned"] == metrics["top1_gated"]
+    assert metrics["macs_compact"] <= 0.6 * metrics["macs_dense"]
+    assert not metrics["removed_with_nonzero_scale"]
+    # What makes an untrained plain net trainable is there from the first step.
+    controls = json.loads((tmp_path / "x" / "scales.json").read_text())[0][2]
+    assert set(controls.values()) == {1.0}
+    refused = invoke("compress", *short, "--distill", "--out", tmp_path / "y")
+    assert "no dense net to learn from" in str(refused.exception or refused.output)
+
+
 def test_a_training_that_diverges_is_stopped_and_says_so(tmp_path):
     result = invoke("compress", *SMALL, "--lr", "1e9", "--macs", "0.5", "--out", tmp_path / "x")
     text = " ".join(str(result.exception or result.output).split())

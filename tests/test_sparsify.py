@@ -407,6 +407,8 @@ def test_units_at_zero_rest_and_nothing_else_changes(make):
     other = resconv.prune(computed.eval(), plan, fuse=False)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(compact.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+    kept = resconv.prune(resting, resconv.Plan(first.removed[:1]), fuse=False)
+    assert not any(g.resting for g in resconv.gates(kept).values())
     # The law sees a wrong rest: a unit that is not at 0 moves the outputs when it rests.
     name, gate = next((n, g) for n, g in resconv.gates(resting).items() if not g.resting)
     with torch.no_grad():

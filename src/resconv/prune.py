@@ -66,6 +66,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     state = state_of(model)
     require_finite(model, PruneError)
     model = copy.deepcopy(model)
+    for gate in gates(model, fixed=True).values():
+        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
     state = copy.copy(state)
     state.edits = list(state.edits)
     with indexed_containers() as indexed:

@@ -33,6 +33,8 @@ EXAMPLES = """
 
   resconv compress --model resnet56 --data cifar10 --latency-ms 1.2 --runtime onnxruntime --threads 1 --out runs/fast
 
+  resconv compress --model plainnet56 --data digits --macs 0.5 --epochs 0 --sparse-epochs 30 --out runs/one
+
   torchrun --nproc-per-node 4 -m resconv compress --model resnet56 --data cifar10 --macs 0.5 --out runs/c56
 """
 
@@ -57,7 +59,10 @@ def compress(
     weights: Annotated[
         str | None, typer.Option(help="Trained weights (.safetensors, .pt); else it is trained.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of dense training.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of dense training; 0: sparse training from random weights."),
+    ] = None,
     sparse_epochs: Annotated[int | None, typer.Option(help="Epochs of sparse training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs after pruning.")] = None,
     distill: Annotated[bool, typer.Option(help="Follow the dense net's outputs as well.")] = False,
@@ -71,7 +76,8 @@ def compress(
     units: Annotated[str, typer.Option(help="What may go: layers, blocks or all.")] = "all",
     lr: Annotated[float, typer.Option(help="Peak learning rate of dense training.")] = 0.1,
     sparse_lr: Annotated[
-        float | None, typer.Option(help="Of sparse training; default: half of --lr.")
+        float | None,
+        typer.Option(help="Of sparse training; default: half of --lr, all of it with --epochs 0."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,

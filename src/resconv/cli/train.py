@@ -48,7 +48,10 @@ def train(
     threads: Threads = None,
     dense_only: Annotated[bool, typer.Option(help="Stop after dense training.")] = False,
     weights: Annotated[str | None, typer.Option(help="Trained weights to start from.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of dense training.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of dense training; 0: sparse training from random weights."),
+    ] = None,
     sparse_epochs: Annotated[int | None, typer.Option(help="Epochs of sparse training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Kept for `prune`.")] = None,
     units: Annotated[str, typer.Option(help="What may go: layers, blocks or all.")] = "all",

@@ -15,8 +15,10 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("top1_recalibrated", "top-1 with new BatchNorm statistics (%)"),
         ("top1_finetuned", "top-1 finetuned (%)"),
     ):
-        if dense is not None and metrics.get(key) is not None:
-            value = metrics[key]
+        value = metrics.get(key)
+        if value is not None and dense is None:
+            table.append((label, "", f"{value:.2f}", ""))
+        elif value is not None:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
     for key, label in (("macs", "MACs"), ("num_params", "parameters")):
         before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")

@@ -48,14 +48,30 @@ class Config:
     def __post_init__(self) -> None:
         for key in ("epochs", "sparse_epochs", "finetune_epochs"):
             value = getattr(self, key)
-            least = 0 if key == "finetune_epochs" else 1
+            least = 1 if key == "sparse_epochs" else 0
             if value is not None and value < least:
                 raise RunError(f"{key}={value}: at least {least}.")
+        if self.from_random and self.distill:
+            raise RunError(
+                "distill=True with epochs=0: there is no dense net to learn from. Give its weights, or "
+                "epochs to train it."
+            )
         if not self.lr > 0 or self.batch_size < 1:
             raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")
         asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
         if self._has_target() or asked:
             self._budget()
+
+    @property
+    def from_random(self) -> bool:
+        """Whether sparse training starts from random weights, with no dense net before it."""
+        return self.weights is None and self.epochs == 0
+
+    def sparse_rate(self) -> float:
+        """Return the peak learning rate of sparse training; half of it is that of finetuning."""
+        if self.sparse_lr is not None:
+            return self.sparse_lr
+        return self.lr if self.from_random else self.lr / 2
 
     def _has_target(self) -> bool:
         limits = (self.macs, self.num_params, self.latency_ms, self.latency)

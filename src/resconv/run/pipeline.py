@@ -164,6 +164,8 @@ def _dense(run: Run) -> None:
     if config.weights is not None:
         nets.load_weights(model, config.weights)
         run.say(f"Weights of {config.weights} loaded.")
+    elif config.from_random:
+        run.say("No dense training: sparse training starts from random weights.")
     else:
         epochs = config.stage_epochs()[0]
         run.say(
@@ -181,16 +183,19 @@ def _dense(run: Run) -> None:
         )
     if not run.ranks.leads:
         return
-    top1 = evaluate(model, run.data)
+    top1 = None if config.from_random else evaluate(model, run.data)
     size = resconv.count(model, run.example())
     _save_state(model, run.folder / "dense.safetensors")
     run.folder.add_metrics(top1_dense=top1, macs_dense=size.macs, num_params_dense=size.num_params)
-    run.say(f"Dense: top-1 {top1:.2f} %, {size.macs:,} MACs, {size.num_params:,} parameters.")
+    trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
+    run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
 
 
 def _sparse(run: Run) -> None:
     config = run.config
-    model = resconv.convert(run.dense(), run.example(2), units=config.units, start="keep")
+    # The shortcut is what makes an untrained deep net trainable; a trained one keeps its function.
+    start = "identity" if config.from_random else "keep"
+    model = resconv.convert(run.dense(), run.example(2), units=config.units, start=start)
     table = tell(run.ranks, lambda: latency_table(run, model))
     epochs = config.stage_epochs()[1]
     run.say(
@@ -198,12 +203,11 @@ def _sparse(run: Run) -> None:
         f"{_words(config)}."
     )
     model.train()
-    lr = config.sparse_lr if config.sparse_lr is not None else config.lr / 2
     teacher = run.dense() if config.distill else None
     result = fit(
         model,
         run.data,
-        run.recipe(epochs, lr),
+        run.recipe(epochs, config.sparse_rate()),
         run.folder.logs / "sparse",
         target=config.budget(),
         latency=table,
@@ -368,11 +372,10 @@ def _finetune(run: Run) -> None:
     plan, example = run.plan(), run.example(4)
     model = resconv.prune(run.gated(), plan, fuse=False)
     run.say(f"Finetuning for {epochs} epochs.")
-    lr = config.sparse_lr if config.sparse_lr is not None else config.lr / 2
     fit(
         model.train(),
         run.data,
-        run.recipe(epochs, lr / 2),
+        run.recipe(epochs, config.sparse_rate() / 2),
         run.folder.logs / "finetune",
         teacher=run.dense() if config.distill else None,
         precision=run.precision,
