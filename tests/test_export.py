@@ -334,3 +334,28 @@ def test_the_command_line_takes_saved_folders(small, tmp_path, capsys):
     for command in ("export", "measure", "prune"):
         done = call(command, tmp_path / "nothing")
         assert "is no run folder: it does not exist" in str(done.exception)
+
+
+class Attention(nn.Module):
+    """Attention over windows of an image: the tensors have five dimensions, ONNX takes four."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.qkv = nn.Linear(8, 24)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x).unfold(2, 4, 4).unfold(3, 4, 4)  # (N, 8, H / 4, W / 4, 4, 4)
+        x = x.permute(0, 2, 3, 4, 5, 1).flatten(3, 4).flatten(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(3, 0, 4, 1, 2, 5)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(x.mean((2, 3)).flatten(1))
+
+
+def test_an_operation_without_an_onnx_form_is_taken_apart(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    made = resconv.export(Attention(), tmp_path / "net.onnx", x)
+    assert made.dynamic_batch
+    assert made.verification.max_rel_error < 1e-5

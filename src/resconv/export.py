@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
@@ -139,17 +140,14 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "onnx", "Writing ONNX") from error
     net = copy.deepcopy(unwrap(model)).cpu().eval()
-    args, kwargs = as_call(to_device_of(net, example_inputs))
+    attempt = _Attempt(False, *as_call(to_device_of(net, example_inputs)), None)
     try:
         with quietly():
-            program = torch.onnx.export(
-                net, args, kwargs=kwargs or None, dynamo=True, opset_version=_OPSET, verbose=False
-            )
+            program = _to_onnx(net, attempt, opset_version=_OPSET)
     except Exception as error:
         raise ExportError(
             f"torch cannot write {type(net).__name__} as ONNX. {first_line(error)}"
         ) from error
-    assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content
 
@@ -272,19 +270,14 @@ def _write_onnx(job: _Job) -> Exported:
     def make(attempt: _Attempt) -> Any:
         leaves = [t for t in tree_leaves(attempt.args) if isinstance(t, Tensor)]
         names = [f"input{i}" if i else "input" for i in range(len(leaves))]
-        program = torch.onnx.export(
+        program = _to_onnx(
             job.net,
-            attempt.args,
-            kwargs=attempt.kwargs or None,
-            dynamo=True,
+            attempt,
             opset_version=job.opset,
-            dynamic_shapes=attempt.shapes,
             input_names=names or None,  # keyword arguments keep their own
             output_names=_output_names(job),
             external_data=external,
-            verbose=False,
         )
-        assert program is not None
         used = program.model.opset_imports.get("", program.model.opset_imports.get("ai.onnx"))
         if used != job.opset:
             raise ExportError(
@@ -301,6 +294,23 @@ def _write_onnx(job: _Job) -> Exported:
     paths = [data, job.path] if external else [job.path]
     done = _write_first(job, paths, make, save, "ONNX Runtime")
     return _result(job, paths, "onnx", job.opset, done)
+
+
+def _to_onnx(net: nn.Module, attempt: _Attempt, **options: Any) -> Any:
+    """Translate the net, operation by operation; one without an ONNX form is taken apart first."""
+    options |= {"kwargs": attempt.kwargs or None, "dynamo": True, "verbose": False}
+    try:
+        program = torch.onnx.export(net, attempt.args, dynamic_shapes=attempt.shapes, **options)
+    except Exception as error:
+        if type(error).__name__ != "ConversionError":  # torch.onnx's, of the translation
+            raise
+        traced = _exported(net, attempt)
+        # Attention that is not 4-D, for one: only the kernel "math" is made of simple operations.
+        with sdpa_kernel(SDPBackend.MATH):
+            traced = traced.run_decompositions()
+        program = torch.onnx.export(traced, attempt.args, **options)
+    assert program is not None
+    return program
 
 
 def _refuse_types(job: _Job, runtime: str) -> None:
@@ -327,9 +337,9 @@ def _output_names(job: _Job) -> list[str] | None:
     return None
 
 
-def _exported(job: _Job, attempt: _Attempt) -> Any:
+def _exported(net: nn.Module, attempt: _Attempt) -> Any:
     return torch.export.export(
-        job.net,
+        net,
         attempt.args,
         attempt.kwargs or None,
         dynamic_shapes=attempt.shapes,
@@ -347,7 +357,7 @@ def _write_pt2(job: _Job) -> Exported:
         file.write_bytes(content.getbuffer())
 
     done = _write_first(
-        job, [job.path], lambda attempt: _exported(job, attempt), save, "torch.export"
+        job, [job.path], lambda attempt: _exported(job.net, attempt), save, "torch.export"
     )
     return _result(job, [job.path], "pt2", None, done)
 
@@ -360,7 +370,7 @@ def _write_openvino(job: _Job) -> Exported:
     _refuse_types(job, "OpenVINO")
 
     def make(attempt: _Attempt) -> Any:
-        converted = openvino.convert_model(_exported(job, attempt))
+        converted = openvino.convert_model(_exported(job.net, attempt))
         for parameter in converted.get_parameters():
             # An argument that is no tensor was fixed while tracing, and nothing reads it.
             if parameter.get_element_type().is_dynamic():

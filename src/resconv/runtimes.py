@@ -60,6 +60,9 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 def first_line(error: BaseException) -> str:
     """Return an error's kind and first telling line (OpenVINO starts with places in its source)."""
+    # torch.onnx wraps what happened into advice on how to report it.
+    while error.__cause__ is not None and type(error).__module__.startswith("torch.onnx"):
+        error = error.__cause__
     lines = [s.strip() for s in str(error).splitlines() if s.strip()]
     text = next((s for s in lines if not s.startswith(("Exception from", "Check '"))), "")
     return f"{type(error).__name__}: {text}"[:240] if text else type(error).__name__
