@@ -124,9 +124,25 @@ def worker(rank, folder, port):
         train(model, rank=rank, world=2, steps=24, call=model.module)
     except resconv.ResConvError as error:
         found["apart"] = str(error)
+    found["hf"] = train_with_transformers(folder / "hf")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train_with_transformers(folder):
+    """Return the weights that transformers' Trainer leaves in this process, and the zeros."""
+    import huggingface as hf
+
+    torch.manual_seed(0)
+    train_set = example.digits()[0]
+    inputs = {"pixel_values": train_set.tensors[0][:2]}
+    gated = resconv.convert(hf.build(), inputs, units="all")
+    callback = hf.SparsityCallback(resconv.Budget(macs=0.7))
+    hf.fit(gated, hf.Images(train_set), folder, 2, 0.005, [callback], ddp_backend="gloo")
+    assert callback.sparsifier.shared
+    assert callback.sparsifier.outcome().met
+    return gated.state_dict(), callback.sparsifier.removed
 
 
 def free_port():
@@ -165,6 +181,15 @@ def test_ranks_hold_the_same_scales_and_plan(two, name):
     assert second[2]
     # BatchNorm statistics are each rank's own, so nothing above may come from them.
     assert any(not torch.equal(first[0][k], second[0][k]) for k in first[0] if "running" in k)
+
+
+def test_transformers_trains_one_net_too(two):
+    (first, removed), (second, same) = (found["hf"] for found in two[1])
+    assert removed == same != []
+    for key, value in first.items():
+        if "running" not in key and "tracked" not in key:
+            assert torch.equal(value, second[key]), key
+    assert any(not torch.equal(first[k], second[k]) for k in first if "running" in k)
 
 
 def test_the_first_decides_for_all(two):
