@@ -30,7 +30,8 @@ from resconv.data import BatchLoader
 from resconv.files import write_text
 from resconv.gates import zeroed
 from resconv.ledger import ledger
-from resconv.run.pipeline import history, machine
+from resconv.measure import machine
+from resconv.run.pipeline import history
 from resconv.train import Recipe, evaluate, fit
 
 from .channels import prune_channels

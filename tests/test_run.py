@@ -183,7 +183,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
     from lightning.pytorch.callbacks import Callback
     from safetensors.torch import load_file
 
-    from resconv.run import pipeline
+    from resconv.run import training
 
     class Stop(Callback):
         def on_train_epoch_start(self, trainer, module):
@@ -202,7 +202,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
         distill=True,
         progress=False,
     )
-    fit = pipeline.fit
+    fit = training.fit
 
     def train(current):
         for name in STAGES:
@@ -219,11 +219,11 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
     for name in ("whole", "stopped"):
         current = run.open_run(run.RunFolder.begin(tmp_path / name, config).path, lambda t: None)
         if name == "stopped":
-            monkeypatch.setattr(pipeline, "fit", stopping)
+            monkeypatch.setattr(training, "fit", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train(current)
             assert stage not in current.folder.done()
-            monkeypatch.setattr(pipeline, "fit", fit)
+            monkeypatch.setattr(training, "fit", fit)
             current = run.open_run(current.folder.path, lambda t: None)
         train(current)
         nets_of[name] = load_file(tmp_path / name / "model.safetensors"), current.plan().remove

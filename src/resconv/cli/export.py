@@ -37,7 +37,7 @@ def export(
     """Write a compact net for another runtime, and check the file by running it."""
     import resconv
     from resconv import run as runs
-    from resconv.run.pipeline import compact_of
+    from resconv.run.surgery import compact_of
 
     if (run / "model.json").is_file() and not (run / "config.json").is_file():
         _say(_export_saved(run, to or run / "model.onnx", trust_source))

@@ -1,0 +1,134 @@
+"""The stages that deploy: the file for another runtime, timings of it, and the report."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import nn
+
+import resconv
+from resconv.errors import MissingExtraError
+from resconv.latency import LatencyTable, time_nets
+from resconv.measure import machine, onnx_runner, peak_memory, time_together, torch_runner
+from resconv.report import write_report
+
+from .job import LATENCY, Run
+from .surgery import compact_of
+
+__all__ = ["export", "measure", "report"]
+
+
+def export(run: Run) -> None:
+    try:
+        done = resconv.export(
+            compact_of(run), run.folder / "model.onnx", run.example(), plan=run.plan()
+        )
+    except MissingExtraError as error:
+        run.say(f"No ONNX file: {error}")
+        return
+    run.folder.add_metrics(
+        onnx={
+            "opset": done.opset,
+            "num_bytes": done.num_bytes,
+            "dynamic_batch": done.dynamic_batch,
+            "max_rel_error": done.verification.max_rel_error,
+        }
+    )
+    run.say(
+        f"Exported: {done.path} (opset {done.opset}, checked in ONNX Runtime, error "
+        f"{done.verification.max_rel_error:.1e})."
+    )
+
+
+def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> dict[str, Any]:
+    """Time the two nets as the target says, and return all that is to be known about it."""
+    budget, plan, table = run.config.budget(), run.plan(), LatencyTable.load(run.folder / LATENCY)
+    before, after = time_nets([dense, compact], run.example(), table)
+    limit = budget.limits(0, 0, before.median_ms)[2]
+    found = {
+        "asked_ms": budget.latency_ms,
+        "asked_share": budget.latency,
+        "limit_ms": limit,
+        "runtime": table.runtime,
+        "batch": table.batch,
+        "threads": table.threads,
+        "predicted_ms": plan.latency_ms_predicted,
+        "planned_ms": plan.latency_ms_after,
+        "dense_ms": before.median_ms,
+        "compact_ms": after.median_ms,
+        "repeats": after.repeats,
+        "met": after.median_ms <= limit,
+        "table_error": table.error,
+        "nets_timed": len(table.nets),
+    }
+    run.say(
+        f"Target: at most {limit:.3g} ms in {table.runtime}; the net takes "
+        f"{after.median_ms:.3g} ms"
+        + (
+            "."
+            if found["met"]
+            else ", which is over it now: the machine is slower than when it was "
+            "planned, or busy. Measure again: resconv measure."
+        )
+    )
+    return found
+
+
+def measure(run: Run) -> None:
+    config = run.config
+    example = run.example()
+    compact = compact_of(run)
+    # The same deployment form on both sides: norms folded.
+    dense = resconv.fuse(run.dense(), example)
+    runners = {
+        "torch/dense": torch_runner(dense, example),
+        "torch/compact": torch_runner(compact, example),
+    }
+    if (run.folder / "model.onnx").is_file():
+        other = run.folder / "dense.onnx"
+        resconv.export(dense, other, example)
+        runners["onnxruntime/dense"] = onnx_runner(other, example, torch.get_num_threads())
+        runners["onnxruntime/compact"] = onnx_runner(
+            run.folder / "model.onnx", example, torch.get_num_threads()
+        )
+    timings = time_together(runners, repeats=50, warmup=5)
+    latency: dict[str, dict[str, float]] = {}
+    for name, timing in timings.items():
+        runtime, which = name.split("/")
+        latency.setdefault(runtime, {})[f"{which}_ms"] = timing.median_ms
+    for found in latency.values():
+        found["ratio"] = found["compact_ms"] / found["dense_ms"]
+    memory = {"dense": peak_memory(dense, example), "compact": peak_memory(compact, example)}
+    run.folder.add_metrics(
+        latency=latency,
+        peak_memory_bytes=memory,
+        measured={
+            "batch": 1,
+            "threads": torch.get_num_threads(),
+            "repeats": 50,
+            "image_size": run.data.image_size,
+        },
+    )
+    if config.budget().times:
+        run.folder.add_metrics(latency_target=_against_target(run, dense, compact))
+    text = ", ".join(
+        f"{k} {v['dense_ms']:.2f} -> {v['compact_ms']:.2f} ms" for k, v in latency.items()
+    )
+    run.say(f"Latency (batch 1, medians, interleaved): {text}.")
+
+
+def report(run: Run) -> None:
+    run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
+    try:
+        path = write_report(
+            run.folder / "report.html",
+            run.config,
+            run.folder.metrics(),
+            run.folder.read_json("plan.json"),
+            run.folder.read_json("scales.json"),
+            run.folder.read_json(LATENCY) if run.config.budget().times else None,
+        )
+    except MissingExtraError as error:
+        run.say(f"No report: {error}")
+        return
+    run.say(f"Report: {path}")

@@ -1,0 +1,144 @@
+"""A run folder with its data and nets, loaded when a stage needs them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import resconv
+from resconv import data as datasets
+from resconv import nets
+from resconv.data import ImageData
+from resconv.errors import ModelError, RunError
+from resconv.files import write_atomic
+from resconv.plan import Plan
+from resconv.train import Ranks, Recipe, choose_precision
+
+from .folder import RunFolder
+
+__all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
+
+Say = Callable[[str], None]
+LATENCY = "latency.json"
+
+
+class Run:
+    """A run folder with its data and nets, loaded when a stage needs them."""
+
+    def __init__(self, folder: RunFolder, say: Say = print, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.folder, self.say = folder, say if self.ranks.leads else lambda text: None
+        self.config = folder.config()
+        self.precision = choose_precision(self.config.precision)
+        self._data: ImageData | None = None
+
+    @property
+    def data(self) -> ImageData:
+        if self._data is None:
+            config = self.config
+            self._data = datasets.load(
+                config.data,
+                image_size=config.image_size,
+                channels=config.channels,
+                limit=config.limit,
+            )
+        return self._data
+
+    def create(self) -> nn.Module:
+        """Build the net for this data, with random weights from the seed.
+
+        Raises:
+            DataError: its inputs or outputs do not fit the data.
+        """
+        torch.manual_seed(self.config.seed)
+        return build(self.config.model, self.data)
+
+    def example(self, size: int = 1) -> Tensor:
+        data = self.data
+        side = data.image_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(size, data.channels, side, side, generator=generator)
+
+    def dense(self) -> nn.Module:
+        model = self.create()
+        load_state(model, self.folder / "dense.safetensors")
+        return model.eval()
+
+    def gated(self) -> nn.Module:
+        """Return the net as sparse training left it."""
+        model = resconv.convert(
+            self.dense(), self.example(2), units=self.config.units, start="keep"
+        )
+        load_state(model, self.folder / "gated.safetensors")
+        return model.eval()
+
+    def plan(self) -> Plan:
+        return Plan.load(self.folder / "plan.json")
+
+    def recipe(self, epochs: int, lr: float) -> Recipe:
+        config = self.config
+        return Recipe(epochs, lr=lr, batch_size=config.batch_size, seed=config.seed)
+
+
+def build(name: str, data: ImageData) -> nn.Module:
+    """Build the named net for the data's classes and channels, and check that it fits."""
+    if nets.runs_user_code(name):
+        model = _build_user_net(name, data)
+    else:
+        kwargs: dict[str, Any] = {"num_classes": data.num_classes}
+        if data.channels != 3:
+            kwargs["in_channels"] = data.channels
+        model = nets.create(name, **kwargs)
+    first = next(
+        (m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None
+    )
+    if first is not None:
+        datasets.check_fit(data, first.in_channels, data.num_classes)
+    side = data.image_size
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(torch.zeros(1, data.channels, side, side))
+    except resconv.ResConvError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"{name} does not run on images of {data.channels}x{side}x{side} "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
+            "Choose another size with --image-size."
+        ) from error
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        raise RunError(
+            f"{name} returns no (N, classes) tensor; it cannot be trained as a classifier."
+        )
+    datasets.check_fit(data, data.channels, out.shape[1])
+    return model.train()
+
+
+def _build_user_net(name: str, data: ImageData) -> nn.Module:
+    try:
+        return nets.create(name, num_classes=data.num_classes)
+    except ModelError as error:
+        if "num_classes" not in str(error):
+            raise
+        return nets.create(name)
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise RunError(f"{path} is missing: the stage before was not finished.")
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:
+        raise RunError(
+            f"{path} cannot be used ({type(error).__name__}: {str(error)[:160]}). Start anew with "
+            "--fresh."
+        ) from error
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    write_atomic(path, lambda temporary: save_file(state, temporary))

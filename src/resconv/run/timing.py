@@ -1,0 +1,50 @@
+"""What a target in milliseconds needs before and while training: the units' measured latency."""
+
+from torch import nn
+
+import resconv
+from resconv.latency import LatencyTable
+from resconv.ledger import ledger
+
+from .job import LATENCY, Run
+
+__all__ = ["check_reach", "latency_table"]
+
+
+def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
+    """Return the units' measured latency where the target needs it: the folder's, or measured now."""
+    budget = run.config.budget()
+    if not budget.times:
+        return None
+    path = run.folder / LATENCY
+    costs = ledger(model, run.example())
+    if path.is_file():
+        table = LatencyTable.load(path)
+        reason = table.why_unfit(costs, budget)
+        if reason is None:
+            return table
+        run.say(f"{path} is measured anew: {reason}.")
+    run.say(f"Measuring the latency of {len(costs.names)} units in {budget.runtime}.")
+    table = resconv.measure_latency(model, run.example(), budget)
+    table.save(path)
+    run.say(
+        f"The dense net takes {table.latency_ms:.3g} ms (batch {table.batch}, {table.threads} "
+        f"threads); {len(table.nets)} nets timed, the model of them is right to {table.error:.0%}."
+    )
+    return table
+
+
+def check_reach(run: Run) -> None:
+    """Refuse a target that no plan can reach, before anything is trained.
+
+    Raises:
+        BudgetError: see :class:`resconv.Sparsifier`.
+    """
+    model = resconv.convert(run.create().eval(), run.example(2), units=run.config.units)
+    resconv.Sparsifier(
+        model,
+        target=run.config.budget(),
+        total_steps=1000,
+        example_inputs=run.example(),
+        latency=latency_table(run, model),
+    )

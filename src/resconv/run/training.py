@@ -1,0 +1,128 @@
+"""The stages that train: dense, sparse, and finetuning of what is left."""
+
+import resconv
+from resconv import nets
+from resconv.train import evaluate, fit, tell
+
+from .config import Config
+from .job import LATENCY, Run, save_state
+from .surgery import save_compact
+from .timing import latency_table
+
+__all__ = ["dense", "finetune", "sparse"]
+
+
+def dense(run: Run) -> None:
+    config = run.config
+    model = run.create()
+    if config.weights is not None:
+        nets.load_weights(model, config.weights)
+        run.say(f"Weights of {config.weights} loaded.")
+    elif config.from_random:
+        run.say("No dense training: sparse training starts from random weights.")
+    else:
+        epochs = config.stage_epochs()[0]
+        run.say(
+            f"Training {config.model} on {config.data} for {epochs} epochs "
+            f"({len(run.data.train):,} images, {run.precision.name}: {run.precision.reason})."
+        )
+        fit(
+            model,
+            run.data,
+            run.recipe(epochs, config.lr),
+            run.folder.logs / "dense",
+            precision=run.precision,
+            progress=config.progress,
+            devices=config.devices,
+        )
+    if not run.ranks.leads:
+        return
+    top1 = None if config.from_random else evaluate(model, run.data)
+    size = resconv.count(model, run.example())
+    save_state(model, run.folder / "dense.safetensors")
+    run.folder.add_metrics(top1_dense=top1, macs_dense=size.macs, num_params_dense=size.num_params)
+    trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
+    run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
+
+
+def sparse(run: Run) -> None:
+    config = run.config
+    # The shortcut is what makes an untrained deep net trainable; a trained one keeps its function.
+    start = "identity" if config.from_random else "keep"
+    model = resconv.convert(run.dense(), run.example(2), units=config.units, start=start)
+    table = tell(run.ranks, lambda: latency_table(run, model))
+    epochs = config.stage_epochs()[1]
+    run.say(
+        f"Sparse training for {epochs} epochs: {len(resconv.gates(model))} units, target "
+        f"{_words(config)}."
+    )
+    model.train()
+    teacher = run.dense() if config.distill else None
+    result = fit(
+        model,
+        run.data,
+        run.recipe(epochs, config.sparse_rate()),
+        run.folder.logs / "sparse",
+        target=config.budget(),
+        latency=table,
+        teacher=teacher,
+        precision=run.precision,
+        progress=config.progress,
+        devices=config.devices,
+    )
+    if not run.ranks.leads:
+        return
+    top1 = evaluate(model, run.data)
+    save_state(model, run.folder / "gated.safetensors")
+    run.folder.write_json(
+        "scales.json",
+        [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in result.history],
+    )
+    if result.latency is not None:
+        result.latency.save(run.folder / LATENCY)
+    zero = [n for n, g in resconv.gates(model).items() if g.scale.item() == 0]
+    run.folder.add_metrics(top1_gated=top1, num_units=len(resconv.gates(model)), num_zero=len(zero))
+    run.say(f"Gated: top-1 {top1:.2f} %, {len(zero)} scales are exactly 0.")
+
+
+def _words(config: Config) -> str:
+    parts = []
+    for value, what in ((config.macs, "MACs"), (config.num_params, "parameters")):
+        if value is not None:
+            parts.append(
+                f"{value:.0%} of the {what}" if isinstance(value, float) else f"{value:,} {what}"
+            )
+    if config.latency_ms is not None:
+        parts.append(f"{config.latency_ms:g} ms in {config.runtime}")
+    if config.latency is not None:
+        parts.append(f"{config.latency:.0%} of the latency in {config.runtime}")
+    return " and ".join(parts)
+
+
+def finetune(run: Run) -> None:
+    config, epochs = run.config, run.config.stage_epochs()[2]
+    if epochs == 0:
+        run.say("No finetuning asked for.")
+        return
+    plan, example = run.plan(), run.example(4)
+    model = resconv.prune(run.gated(), plan, fuse=False)
+    run.say(f"Finetuning for {epochs} epochs.")
+    fit(
+        model.train(),
+        run.data,
+        run.recipe(epochs, config.sparse_rate() / 2),
+        run.folder.logs / "finetune",
+        teacher=run.dense() if config.distill else None,
+        precision=run.precision,
+        progress=config.progress,
+        devices=config.devices,
+    )
+    if not run.ranks.leads:
+        return
+    model.eval()
+    compact = resconv.fuse(model, example)
+    check = resconv.verify(model, compact, example)
+    top1 = evaluate(compact, run.data)
+    save_compact(run, compact, plan)
+    run.folder.add_metrics(top1_finetuned=top1, verify_finetuned=check.max_rel_error)
+    run.say(f"Finetuned: top-1 {top1:.2f} %.")
