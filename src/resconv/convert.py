@@ -187,9 +187,8 @@ def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
     bad += [n for n, b in model.named_buffers() if bool(b.isnan().any())]
     if bad:
         raise error(
-            f"{len(bad)} tensors of {type(model).__name__} hold NaN or infinite numbers "
-            f"({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}), so no outputs can be "
-            "compared. If it was trained like this, the training diverged: lower the learning "
+            f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} of {type(model).__name__} hold "
+            "NaN or infinite numbers, so no outputs can be compared. If it was trained like this, the training diverged: lower the learning "
             "rate. Else load sound weights first."
         )
 
