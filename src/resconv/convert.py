@@ -188,8 +188,8 @@ def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
     if bad:
         raise error(
             f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} of {type(model).__name__} hold "
-            "NaN or infinite numbers, so no outputs can be compared. If it was trained like this, the training diverged: lower the learning "
-            "rate. Else load sound weights first."
+            "NaN or infinite numbers, so no outputs can be compared. If it was trained like "
+            "this, the training diverged: lower the learning rate. Else load sound weights first."
         )
 
 
