@@ -96,13 +96,13 @@ def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ..
     jobs = [start, job("dense", epochs=total)]
     for share in macs:
         # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
-        once = job("once", share, num_params=share, epochs=total)
+        ours = job("ours", share, num_params=share, start=start.name)
         jobs += [
-            once,
-            job("ours", share, num_params=share, start=start.name),
+            job("once", share, num_params=share, epochs=total),
+            ours,
             job("ours-macs", share, kind="ours", start=start.name),
             job("torch-pruning", share, start=start.name),
-            job("scratch", share, epochs=total, like=once.name),
+            job("scratch", share, epochs=total, like=ours.name),
         ]
     return jobs
 
@@ -202,7 +202,7 @@ def blocks_kept(net: str, remove: list[str]) -> list[str]:
 
 def chosen_arm(net: str, share: float, results: dict[str, Any]) -> str | None:
     """Return the arm whose net stands for the method at this share: latency is measured on it too."""
-    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("once", "ours", "ours-macs"))
+    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("ours", "ours-macs", "once"))
     return next((name for name in names if name in results), None)
 
 

@@ -145,8 +145,8 @@ def compare(suite: str, results: Rows) -> None:
         f"the same peak rate ({start.lr}). No resconv net is "
         "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
         "in one step and finetuned; only inner channels of blocks, since it cannot follow "
-        "channels through zero-padded shortcuts. The net from scratch is the one that the one run came "
-        "to, trained by itself from random weights. resconv is held to the same share of MACs and of "
+        "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
+        "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs and of "
         'parameters; "MACs only" is not held to parameters. The last column is blocks kept a stage (+ blocks '
         "with one of two convs).\n\n"
         + table(
