@@ -146,8 +146,8 @@ def compare(suite: str, results: Rows) -> None:
         "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
         "in one step and finetuned; only inner channels of blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
-        "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs and of "
-        'parameters; "MACs only" is not held to parameters. The last column is blocks kept a stage (+ blocks '
+        "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs "
+        'and of parameters; "MACs only" is not held to parameters. The last column is blocks kept a stage (+ blocks '
         "with one of two convs).\n\n"
         + table(
             ["arm", "MACs", "parameters", "epochs", "top-1", "points to dense", "blocks kept"],
