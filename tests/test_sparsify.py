@@ -369,7 +369,7 @@ def test_a_unit_without_gradients_is_chosen_last():
     assert "layer2.1" not in sparsifier.removed
 
 
-def train_to_half(make, *, rest, steps=60, dtype=torch.float64, **kwargs):
+def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
     """Train towards half the MACs, with units at 0 resting or computed; return what ran at the end."""
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32, dtype=dtype)
@@ -388,7 +388,7 @@ def train_to_half(make, *, rest, steps=60, dtype=torch.float64, **kwargs):
     for _ in range(steps):
         ran.clear()
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=kwargs.get("autocast", False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = nn.functional.cross_entropy(gated(x).float().to(dtype), y)
         loss.backward()
         optimizer.step()
