@@ -300,7 +300,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Train a net from random weights towards the target, in one run that makes no dense net."""
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(_create(job, data), example, units=job.units, start="keep")
+    gated = resconv.convert(_create(job, data), example, units=job.units, start="identity")
     budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
     recipe = Recipe(job.epochs, lr=job.lr, seed=job.seed)
     steps = fit(

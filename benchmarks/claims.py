@@ -84,7 +84,7 @@ def plain(results: Rows) -> None:
             f"C1, C2: training with ResConv, {where}",
             f"{commands(suite, done(jobs, results))} Top-1 in %; the ResConv column is the fused net "
             "(an ordinary net of the same size). Every conv layer that keeps its input's shape is "
-            "a ResConv from the start (s = 1; p = 1, in residual branches 0), without pressure on the scales.\n\n"
+            'a ResConv from the start (`start="identity"`), without pressure on the scales.\n\n'
             + table(["net", "epochs", "seeds", "plain", "ResConv", "points"], lines),
         )
 

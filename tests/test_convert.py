@@ -39,6 +39,39 @@ def test_a_fresh_net_gets_the_plain_shortcut(images):
     assert all(g.control.item() == 1 for g in resconv.gates(gated).values())
 
 
+@pytest.mark.parametrize("depth", [20, 56])
+@pytest.mark.parametrize("net", ["resnet", "plainnet"])
+@pytest.mark.parametrize("units", ["layers", "all"])
+def test_all_branches_of_an_untrained_net_add_about_as_much_as_the_stream_holds(net, depth, units):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 32, 32)
+    gated = resconv.convert(nets.create(f"{net}{depth}").train(), x, units=units, start="identity")
+    gates = resconv.gates(gated)
+    small = {n: g for n, g in gates.items() if g.scale.item() != 1}
+    # Two layers a block, the first of two stages strided; or the blocks, and a layer in those two.
+    blocks = (depth - 2) // 2
+    count = blocks if net == "resnet" else 2 * blocks - 2
+    assert {round(g.scale.item(), 6) for g in small.values()} == {round(count**-0.5, 6)}
+    assert len(small) == count
+
+    sizes = []
+    gated.layer3.register_forward_hook(lambda m, args, y: sizes.append(y.std().item()))
+    gated.layer1.register_forward_pre_hook(lambda m, args: sizes.append(args[0].std().item()))
+    gated(x)
+    for gate in small.values():
+        gate.scale.data.fill_(1.0)
+    gated(x)
+    start, end, _, full = sizes
+    assert 0.5 * start < end < 2 * start
+    # Negative control: at s = 1 its variance grows with every branch.
+    assert full > 0.6 * ((1 + count) / 2) ** 0.5 * end
+
+
+def test_the_start_of_a_trained_net_keeps_its_scales(images):
+    gated = resconv.convert(randomise(nets.create("plainnet20").double()), images, start="identity")
+    assert {g.scale.item() for g in resconv.gates(gated).values()} == {1.0}
+
+
 def test_units_say_why_they_stay(images):
     found = {u.name: u for u in resconv.units(nets.create("resnet20").double(), images)}
     assert found["layer2.0.conv1"].reason == "stride 2 changes the size"

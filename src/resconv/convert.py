@@ -1,12 +1,17 @@
 """Model in, training form out: a scale on every unit, outputs unchanged.
 
 ``start="keep"``      s = 1, p = 0: nothing changes.
-``start="identity"``  s = 1, p = 1. An untrained net simply gets the shortcut (that is what makes deep
-                      plain nets trainable), except where a layer lies in a residual branch: the
-                      block's own shortcut does it there, and a second one multiplies the stream
-                      in every block (2^27 in a ResNet-56, whose training ends in NaN), so p = 0.
-                      From the kernel of a trained net the identity is taken out,
-                      W <- W - (sigma / g) * Dirac, so its outputs do not change either.
+``start="identity"``  p = 1. From the kernel of a trained net the identity is taken out,
+                      W <- W - (sigma / g) * Dirac, and s = 1, so its outputs do not change.
+
+                      An untrained net simply gets the shortcut (that is what makes deep plain nets
+                      trainable), except where a layer lies in a residual branch: the block's own
+                      shortcut does it there, and a second one multiplies the stream in every block
+                      (2^27 in a ResNet-56, whose training ends in NaN), so p = 0. What is added to
+                      an identity n times in a row starts at s = 1 / sqrt(n), so that all of it
+                      together is about as large as the stream, however deep the net is (Hanin and
+                      Rolnick 2018; De and Smith 2020). At s = 1 deep nets train badly or not at all,
+                      by the seed.
 """
 
 import copy
@@ -153,10 +158,28 @@ def convert(
         gate = BranchGate(model.get_submodule(place), like=like)
         gate.unit = places[place]
         set_submodule(model, place, gate)
+    if start == "identity" and fresh:
+        _start_small(model, {moved.get(c.gate, c.gate) for c in branches})
     model.resconv_state = state  # type: ignore[assignment]
     if start == "keep" or not fresh:
         _check(model, example_inputs, graph.output)
     return model
+
+
+@torch.no_grad()
+def _start_small(model: nn.Module, ends: set[str]) -> None:
+    """Set s = 1 / sqrt(n) where one of the ``n`` branches of an untrained net meets an identity.
+
+    ``ends`` are the places where the branches of its own residual blocks end.
+    """
+    shortcuts = [m for m in model.modules() if isinstance(m, ResConv) and _is_open(m)]
+    gated = [m for n in ends if isinstance(m := model.get_submodule(n), Gate)]
+    for gate in (*shortcuts, *gated):
+        gate.scale.fill_((len(shortcuts) + len(ends)) ** -0.5)
+
+
+def _is_open(gate: ResConv) -> bool:
+    return gate.reach is None and gate.control is not None and gate.control.item() != 0
 
 
 def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
