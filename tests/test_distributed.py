@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 import resconv
 from resconv import run
+from resconv.agree import by_first
 from resconv.cli.app import app
+from resconv.errors import BudgetError, MissingExtraError
 from resconv.train import fit
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -124,10 +126,30 @@ def worker(rank, folder, port):
         train(model, rank=rank, world=2, steps=24, call=model.module)
     except resconv.ResConvError as error:
         found["apart"] = str(error)
+    found["by first"] = [outcome(call, rank) for call in CALLS]
     found["hf"] = train_with_transformers(folder / "hf")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def refuse(rank):
+    raise BudgetError(f"no such budget on {rank}")
+
+
+def want(rank):
+    raise MissingExtraError("onnxruntime", "onnx", f"Timing on {rank}")
+
+
+CALLS = [lambda rank: ("rank", rank), lambda rank: None, refuse, want]
+
+
+def outcome(call, rank):
+    """Return what the first process's call gives this one."""
+    try:
+        return by_first(lambda: call(rank), True)
+    except resconv.ResConvError as error:
+        return type(error).__name__, str(error)
 
 
 def train_with_transformers(folder):
@@ -196,6 +218,18 @@ def test_the_first_decides_for_all(two):
     one, other = two[1]
     assert one["chosen-None"] == other["chosen-None"] != []
     assert one["chosen-False"] != other["chosen-False"]  # the scores would have told them apart
+
+
+def test_all_get_what_the_first_one_got(two):
+    one, other = two[1]
+    assert one["by first"] == other["by first"]
+    value, nothing, refused, missing = one["by first"]
+    assert value == ("rank", 0)
+    assert nothing is None
+    assert refused == ("BudgetError", "no such budget on 0")
+    assert missing[0] == "MissingExtraError"
+    assert missing[1].startswith("Timing on 0 needs the package 'onnxruntime'")
+    assert by_first(lambda: CALLS[0](1), False) == ("rank", 1)
 
 
 def test_ranks_that_train_apart_are_told_so(two):

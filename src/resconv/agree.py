@@ -5,7 +5,7 @@ measured or decided on the host is sent, so that it cannot differ.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -43,17 +43,16 @@ def by_first(call: Callable[[], T], shared: bool) -> T:
     """
     if not shared:
         return call()
-    found: T | Exception | None = None
+    found: tuple[T | None, Exception | None] = (None, None)
     if distributed.get_rank() == 0:
         try:
-            found = call()
+            found = (call(), None)
         except Exception as error:
-            found = error
-    found = from_first(found)
-    if isinstance(found, Exception):
-        raise found
-    assert found is not None
-    return found
+            found = (None, error)
+    value, failure = from_first(found)
+    if failure is not None:
+        raise failure
+    return cast(T, value)
 
 
 def differing_ranks(values: Tensor) -> list[int]:

@@ -1,5 +1,7 @@
 """Every error meant for a user: each states the fact, the numbers and the next step."""
 
+from typing import Any
+
 __all__ = [
     "BudgetError",
     "ConversionError",
@@ -83,3 +85,8 @@ class MissingExtraError(ResConvError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'resconv[{extra}]'"
         )
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> Any:
+        # By default an exception is made anew from its text, which is not what this one is made of.
+        return MissingExtraError, self._given

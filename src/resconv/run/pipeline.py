@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from resconv.agree import by_first
 from resconv.errors import RunError
 from resconv.latency import require_runtime
 from resconv.outcome import Snapshot
-from resconv.train import join, tell
+from resconv.train import join
 
 from . import deployment, surgery, training
 from .config import Config
@@ -42,7 +43,7 @@ def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) 
         RunError: see :meth:`RunFolder.begin`.
     """
     ranks = join()
-    tell(ranks, lambda: RunFolder.begin(path, config, fresh=fresh) and None)
+    by_first(lambda: RunFolder.begin(path, config, fresh=fresh) and None, ranks.are_several)
     return Run(RunFolder.open(path), say, ranks)
 
 
@@ -58,7 +59,7 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
     """
     order = list(STAGES)
     # What is done is decided once: the folder changes while the others look.
-    done = tell(run.ranks, run.folder.done)
+    done = by_first(run.folder.done, run.ranks.are_several)
     if not run.ranks.leads:
         if stage in _SHARED and (again or stage not in done):
             STAGES[stage](run)
@@ -84,8 +85,8 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
 def compress(run: Run) -> dict[str, Any]:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
     require_runtime(run.config.budget().runtime)
-    if "sparse" not in tell(run.ranks, run.folder.done):
-        tell(run.ranks, lambda: check_reach(run))
+    if "sparse" not in by_first(run.folder.done, run.ranks.are_several):
+        by_first(lambda: check_reach(run), run.ranks.are_several)
     for stage in STAGES:
         run_stage(run, stage)
     return run.folder.metrics() if run.ranks.leads else {}

@@ -3,7 +3,7 @@
 from .evaluate import evaluate
 from .fit import FitResult, Recipe, fit
 from .precision import Precision, choose_precision
-from .ranks import Ranks, join, tell
+from .ranks import Ranks, join
 
 __all__ = [
     "FitResult",
@@ -14,5 +14,4 @@ __all__ = [
     "evaluate",
     "fit",
     "join",
-    "tell",
 ]

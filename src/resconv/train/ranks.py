@@ -6,22 +6,18 @@ the processes for the time of a fit.
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from resconv import errors
-from resconv.agree import from_first
 from resconv.errors import ResConvError, RunError
 
-__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside", "tell"]
-
-T = TypeVar("T")
+__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,10 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def are_several(self) -> bool:
+        return self.world_size > 1
 
 
 def find_ranks() -> Ranks:
@@ -75,13 +75,6 @@ def join() -> Ranks:
             timeout=timedelta(days=1),
         )
     return ranks
-
-
-def tell(ranks: Ranks, decide: Callable[[], T]) -> T:
-    """Return what ``decide`` returns on the leading process; the others wait for it."""
-    if ranks.world_size == 1:
-        return decide()
-    return from_first(decide() if ranks.leads else None)  # type: ignore[return-value]
 
 
 def choose_devices(asked: int | str) -> dict[str, Any]:
