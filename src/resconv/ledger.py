@@ -10,6 +10,7 @@ latency.py): each unit has the milliseconds that leave with it beyond those of t
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,6 +18,8 @@ from torch import nn
 from .gates import Gate, ResConv, gates, is_leaf
 from .trace import Graph, Node, Ref, batch_size, record, unwrap
 from .units import Candidate, find_blocks, find_layers
+
+_READ_BY = " -> "
 
 __all__ = ["Ledger", "Saving", "excess", "ledger"]
 
@@ -47,6 +50,11 @@ class Ledger:
     inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
     latency_ms: float = 0.0
     unit_ms: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Return what each unit computes: units of the same shapes have the same."""
+        return {name: text.partition(_READ_BY)[0] for name, text in self.signatures.items()}
 
     @property
     def whole(self) -> Saving:
@@ -188,7 +196,7 @@ def _signature(graph: Graph, candidate: Candidate) -> str:
         if user.index not in candidate.nodes
     ]
     readers = sorted({op for user in outside for op in _ops(graph, user)})
-    return f"{candidate.unit.kind}: {'; '.join(parts)} -> {', '.join(readers)}"
+    return f"{candidate.unit.kind}: {'; '.join(parts)}{_READ_BY}{', '.join(readers)}"
 
 
 def _ops(graph: Graph, node: Node) -> list[str]:

@@ -3,6 +3,10 @@
 After a share of the run that only collects scores, the net that the schedule wants shrinks linearly
 from the whole to the target. Whenever the planned zeros leave more than that, the unit that costs
 least for what it brings nearer to the limits is put under a penalty that grows until its scale is 0.
+
+What a unit on its way to 0 still does, its like (units of the same shapes, the blocks of one stage) will
+have to do. So its score is shared out among those of them that stay. Without that, units chosen soon
+after one another, before the scores of the others have changed, are all of one stage.
 """
 
 import math
@@ -16,7 +20,7 @@ from .ledger import Ledger, Saving
 __all__ = ["DONE", "Fade", "Steering"]
 
 LEARN = 0.05  # share of the run that only collects scores
-DONE = 0.6  # share of the run by which every planned scale is 0
+DONE = 0.4  # share of the run by which every planned scale is 0
 LAST = 0.95  # no penalty grows longer than this
 
 
@@ -109,6 +113,7 @@ class Steering:
         """
         whole = [max(w, 1e-9) for w in self.costs.whole]
         now: Saving = self.costs.saving(taken)
+        shares = self._shares(taken, scores)
         best, best_score = None, math.inf
         for name in self.costs.names:
             if name in taken or self.costs.empties(name, taken):
@@ -119,10 +124,27 @@ class Steering:
             )
             if useful <= 1e-12:
                 continue
-            score = math.sqrt(scores.get(name, math.inf)) / useful
+            load = math.sqrt(scores.get(name, math.inf)) * shares[self.costs.kinds[name]]
+            score = load / useful
             if best is None or score < best_score:
                 best, best_score = name, score
         return best
+
+    def _shares(self, taken: list[str], scores: Mapping[str, float]) -> dict[str, float]:
+        """Return, by kind of unit, how much more those that stay will have to do.
+
+        That is what all do now, those on their way to 0 included, over what those that stay do now.
+        """
+        gone, zero = self.costs.gone(taken), self.costs.gone(self.zero)
+        done: dict[str, float] = {}
+        stays: dict[str, float] = {}
+        for name in self.costs.names:
+            if name in zero:
+                continue
+            kind, load = self.costs.kinds[name], math.sqrt(scores.get(name, 0.0))
+            done[kind] = done.get(kind, 0.0) + load
+            stays[kind] = stays.get(kind, 0.0) + (0.0 if name in gone else load)
+        return {kind: done[kind] / stays[kind] if stays[kind] > 0 else 1.0 for kind in done}
 
     def state_dict(self) -> dict[str, Any]:
         return {
