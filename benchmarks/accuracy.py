@@ -163,6 +163,8 @@ SUITES: dict[str, list[Job]] = {
         *_plain("plainnet20", CIFAR, 3),
         *_plain("plainnet56", CIFAR, 3),
         *_plain("resnet20", CIFAR, 3),
+        *_plain("resnet56", CIFAR, 3),
+        *_plain("plainnet110", CIFAR, 3),
     ],
     "digits": [
         job

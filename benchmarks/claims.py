@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from resconv.files import write_text
 
 from .accuracy import RANKINGS, SUITES, Job, chosen_arm, read_results
+from .goals import goals
 from .latency import RESULTS as LATENCY
 from .page import DOCS, table, write_section
 
@@ -354,6 +355,7 @@ WRITERS: tuple[Callable[[Rows], None], ...] = (
     rates,
     open_rows,
     readme,
+    goals,
 )
 
 

@@ -1,12 +1,14 @@
 """Latency, memory and file size at equal MACs: fewer layers against thinner layers.
 
-Every arm has its norms folded, runs on the same threads, and takes its turn in the same rounds. Weights
-do not matter for latency, so the arms are not trained here; ours removes the blocks that sparse
-training chose where such a run is at hand (benchmarks/results/accuracy), else evenly spread ones.
+``python -m benchmarks.latency NET [THREADS]``. Every arm has its norms folded, runs on the same number
+of threads (1 unless given), and takes its turn in the same rounds. Weights do not matter for latency, so
+the arms are not trained here; ours removes the units that sparse training chose where such a run is at
+hand (benchmarks/results/accuracy), else evenly spread ones.
 """
 
 import copy
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -127,14 +129,14 @@ def arms(net: str, share: float, results: dict[str, Any]) -> tuple[dict[str, nn.
 
 
 def measure(
-    found: dict[str, nn.Module], batch: int, folder: Path, *, compiled: bool
+    found: dict[str, nn.Module], batch: int, folder: Path, threads: int, *, compiled: bool
 ) -> dict[str, dict[str, float]]:
     """Return milliseconds, by arm and runtime, all timed in the same rounds."""
     x = torch.randn(batch, 3, 32, 32)
     runners: dict[str, Callable[[], Any]] = {}
     for name, net in found.items():
         runners[f"{name}/torch"] = torch_runner(net, x)
-        runners[f"{name}/onnxruntime"] = onnx_runner(file_of(folder, name), x, 1)
+        runners[f"{name}/onnxruntime"] = onnx_runner(file_of(folder, name), x, threads)
         if compiled:
             runners[f"{name}/torch.compile"] = torch_runner(torch.compile(copy.deepcopy(net)), x)
     timings = time_together(runners, repeats=200 if batch == 1 else 40, warmup=5)
@@ -149,15 +151,20 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{''.join(c for c in name if c.isalnum())}.onnx"
 
 
-def compare(net: str, share: float, *, compiled: bool) -> None:
+def result_of(net: str, share: float, threads: int) -> Path:
+    more = "" if threads == 1 else f"-threads{threads}"
+    return RESULTS / f"{net}-{round(100 * share)}{more}.json"
+
+
+def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
     found, how = arms(net, share, read_results())
     example: Tensor = torch.randn(1, 3, 32, 32)
-    with torch_threads(1), tempfile.TemporaryDirectory() as name:
+    with torch_threads(threads), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = {
             n: resconv.export(m, file_of(folder, n), example).num_bytes for n, m in found.items()
         }
-        taken = {b: measure(found, b, folder, compiled=compiled) for b in (1, 32)}
+        taken = {b: measure(found, b, folder, threads, compiled=compiled) for b in (1, 32)}
     macs = {n: resconv.count(m, example).macs for n, m in found.items()}
     rows = [
         {
@@ -172,22 +179,24 @@ def compare(net: str, share: float, *, compiled: bool) -> None:
     record = {
         "net": net,
         "share": share,
+        "threads": threads,
         "plan": how,
-        "stamp": stamp(command=f"python -m benchmarks.latency {net}"),
+        "stamp": stamp(command=f"python -m benchmarks.latency {net} {threads}"),
         "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_text(RESULTS / f"{net}-{round(100 * share)}.json", json.dumps(record, indent=1) + "\n")
+    write_text(result_of(net, share, threads), json.dumps(record, indent=1) + "\n")
 
 
 def report(net: str) -> None:
     """Write the tables of a net from what was measured."""
     parts = []
-    for share in SHARES:
-        file = RESULTS / f"{net}-{round(100 * share)}.json"
-        if not file.is_file():
-            continue
+    files = sorted(
+        RESULTS.glob(f"{net}-*.json"), key=lambda f: [-float(n) for n in re.findall(r"\d+", f.stem)]
+    )
+    for file in files:
         record = json.loads(file.read_text(encoding="utf-8"))
+        share, threads = record["share"], record["threads"]
         dense = record["rows"][0]
         runtimes = list(dense["latency_ms"])
         lines = []
@@ -208,17 +217,19 @@ def report(net: str) -> None:
             lines.append(cells)
         header = ["arm", "MACs", *runtimes, "peak memory", "ONNX file"]
         parts.append(
-            f"### {net} at {share:.0%} of the MACs\n\n{record['stamp']} One thread, interleaved in "
-            f"random order, medians; all arms but dense are ratios to dense. Units of the resconv "
-            f"arm: {record['plan']}.\n\n{table(header, lines)}"
+            f"### {net} at {share:.0%} of the MACs, {threads} thread{'s' * (threads > 1)}\n\n"
+            f"{record['stamp']} Interleaved in random order, medians; all arms but dense are ratios "
+            f"to dense. Units of the resconv arm: {record['plan']}.\n\n{table(header, lines)}"
         )
     write_section(f"Latency at equal MACs: {net}", "\n\n".join(parts))
 
 
 def main() -> None:
     net = sys.argv[1] if len(sys.argv) > 1 else "resnet56"
+    threads = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     for share in SHARES:
-        compare(net, share, compiled=net == "resnet56" and share == SHARES[0])
+        compiled = (net, share, threads) == ("resnet56", SHARES[0], 1)
+        compare(net, share, threads, compiled=compiled)
     report(net)
 
 
