@@ -7,14 +7,12 @@ by ``python -m benchmarks.claims``.
 """
 
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,149 +29,14 @@ from resconv.files import write_text
 from resconv.gates import zeroed
 from resconv.ledger import ledger
 from resconv.measure import machine
+from resconv.outcome import Snapshot
 from resconv.run.pipeline import history
 from resconv.train import Recipe, evaluate, fit
 
+from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
 
-__all__ = [
-    "RESULTS",
-    "SUITES",
-    "Job",
-    "blocks_kept",
-    "chosen_arm",
-    "read_results",
-    "without_units",
-]
-
-RESULTS = Path(__file__).parent / "results" / "accuracy"
-WORK = Path("runs/accuracy")
-# A folder with train.parquet and test.parquet; CIFAR-10 as JPEG, see docs/results.md.
-CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One arm: what is trained, from which other arm's net, and for how long."""
-
-    name: str
-    kind: str  # one of KINDS
-    net: str
-    data: str
-    epochs: int
-    seed: int = 0
-    lr: float = 0.1
-    macs: float | None = None
-    num_params: float | None = None
-    start: str | None = None  # the arm whose trained net this one starts from
-    like: str | None = None  # the arm whose compact architecture this one trains from scratch
-    units: str = "all"
-    ranking: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        return WORK / self.name.replace("/", "-")
-
-    @property
-    def result(self) -> Path:
-        return RESULTS / f"{self.name.replace('/', '-')}.json"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "trained.safetensors"
-
-
-def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ...]) -> list[Job]:
-    """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
-    where = "digits" if data == "digits" else "cifar"
-    base = Job("", "", net, data, total - before)
-
-    def job(arm: str, share: float | None = None, **more: Any) -> Job:
-        at = "" if share is None else f"-{round(100 * share)}"
-        return replace(base, name=f"{where}/{net}/{arm}{at}", macs=share, **{"kind": arm, **more})
-
-    start = job("start", kind="dense", epochs=before)
-    jobs = [start, job("dense", epochs=total)]
-    for share in macs:
-        # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
-        ours = job("ours", share, num_params=share, start=start.name)
-        jobs += [
-            job("once", share, num_params=share, epochs=total),
-            ours,
-            job("ours-macs", share, kind="ours", start=start.name),
-            job("torch-pruning", share, start=start.name),
-            job("scratch", share, epochs=total, like=ours.name),
-        ]
-    return jobs
-
-
-def _ranked(net: str, before: int, total: int, macs: float, seeds: int = 3) -> list[Job]:
-    """Return the arms that choose whole branches by the scales, or in one shot by other rankings."""
-    jobs = []
-    for seed in range(seeds):
-        end = f"-seed{seed}"
-        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
-        base = replace(start, epochs=total - before, macs=macs, start=start.name, units="blocks")
-        jobs += [start, replace(base, name=f"digits/{net}/ranked-scales{end}", kind="ours")]
-        jobs += [
-            replace(base, name=f"digits/{net}/ranked-{r}{end}", kind="ranked", ranking=r)
-            for r in RANKINGS
-        ]
-    return jobs
-
-
-def _rates(net: str, before: int, total: int, shares: tuple[float, ...], seeds: int) -> list[Job]:
-    """Return the arms for accuracy right after pruning, over pruning rates."""
-    jobs = []
-    for seed in range(seeds):
-        end = f"-seed{seed}"
-        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
-        jobs.append(start)
-        jobs.append(replace(start, name=f"digits/{net}/whole{end}", epochs=total))
-        jobs += [
-            replace(
-                start,
-                name=f"digits/{net}/rate-{round(100 * share)}{end}",
-                kind="ours",
-                epochs=total - before,
-                macs=share,
-                start=start.name,
-            )
-            for share in shares
-        ]
-    return jobs
-
-
-def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) -> list[Job]:
-    """Return the arms that train a net with ResConv and without it."""
-    where = "digits" if data == "digits" else "cifar"
-    return [
-        Job(f"{where}/{net}/{kind}-seed{seed}", kind, net, data, epochs, seed, lr)
-        for seed in range(seeds)
-        for kind in ("dense", "resconv")
-    ]
-
-
-RANKINGS = ("random", "weight", "leave-one-out")
-
-SUITES: dict[str, list[Job]] = {
-    "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35)),
-    "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
-    "plain": [
-        *_plain("plainnet20", CIFAR, 3),
-        *_plain("plainnet56", CIFAR, 3),
-        *_plain("resnet20", CIFAR, 3),
-        *_plain("resnet56", CIFAR, 3),
-        *_plain("plainnet110", CIFAR, 3),
-    ],
-    "digits": [
-        job
-        for net in ("plainnet20", "plainnet56", "plainnet110", "resnet20", "resnet56")
-        for job in _plain(net, "digits", 30, seeds=3)
-    ],
-    "rankings": _ranked("resnet56", 30, 60, 0.5),
-    "rates": _rates("resnet56", 30, 60, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
-}
+__all__ = ["blocks_kept", "without_units"]
 
 
 def without_units(net: str, classes: int, channels: int, side: int, remove: list[str]) -> nn.Module:
@@ -202,18 +65,6 @@ def blocks_kept(net: str, remove: list[str]) -> list[str]:
     return kept
 
 
-def chosen_arm(net: str, share: float, results: dict[str, Any]) -> str | None:
-    """Return the arm whose net stands for the method at this share: latency is measured on it too."""
-    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("ours", "ours-macs", "once"))
-    return next((name for name in names if name in results), None)
-
-
-def read_results() -> dict[str, dict[str, Any]]:
-    """Return all results so far, by the name of the arm."""
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
-    return {row["name"]: row for row in found}
-
-
 def _create(job: Job, data: datasets.ImageData) -> nn.Module:
     torch.manual_seed(job.seed)
     return nets.create(job.net, num_classes=data.num_classes, in_channels=data.channels)
@@ -223,7 +74,7 @@ def _started(job: Job, data: datasets.ImageData) -> nn.Module:
     """Return the trained net that the job starts from."""
     assert job.start is not None
     model = _create(job, data)
-    model.load_state_dict(load_file(_job(job.start).weights))
+    model.load_state_dict(load_file(arm_named(job.start).weights))
     return model.eval()
 
 
@@ -274,7 +125,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         data=job.data,
         macs=job.macs,
         num_params=job.num_params,
-        weights=str(_job(job.start).weights),
+        weights=str(arm_named(job.start).weights),
         sparse_epochs=job.epochs,
         finetune_epochs=0,
         sparse_lr=job.lr,
@@ -286,17 +137,13 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     metrics = runs.compress(runs.open_run(folder.path))
     plan = folder.read_json("plan.json")
     steps = history(folder)
-    return {
+    size = {
         "top1": metrics["top1_pruned"],
-        "top1_training_form": metrics["top1_gated"],
-        "removed_with_nonzero_scale": metrics["removed_with_nonzero_scale"],
-        "num_units": metrics["num_units"],
-        "remove": plan["remove"],
-        "layout": blocks_kept(job.net, plan["remove"]),
         "macs_after": metrics["macs_compact"],
         "num_params_after": metrics["num_params_compact"],
-        "history": [[s.step, s.scales] for s in steps[:: max(1, len(steps) // 25)]],
     }
+    nonzero = metrics["removed_with_nonzero_scale"]
+    return size | _choice(job, metrics["top1_gated"], plan["remove"], nonzero, steps)
 
 
 def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
@@ -311,12 +158,22 @@ def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     plan = resconv.plan(gated.eval(), example, budget)
     compact = resconv.fuse(resconv.prune(gated, plan), example)
     resconv.verify(gated, compact, example, plan=plan)
-    return _finish(compact, job, data) | {
-        "top1_training_form": evaluate(gated, data),
-        "removed_with_nonzero_scale": [n for n in plan.remove if plan.scales[n] != 0],
-        "num_units": len(resconv.gates(gated)),
-        "remove": list(plan.remove),
-        "layout": blocks_kept(job.net, list(plan.remove)),
+    nonzero = [n for n in plan.remove if plan.scales[n] != 0]
+    return _finish(compact, job, data) | _choice(
+        job, evaluate(gated, data), list(plan.remove), nonzero, steps
+    )
+
+
+def _choice(
+    job: Job, top1: float, remove: list[str], nonzero: list[str], steps: list[Snapshot]
+) -> dict[str, Any]:
+    """Return what sparse training chose; ``top1`` is that of the training form."""
+    return {
+        "top1_training_form": top1,
+        "removed_with_nonzero_scale": nonzero,
+        "num_units": len(steps[0].scales),
+        "remove": remove,
+        "layout": blocks_kept(job.net, remove),
         "history": [[s.step, s.scales] for s in steps[:: max(1, len(steps) // 25)]],
     }
 
@@ -407,10 +264,6 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
     "ranked": _ranked_arm,
     "scratch": _scratch,
 }
-
-
-def _job(name: str | None) -> Job:
-    return next(job for suite in SUITES.values() for job in suite if job.name == name)
 
 
 def run(job: Job) -> None:

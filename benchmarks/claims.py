@@ -18,7 +18,7 @@ from matplotlib import pyplot
 
 from resconv.files import write_text
 
-from .accuracy import RANKINGS, SUITES, Job, chosen_arm, read_results
+from .arms import RANKINGS, SUITES, Job, chosen_arm, read_results
 from .goals import goals
 from .latency import RESULTS as LATENCY
 from .page import DOCS, table, write_section

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from .accuracy import SUITES, chosen_arm
+from .arms import SUITES, chosen_arm
 from .latency import RESULTS as LATENCY
 from .page import table, write_section
 

@@ -25,7 +25,8 @@ from resconv.files import write_text
 from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 
-from .accuracy import chosen_arm, read_results, without_units
+from .accuracy import without_units
+from .arms import chosen_arm, read_results
 from .channels import prune_channels
 from .page import stamp, table, write_section
 

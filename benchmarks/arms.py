@@ -1,0 +1,163 @@
+"""What is compared: the arms of every suite, and what came out of those that were run."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "RANKINGS",
+    "RESULTS",
+    "SUITES",
+    "Job",
+    "arm_named",
+    "chosen_arm",
+    "read_results",
+]
+
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+WORK = Path("runs/accuracy")
+# A folder with train.parquet and test.parquet; CIFAR-10 as JPEG, see docs/results.md.
+CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm: what is trained, from which other arm's net, and for how long."""
+
+    name: str
+    kind: str  # one of KINDS
+    net: str
+    data: str
+    epochs: int
+    seed: int = 0
+    lr: float = 0.1
+    macs: float | None = None
+    num_params: float | None = None
+    start: str | None = None  # the arm whose trained net this one starts from
+    like: str | None = None  # the arm whose compact architecture this one trains from scratch
+    units: str = "all"
+    ranking: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return WORK / self.name.replace("/", "-")
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name.replace('/', '-')}.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "trained.safetensors"
+
+
+def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ...]) -> list[Job]:
+    """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
+    where = "digits" if data == "digits" else "cifar"
+    base = Job("", "", net, data, total - before)
+
+    def job(arm: str, share: float | None = None, **more: Any) -> Job:
+        at = "" if share is None else f"-{round(100 * share)}"
+        return replace(base, name=f"{where}/{net}/{arm}{at}", macs=share, **{"kind": arm, **more})
+
+    start = job("start", kind="dense", epochs=before)
+    jobs = [start, job("dense", epochs=total)]
+    for share in macs:
+        # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
+        ours = job("ours", share, num_params=share, start=start.name)
+        jobs += [
+            job("once", share, num_params=share, epochs=total),
+            ours,
+            job("ours-macs", share, kind="ours", start=start.name),
+            job("torch-pruning", share, start=start.name),
+            job("scratch", share, epochs=total, like=ours.name),
+        ]
+    return jobs
+
+
+def _ranked(net: str, before: int, total: int, macs: float, seeds: int = 3) -> list[Job]:
+    """Return the arms that choose whole branches by the scales, or in one shot by other rankings."""
+    jobs = []
+    for seed in range(seeds):
+        end = f"-seed{seed}"
+        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
+        base = replace(start, epochs=total - before, macs=macs, start=start.name, units="blocks")
+        jobs += [start, replace(base, name=f"digits/{net}/ranked-scales{end}", kind="ours")]
+        jobs += [
+            replace(base, name=f"digits/{net}/ranked-{r}{end}", kind="ranked", ranking=r)
+            for r in RANKINGS
+        ]
+    return jobs
+
+
+def _rates(net: str, before: int, total: int, shares: tuple[float, ...], seeds: int) -> list[Job]:
+    """Return the arms for accuracy right after pruning, over pruning rates."""
+    jobs = []
+    for seed in range(seeds):
+        end = f"-seed{seed}"
+        start = Job(f"digits/{net}/start{end}", "dense", net, "digits", before, seed)
+        jobs.append(start)
+        jobs.append(replace(start, name=f"digits/{net}/whole{end}", epochs=total))
+        jobs += [
+            replace(
+                start,
+                name=f"digits/{net}/rate-{round(100 * share)}{end}",
+                kind="ours",
+                epochs=total - before,
+                macs=share,
+                start=start.name,
+            )
+            for share in shares
+        ]
+    return jobs
+
+
+def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) -> list[Job]:
+    """Return the arms that train a net with ResConv and without it."""
+    where = "digits" if data == "digits" else "cifar"
+    return [
+        Job(f"{where}/{net}/{kind}-seed{seed}", kind, net, data, epochs, seed, lr)
+        for seed in range(seeds)
+        for kind in ("dense", "resconv")
+    ]
+
+
+RANKINGS = ("random", "weight", "leave-one-out")
+
+SUITES: dict[str, list[Job]] = {
+    "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35)),
+    "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
+    "plain": [
+        *_plain("plainnet20", CIFAR, 3),
+        *_plain("plainnet56", CIFAR, 3),
+        *_plain("resnet20", CIFAR, 3),
+        *_plain("resnet56", CIFAR, 3),
+        *_plain("plainnet110", CIFAR, 3),
+    ],
+    "digits": [
+        job
+        for net in ("plainnet20", "plainnet56", "plainnet110", "resnet20", "resnet56")
+        for job in _plain(net, "digits", 30, seeds=3)
+    ],
+    "rankings": _ranked("resnet56", 30, 60, 0.5),
+    "rates": _rates("resnet56", 30, 60, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
+}
+
+
+def chosen_arm(net: str, share: float, results: dict[str, Any]) -> str | None:
+    """Return the arm whose net stands for the method at this share: latency is measured on it too."""
+    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("ours", "ours-macs", "once"))
+    return next((name for name in names if name in results), None)
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """Return all results so far, by the name of the arm."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
+    return {row["name"]: row for row in found}
+
+
+def arm_named(name: str | None) -> Job:
+    """Return the arm of that name, from whichever suite."""
+    return next(job for suite in SUITES.values() for job in suite if job.name == name)
