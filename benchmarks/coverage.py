@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 import resconv
 from resconv.convert import relative_error
 from resconv.gates import zeroed
-from resconv.trace import as_call
+from resconv.inputs import as_call
 from tests.helpers import VARIANCES, randomise, randomise_gates, settle, some_plan
 
 from . import coverage_page

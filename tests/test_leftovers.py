@@ -9,10 +9,11 @@ from torch import nn
 
 import resconv
 from resconv import nets
+from resconv.branches import find_blocks
 from resconv.gates import is_leaf
+from resconv.layers import find_layers
 from resconv.ops import clamp_limits
 from resconv.trace import record
-from resconv.units import find_blocks, find_layers
 
 from .helpers import randomise, randomise_gates, some_plan
 

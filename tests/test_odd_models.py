@@ -47,7 +47,7 @@ def prune_all(model, x, *, kept=(), remove=None, tolerance=1e-10, units="all"):
 
 
 def run(model, x):
-    from resconv.trace import as_call
+    from resconv.inputs import as_call
 
     args, kwargs = as_call(x)
     with torch.no_grad():

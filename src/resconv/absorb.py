@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .candidates import params_behind
 from .gates import BranchGate, Multiply, ResConv
+from .graph import Graph, Node, Ref
 from .kernel import fused_kernel
 from .ops import NORMS, kind, weight_values
 from .slices import Slices, by_input
 from .surgery import MustStayError, Surgery
-from .trace import Graph, Node, Ref
-from .units import params_behind
 
 __all__ = ["Kernel", "absorb", "tie_factors"]
 

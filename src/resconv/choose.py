@@ -9,6 +9,7 @@ from torch import nn
 from .budget import Budget
 from .errors import BudgetError, PlanError
 from .gates import gates
+from .inputs import unwrap
 from .latency import (
     LatencyTable,
     TimedNet,
@@ -20,7 +21,6 @@ from .latency import (
 )
 from .ledger import Ledger, excess, ledger
 from .plan import Plan, why_not_now
-from .trace import unwrap
 
 __all__ = ["plan", "plan_measured"]
 

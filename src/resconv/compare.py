@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from .errors import LoadError, VerificationError
+from .inputs import as_call
 from .runtimes import Opened, first_line, open_file, tensors_of
 from .signature import make_inputs
 from .store import load, read_header
-from .trace import as_call
 from .verify import Verification, compare_outputs
 
 __all__ = ["compare"]

@@ -22,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branches import find_blocks
+from .candidates import Candidate
 from .edits import apply_edit, droppable, indexed_containers
 from .errors import ConversionError, ResConvError
 from .gates import BranchGate, Gate, ResConv, is_plain_norm
-from .trace import as_call, evaluating, record, tensors_in, to_device_of, unwrap
-from .units import Candidate, find_blocks, find_layers, tap
+from .inputs import as_call, evaluating, tensors_in, to_device_of, unwrap
+from .layers import find_layers, tap
+from .trace import record
 
 __all__ = ["State", "convert", "require_finite", "state_of"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 
 from .errors import PruneError
-from .trace import Graph, Ref
+from .graph import Graph, Ref
 
 __all__ = [
     "CONV_GEOMETRY",

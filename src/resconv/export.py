@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
 from .files import write_together
 from .gates import Gate
+from .inputs import as_call, batch_size, evaluating, to_device_of, unwrap
 from .measure import as_batch
 from .plan import Plan
 from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
 from .signature import describe_inputs
-from .trace import as_call, batch_size, evaluating, to_device_of, unwrap
 from .verify import Verification, compare_outputs
 from .version import __version__
 

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .candidates import owner_of, why_untouchable
 from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
+from .graph import Ref
+from .inputs import unwrap
 from .kernel import fold_norm
-from .trace import Ref, record, unwrap
-from .units import norm_after, owner_of, why_untouchable
+from .layers import norm_after
+from .trace import record
 
 __all__ = ["conv_edit", "fill_convs", "fold_norms"]
 

@@ -7,8 +7,8 @@ from torch import nn
 from .errors import FusionError
 from .fold import fold_norms
 from .gates import ResConv, gates
+from .inputs import unwrap
 from .prune import operate
-from .trace import unwrap
 
 __all__ = ["fuse"]
 

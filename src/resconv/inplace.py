@@ -7,8 +7,8 @@ conv gone that memory is the conv's input, which a shortcut may read later.
 from collections.abc import Callable
 
 from .errors import PruneError
+from .graph import Node
 from .surgery import Surgery
-from .trace import Node
 
 __all__ = ["unsafe_writes"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import FusionError
 from .gates import ResConv
-from .units import tap
+from .layers import tap
 
 __all__ = ["add_identity", "fold_norm", "fused_kernel"]
 

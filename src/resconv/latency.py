@@ -26,6 +26,7 @@ from .export import onnx_bytes
 from .files import write_text
 from .fuse import fuse
 from .gates import gates
+from .inputs import unwrap
 from .ledger import Ledger, ledger
 from .measure import (
     Timing,
@@ -38,7 +39,6 @@ from .measure import (
 )
 from .plan import Plan
 from .prune import prune
-from .trace import unwrap
 from .weighing import design, solve
 
 __all__ = [

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .branches import find_blocks
+from .candidates import Candidate
 from .gates import Gate, ResConv, gates, is_leaf
-from .trace import Graph, Node, Ref, batch_size, record, unwrap
-from .units import Candidate, find_blocks, find_layers
+from .graph import Graph, Node, Ref
+from .inputs import batch_size, unwrap
+from .layers import find_layers
+from .trace import record
 
 _READ_BY = " -> "
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ExportError, MissingExtraError
-from .trace import as_call, batch_size, evaluating, to_device_of
+from .inputs import as_call, batch_size, evaluating, to_device_of
 
 __all__ = [
     "Timing",

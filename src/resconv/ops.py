@@ -12,7 +12,7 @@ An operation that is not listed is opaque: the analysis then refuses, it never g
 import math
 from collections.abc import Sequence
 
-from .trace import Graph, Node, Ref
+from .graph import Graph, Node, Ref
 
 __all__ = ["NORMS", "bounds", "clamp_limits", "is_identity", "kind", "weight_values"]
 

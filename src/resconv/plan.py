@@ -13,7 +13,7 @@ from torch import nn
 from .errors import PlanError
 from .files import write_text
 from .gates import gates
-from .trace import unwrap
+from .inputs import unwrap
 
 __all__ = ["Plan", "why_not_now"]
 

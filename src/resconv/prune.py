@@ -18,11 +18,13 @@ from .edits import apply_edits, indexed_containers
 from .errors import PlanError, PruneError
 from .fold import conv_edit, fill_convs
 from .gates import BranchGate, Gate, gates, is_leaf
+from .graph import Graph
+from .inputs import unwrap
 from .plan import Plan
 from .removal import decide
 from .rewrite import tree_edits
 from .surgery import MustStayError, Surgery, original_path
-from .trace import Graph, record, unwrap
+from .trace import record
 
 __all__ = ["leftovers", "operate", "prune"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
-from .trace import unwrap
+from .inputs import unwrap
 
 __all__ = ["recalibrate"]
 

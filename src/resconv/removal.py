@@ -12,12 +12,12 @@ import math
 
 from torch import nn
 
+from .branches import find_blocks
 from .errors import PruneError
 from .gates import BranchGate, Gate, Multiply, ResConv, gates
+from .graph import Graph, Node, Ref
 from .ops import bounds, clamp_limits, is_identity, kind
 from .surgery import Surgery
-from .trace import Graph, Node, Ref
-from .units import find_blocks
 
 __all__ = ["decide"]
 

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .edits import digest, droppable, encode, trace_forward
 from .errors import PruneError, TraceError
 from .gates import BranchGate, ResConv, is_leaf
+from .graph import Graph, Ref
 from .inplace import unsafe_writes
+from .inputs import evaluating
 from .surgery import MustStayError, Surgery, original_path
-from .trace import Graph, Ref, evaluating, record
+from .trace import record
 
 __all__ = ["tree_edits"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .errors import LoadError, MissingExtraError, SaveError
+from .inputs import as_call
 from .signature import check_signature, describe_inputs
-from .trace import as_call
 
 __all__ = ["SUFFIXES", "Opened", "first_line", "open_file", "quietly", "run_onnx", "tensors_of"]
 

@@ -8,9 +8,9 @@ absorbs one factor per channel. Whatever else reads the value collapses it: one 
 import torch
 from torch import Tensor
 
+from .graph import Graph, Node
 from .ops import NORMS
 from .scaling import Potentials
-from .trace import Graph, Node
 
 __all__ = ["Slices", "by_input"]
 

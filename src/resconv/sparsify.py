@@ -37,6 +37,7 @@ from .agree import are_several, by_first, differing_ranks, from_first, is_shared
 from .budget import Budget
 from .errors import BudgetError, ConversionError, ExportError, PruneError, RunError
 from .gates import BranchGate, Gate, ResConv, gates
+from .inputs import unwrap
 from .latency import (
     LatencyTable,
     check_latency,
@@ -50,7 +51,6 @@ from .outcome import Outcome, Snapshot
 from .scalars import Scalars, by_name, stack
 from .scores import Scores
 from .steering import Steering
-from .trace import unwrap
 
 __all__ = ["Sparsifier"]
 

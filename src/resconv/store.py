@@ -33,9 +33,9 @@ from .header import (
     read_header,
     seal,
 )
+from .inputs import unwrap
 from .plan import Plan
 from .signature import describe_inputs
-from .trace import unwrap
 from .version import __version__
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .gates import BranchGate
+from .graph import Graph
 from .scaling import Potentials
 from .slices import Slices
-from .trace import Graph
 
 __all__ = ["MustStayError", "Surgery", "original_path"]
 

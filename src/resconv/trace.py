@@ -7,14 +7,12 @@ blocks), and needs no per-architecture code. Of the smallest variants of 50 conv
 timm (python -m benchmarks.tracing; docs/coverage.md), torch.fx traces 46, in 0.07 s each (median, CPU
 time); torch.export all 50, in 0.99 s; a recorded forward all 50, in 0.09 s. fx fails where a forward
 branches on a size, and is used for one thing only: to rewrite the forward of a single block
-(rewrite.py), with the branches decided by the record. In-place writes are turned into new values on
-the way, so a value never changes once it is made.
+(rewrite.py), with the branches decided by the record.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,18 +22,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .errors import TraceError
+from .graph import Call, Graph, Node, Ref, Value
+from .inputs import as_call, batch_size, evaluating, tensors_in, to_device_of, unwrap
 
 __all__ = [
-    "Call",
     "Count",
-    "Graph",
-    "Node",
-    "Ref",
-    "Value",
     "count",
     "record",
-    "tensors_in",
-    "unwrap",
 ]
 
 # These change a tensor's shape in place, not its data.
@@ -46,197 +39,11 @@ _NO_VALUE = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 
 @dataclass(frozen=True)
-class Ref:
-    """A tensor's place in an argument list: the value it held."""
-
-    value: int
-
-
-@dataclass
-class Value:
-    """What one operation made. ``param`` is a parameter's or buffer's name, if it is one."""
-
-    index: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    producer: int | None = None
-    param: str | None = None
-    constant: bool = False  # computed from parameters alone
-
-
-@dataclass
-class Call:
-    """One call of one module, with the operations (nodes ``start:end``) it ran."""
-
-    index: int
-    path: str
-    module: nn.Module
-    parent: "Call | None"
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    start: int
-    end: int = -1
-    output: Any = None
-
-    def holds(self, node: "Node") -> bool:
-        return self.start <= node.index < self.end
-
-
-@dataclass
-class Node:
-    """One operation: ``op`` is the ATen name without its overload, or ``gate``."""
-
-    index: int
-    op: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    call: Call
-    macs: int = 0
-    tag: str | None = None
-
-
-@dataclass
-class Graph:
-    """The record of one forward pass. Modules are called by their first name in the model."""
-
-    nodes: list[Node] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    inputs: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-    output: Any = None
-    # Values that code may read which did not run this time, since other values decide on it. They
-    # are among the outputs, too.
-    exposed: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._users: dict[int, list[Node]] | None = None
-        self._calls_of: dict[str, list[Call]] | None = None
-        self._calls_to: dict[int, list[Call]] | None = None
-        self._places: dict[int, list[str]] | None = None
-
-    @property
-    def users(self) -> dict[int, list[Node]]:
-        """Readers of each value."""
-        if self._users is None:
-            self._users = {}
-            for node in self.nodes:
-                for value in dict.fromkeys(node.inputs):
-                    self._users.setdefault(value, []).append(node)
-        return self._users
-
-    def calls_of(self, path: str) -> list[Call]:
-        if self._calls_of is None:
-            self._calls_of = {}
-            for call in self.calls:
-                self._calls_of.setdefault(call.path, []).append(call)
-        return self._calls_of.get(path, [])
-
-    def calls_to(self, value: int) -> list[Call]:
-        """Calls that return this value."""
-        if self._calls_to is None:
-            self._calls_to = {}
-            for call in self.calls:
-                if isinstance(call.output, Ref):
-                    self._calls_to.setdefault(call.output.value, []).append(call)
-        return self._calls_to.get(value, [])
-
-    def places(self, model: nn.Module, module: nn.Module) -> list[str]:
-        """Every path at which ``module`` stands in the recorded ``model``."""
-        if self._places is None:
-            self._places = {}
-            for path, m in model.named_modules(remove_duplicate=False):
-                self._places.setdefault(id(m), []).append(path)
-        return self._places.get(id(module), [])
-
-    def producer(self, value: int) -> Node | None:
-        index = self.values[value].producer
-        return None if index is None else self.nodes[index]
-
-
-@dataclass(frozen=True)
 class Count:
     """Multiply-accumulates of one forward pass at the example's batch size 1, and parameters."""
 
     macs: int
     num_params: int
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DataParallel, DDP or ``torch.compile`` wrappers."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that ``example_inputs`` stands for.
-
-    A tensor is the one argument, a tuple or list the positional ones, a dict the keyword ones.
-    """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    raise TraceError(
-        f"example_inputs is a {type(example_inputs).__name__}; "
-        "give a tensor, a tuple of arguments or a dict of keyword arguments."
-    )
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Return every tensor of a nested structure: what pytrees know, and the fields of objects."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-
-    def look(tree: Any) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif isinstance(leaf, type | Enum | nn.Module) or callable(leaf):
-                continue
-            elif hasattr(leaf, "__dict__") and id(leaf) not in seen:
-                seen.add(id(leaf))
-                look(list(vars(leaf).values()))
-
-    look(tree)
-    return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, without gradients, and restore each one's own mode after."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
-    """Move example tensors to the model's device (floats to its dtype when they differ)."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if first is None:
-        return example_inputs
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else None)
-
-    return tree_map(move, example_inputs)
 
 
 def record(
@@ -512,9 +319,3 @@ def count(model: nn.Module, example_inputs: Any) -> Count:
         sum(node.macs for node in graph.nodes) // batch_size(example_inputs),
         sum(p.numel() for p in model.parameters()),
     )
-
-
-def batch_size(example_inputs: Any) -> int:
-    """Return the first dimension of the first example tensor (1 when it has none)."""
-    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1

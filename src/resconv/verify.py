@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 from .convert import relative_error
 from .errors import PlanError, VerificationError
 from .gates import gates, zeroed
+from .inputs import as_call, evaluating, tensors_in, to_device_of, unwrap
 from .plan import Plan
-from .trace import as_call, evaluating, tensors_in, to_device_of, unwrap
 
 __all__ = ["Verification", "compare_outputs", "verify"]
 

@@ -4,7 +4,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from resconv.data import BatchLoader, ImageData
-from resconv.trace import evaluating
+from resconv.inputs import evaluating
 
 __all__ = ["evaluate"]
 

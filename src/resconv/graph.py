@@ -1,0 +1,130 @@
+"""What a record of one forward pass consists of: values, the operations that made them, module calls.
+
+In-place writes are turned into new values on the way, so a value never changes once it is made.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = [
+    "Call",
+    "Graph",
+    "Node",
+    "Ref",
+    "Value",
+]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor's place in an argument list: the value it held."""
+
+    value: int
+
+
+@dataclass
+class Value:
+    """What one operation made. ``param`` is a parameter's or buffer's name, if it is one."""
+
+    index: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    producer: int | None = None
+    param: str | None = None
+    constant: bool = False  # computed from parameters alone
+
+
+@dataclass
+class Call:
+    """One call of one module, with the operations (nodes ``start:end``) it ran."""
+
+    index: int
+    path: str
+    module: nn.Module
+    parent: "Call | None"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: int
+    end: int = -1
+    output: Any = None
+
+    def holds(self, node: "Node") -> bool:
+        return self.start <= node.index < self.end
+
+
+@dataclass
+class Node:
+    """One operation: ``op`` is the ATen name without its overload, or ``gate``."""
+
+    index: int
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    call: Call
+    macs: int = 0
+    tag: str | None = None
+
+
+@dataclass
+class Graph:
+    """The record of one forward pass. Modules are called by their first name in the model."""
+
+    nodes: list[Node] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    output: Any = None
+    # Values that code may read which did not run this time, since other values decide on it. They
+    # are among the outputs, too.
+    exposed: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._users: dict[int, list[Node]] | None = None
+        self._calls_of: dict[str, list[Call]] | None = None
+        self._calls_to: dict[int, list[Call]] | None = None
+        self._places: dict[int, list[str]] | None = None
+
+    @property
+    def users(self) -> dict[int, list[Node]]:
+        """Readers of each value."""
+        if self._users is None:
+            self._users = {}
+            for node in self.nodes:
+                for value in dict.fromkeys(node.inputs):
+                    self._users.setdefault(value, []).append(node)
+        return self._users
+
+    def calls_of(self, path: str) -> list[Call]:
+        if self._calls_of is None:
+            self._calls_of = {}
+            for call in self.calls:
+                self._calls_of.setdefault(call.path, []).append(call)
+        return self._calls_of.get(path, [])
+
+    def calls_to(self, value: int) -> list[Call]:
+        """Calls that return this value."""
+        if self._calls_to is None:
+            self._calls_to = {}
+            for call in self.calls:
+                if isinstance(call.output, Ref):
+                    self._calls_to.setdefault(call.output.value, []).append(call)
+        return self._calls_to.get(value, [])
+
+    def places(self, model: nn.Module, module: nn.Module) -> list[str]:
+        """Every path at which ``module`` stands in the recorded ``model``."""
+        if self._places is None:
+            self._places = {}
+            for path, m in model.named_modules(remove_duplicate=False):
+                self._places.setdefault(id(m), []).append(path)
+        return self._places.get(id(module), [])
+
+    def producer(self, value: int) -> Node | None:
+        index = self.values[value].producer
+        return None if index is None else self.nodes[index]
