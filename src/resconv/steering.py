@@ -4,9 +4,10 @@ After a share of the run that only collects scores, the net that the schedule wa
 from the whole to the target. Whenever the planned zeros leave more than that, the unit that costs
 least for what it brings nearer to the limits is put under a penalty that grows until its scale is 0.
 
-What a unit on its way to 0 still does, its like (units of the same shapes, the blocks of one stage) will
-have to do. So its score is shared out among those of them that stay. Without that, units chosen soon
-after one another, before the scores of the others have changed, are all of one stage.
+A unit that goes leaves its work to its like (units of the same shapes, the blocks of one stage). Scores
+show that late, and in training at a high rate hardly for the last stages, so by scores alone nearly all
+of one stage goes. So every kind of unit is held to the share of all scores that it had in the whole net:
+the less of it is left, the more each of those that stay counts.
 """
 
 import math
@@ -42,6 +43,8 @@ class Steering:
     total: int
     fading: dict[str, Fade] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
+    # By kind of unit, its share of all scores when the first unit was chosen.
+    work: dict[str, float] = field(default_factory=dict)
     limit_ms: float = math.inf  # corrected by measuring the finished net
 
     @property
@@ -70,6 +73,7 @@ class Steering:
     ) -> None:
         """Put the next units under pressure, as many as the schedule asks for by now."""
         progress = self.progress(step)
+        self.work = self.work or self._shares(frozenset(), scores)
         # Where the schedule wants the net to be now; the limit itself at the end.
         wanted = [
             w - max(0.0, w - min(w, lim)) * progress
@@ -113,7 +117,7 @@ class Steering:
         """
         whole = [max(w, 1e-9) for w in self.costs.whole]
         now: Saving = self.costs.saving(taken)
-        shares = self._shares(taken, scores)
+        loads = self._loads(taken, scores)
         best, best_score = None, math.inf
         for name in self.costs.names:
             if name in taken or self.costs.empties(name, taken):
@@ -124,37 +128,42 @@ class Steering:
             )
             if useful <= 1e-12:
                 continue
-            load = math.sqrt(scores.get(name, math.inf)) * shares[self.costs.kinds[name]]
-            score = load / useful
+            load = loads.get(self.costs.kinds[name], 1.0)
+            score = math.sqrt(scores.get(name, math.inf)) * load / useful
             if best is None or score < best_score:
                 best, best_score = name, score
         return best
 
-    def _shares(self, taken: list[str], scores: Mapping[str, float]) -> dict[str, float]:
-        """Return, by kind of unit, how much more those that stay will have to do.
+    def _loads(self, taken: list[str], scores: Mapping[str, float]) -> dict[str, float]:
+        """Return, by kind of unit, how much more than their scores those that stay count.
 
-        That is what all do now, those on their way to 0 included, over what those that stay do now.
+        That is the share of all scores that the kind had in the whole net, over the share it has now.
         """
-        gone, zero = self.costs.gone(taken), self.costs.gone(self.zero)
-        done: dict[str, float] = {}
-        stays: dict[str, float] = {}
+        before = self.work or self._shares(frozenset(), scores)
+        now = self._shares(self.costs.gone(taken), scores)
+        return {k: before.get(k, 0.0) / share for k, share in now.items() if share > 0}
+
+    def _shares(self, gone: frozenset[str], scores: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of all scores that each kind of unit has, without those gone."""
+        found: dict[str, float] = {}
         for name in self.costs.names:
-            if name in zero:
-                continue
-            kind, load = self.costs.kinds[name], math.sqrt(scores.get(name, 0.0))
-            done[kind] = done.get(kind, 0.0) + load
-            stays[kind] = stays.get(kind, 0.0) + (0.0 if name in gone else load)
-        return {kind: done[kind] / stays[kind] if stays[kind] > 0 else 1.0 for kind in done}
+            if name not in gone:
+                kind = self.costs.kinds[name]
+                found[kind] = found.get(kind, 0.0) + math.sqrt(scores.get(name, 0.0))
+        whole = sum(found.values())
+        return {k: v / whole for k, v in found.items()} if whole > 0 else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "fading": {n: [f.start, f.end, f.scale] for n, f in self.fading.items()},
             "zero": list(self.zero),
+            "work": dict(self.work),
             "limit_ms": None if math.isinf(self.limit_ms) else self.limit_ms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.fading = {n: Fade(*f) for n, f in state["fading"].items()}
         self.zero = list(state["zero"])
+        self.work = dict(state.get("work", {}))
         limit = state.get("limit_ms")
         self.limit_ms = math.inf if limit is None else limit
