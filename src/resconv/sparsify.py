@@ -7,10 +7,9 @@ same on all shrinks a whole residual stage without making one scale 0 (reweighte
 
 With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
 the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a removed
-layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``), and takes
-over its share of what its like on their way to 0 still do (see steering.py). On a
-schedule that ends at 40 % of the run, the next units in that order are put under a penalty that
-grows until their scale is 0. So exactly enough scales end at 0, and the rest of the run trains the
+layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``). It counts for
+more, the less of its kind is left (see steering.py). On a schedule that ends at 40 % of the run,
+the next units in that order are put under a penalty that grows until their scale is 0. So exactly enough scales end at 0, and the rest of the run trains the
 net that will be shipped. A target in milliseconds is then measured on that net, once, and where it
 misses, more units go.
 
