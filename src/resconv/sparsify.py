@@ -6,12 +6,12 @@ its share of the MACs (or of the measured latency) and as ``1 / (s + eps)``: pre
 same on all shrinks a whole residual stage without making one scale 0 (reweighted L1).
 
 With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
-the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a removed
-layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``). It counts for
-more, the less of its kind is left (see steering.py). On a schedule that ends at 40 % of the run,
-the next units in that order are put under a penalty that grows until their scale is 0. So exactly enough scales end at 0, and the rest of the run trains the
-net that will be shipped. A target in milliseconds is then measured on that net, once, and where it
-misses, more units go.
+the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a
+removed layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``).
+It counts for more, the less of its kind is left (see steering.py). On a schedule that ends at 40 %
+of the run, the next units in that order are put under a penalty that grows until their scale is 0.
+So exactly enough scales end at 0, and the rest of the run trains the net that will be shipped. A
+target in milliseconds is then measured on that net, once, and where it misses, more units go.
 
 ``s`` and the norm's weight ``g`` multiply, so L1 alone is cheated (``s`` shrinks, ``g`` grows). After
 each step ``(s, g, b)`` becomes ``(s r, g / r, b / r)`` with ``r`` the root mean square of ``g``: the same
