@@ -7,14 +7,15 @@
                       An untrained net simply gets the shortcut (that is what makes deep plain nets
                       trainable), except where a layer lies in a residual branch: the block's own
                       shortcut does it there, and a second one multiplies the stream in every block
-                      (2^27 in a ResNet-56, whose training ends in NaN), so p = 0. What is added to
-                      an identity n times in a row starts at s = 1 / sqrt(n), so that all of it
-                      together is about as large as the stream, however deep the net is (Hanin and
-                      Rolnick 2018; De and Smith 2020). At s = 1 deep nets train badly or not at all,
-                      by the seed.
+                      (2^27 in a ResNet-56, whose training ends in NaN), so p = 0. Where n branches
+                      meet a stream of one shape, each starts at s = 1 / sqrt(n), so that together
+                      they add about as much as it holds, however deep the net is (Hanin and Rolnick
+                      2018; De and Smith 2020). At s = 1 deep nets train badly or not at all, by the
+                      seed.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,17 @@ def convert(
         gate.unit = places[place]
         set_submodule(model, place, gate)
     if start == "identity" and fresh:
-        _start_small(model, {moved.get(c.gate, c.gate) for c in branches})
+        placed = {m.unit: m for m in model.modules() if isinstance(m, ResConv)}
+        joins: list[
+            tuple[nn.Module, int]
+        ] = [  # what meets an identity, and the value it is added to
+            (placed[c.conv], graph.calls_of(c.conv)[0].args[0].value)
+            for c in chosen
+            if c.unit.kind == "layer" and _is_open(placed[c.conv])
+        ]
+        ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
+        joins += [(model.get_submodule(place), value) for place, value in ends.items()]
+        _start_small([(m, graph.values[value].shape) for m, value in joins])
     model.resconv_state = state  # type: ignore[assignment]
     if start == "keep" or not fresh:
         _check(model, example_inputs, graph.output)
@@ -170,15 +181,15 @@ def convert(
 
 
 @torch.no_grad()
-def _start_small(model: nn.Module, ends: set[str]) -> None:
-    """Set s = 1 / sqrt(n) where one of the ``n`` branches of an untrained net meets an identity.
+def _start_small(joins: list[tuple[nn.Module, tuple[int, ...]]]) -> None:
+    """Set s = 1 / sqrt(n) where ``n`` branches of an untrained net meet identities of one shape.
 
-    ``ends`` are the places where the branches of its own residual blocks end.
+    A branch whose end has no gate counts, and stays as it is.
     """
-    shortcuts = [m for m in model.modules() if isinstance(m, ResConv) and _is_open(m)]
-    gated = [m for n in ends if isinstance(m := model.get_submodule(n), Gate)]
-    for gate in (*shortcuts, *gated):
-        gate.scale.fill_((len(shortcuts) + len(ends)) ** -0.5)
+    count = Counter(shape for _, shape in joins)
+    for module, shape in joins:
+        if isinstance(module, Gate):
+            module.scale.fill_(count[shape] ** -0.5)
 
 
 def _is_open(gate: ResConv) -> bool:

@@ -112,10 +112,12 @@ class Steering:
     ) -> str | None:
         """Return the unit whose removal costs least for what it brings nearer to the limits.
 
-        ``over`` is what is over the limits (MACs, parameters, milliseconds). More than that is of
-        no use, so the last unit is one that fits, not the one that is cheapest per MAC.
+        ``over`` is what is over the limits (MACs, parameters, milliseconds). To remove more than that
+        is a waste, and counts as one: the last unit is one that fits, and parameters that are
+        within their limit are spared.
         """
-        whole = [max(w, 1e-9) for w in self.costs.whole]
+        sizes = [max(w, 1e-9) for w in self.costs.whole]
+        limited = [math.isfinite(lim) for lim in self.limits]
         now: Saving = self.costs.saving(taken)
         loads = self._loads(taken, scores)
         best, best_score = None, math.inf
@@ -123,13 +125,14 @@ class Steering:
             if name in taken or self.costs.empties(name, taken):
                 continue
             then = self.costs.saving([*taken, name])
-            useful = sum(
-                min(t - n, o) / w for t, n, o, w in zip(then, now, over, whole, strict=True)
-            )
+            saved = [t - n for t, n in zip(then, now, strict=True)]
+            # What is saved of limited costs, and what of that is over the limits.
+            whole = sum(v / w for v, w, lim in zip(saved, sizes, limited, strict=True) if lim)
+            useful = sum(min(v, o) / w for v, o, w in zip(saved, over, sizes, strict=True))
             if useful <= 1e-12:
                 continue
             load = loads.get(self.costs.kinds[name], 1.0)
-            score = math.sqrt(scores.get(name, math.inf)) * load / useful
+            score = math.sqrt(scores.get(name, math.inf)) * load / useful * (whole / useful)
             if best is None or score < best_score:
                 best, best_score = name, score
         return best
