@@ -496,3 +496,18 @@ def test_every_kind_of_unit_keeps_its_share_of_the_work():
     # Where scores differ by far, they decide: all others go first.
     scores |= {n: 100.0 for n in scores if stage[n] == "layer1"}
     assert chosen() == {"layer1": 2, "layer2": 8, "layer3": 8}
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.35])
+def test_no_more_is_removed_than_the_target_asks_for(share):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    costs = ledger(resconv.convert(nets.create("resnet56"), x, units="all"), x)
+    # A whole block is a little cheaper than one of its layers, and removes twice as much.
+    scores = {n: 1.0 if "conv" in n else 0.9 for n in costs.names}
+    steering = Steering(costs, resconv.Budget(macs=share), 1000)
+    steering.choose(999, scores, lambda name: 1.0)
+    left = costs.left(steering.taken).macs
+    one = costs.own_macs("layer1.0.conv1")
+    assert share * costs.macs - one < left <= share * costs.macs
+    assert costs.own_macs("layer1.0") == 2 * one
