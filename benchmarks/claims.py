@@ -18,7 +18,7 @@ from matplotlib import pyplot
 
 from resconv.files import write_text
 
-from .arms import RANKINGS, SUITES, Job, chosen_arm, read_results
+from .arms import RANKINGS, RESULTS, SUITES, Job, chosen_arm, read_results
 from .goals import goals
 from .latency import RESULTS as LATENCY
 from .page import DOCS, table, write_section
@@ -155,6 +155,40 @@ def compare(suite: str, results: Rows) -> None:
             lines,
         )
         + ("\n\nPruning without retraining: " + "; ".join(exact) + "." if exact else ""),
+    )
+
+
+def earlier(results: Rows) -> None:
+    """Show what the same arms gave with the schedules that were tried before."""
+    files = sorted((RESULTS.parent / "earlier").glob("*.json"))
+    rows = [json.loads(f.read_text(encoding="utf-8")) for f in files]
+    dense = results.get("cifar/resnet56/dense")
+    if not rows or not dense:
+        return
+    now = [(r, "as it is now", "") for n in {r["name"] for r in rows} if (r := results.get(n))]
+    before = [(r, r["schedule"], f"`{r['commit']}`") for r in rows]
+    lines = [
+        [
+            f"`{row['name'].rpartition('/')[2]}`",
+            schedule,
+            commit,
+            f"{row['macs_after'] / dense['macs_after']:.1%}",
+            f"{row['num_params_after'] / dense['num_params_after']:.1%}",
+            ", ".join(row["layout"]),
+            f"{row['top1']:.2f}",
+            f"{row['top1'] - dense['top1']:+.2f}",
+        ]
+        for row, schedule, commit in sorted((*before, *now), key=lambda r: (r[0]["name"], not r[2]))
+    ]
+    write_section(
+        "Tried: schedules of sparse training",
+        "Written by `python -m benchmarks.claims`. The same arms as above, with every schedule that was "
+        "run on the test set; each has one seed, and none was run twice. Differences of a few "
+        "tenths of a point are within what a seed does.\n\n"
+        + table(
+            ["arm", "schedule", "commit", "MACs", "parameters", "blocks kept", "top-1", "to dense"],
+            lines,
+        ),
     )
 
 
@@ -363,6 +397,7 @@ def readme(results: Rows) -> None:
 WRITERS: tuple[Callable[[Rows], None], ...] = (
     lambda results: compare("resnet56", results),
     lambda results: compare("resnet110", results),
+    earlier,
     plain,
     scales,
     rankings,

@@ -75,15 +75,22 @@ def accuracy(results: Rows) -> list[Goal]:
                     None if change is None else round(change, 2) >= -most,
                 )
             )
-            gain = row["top1"] - filters["top1"] if row and filters else None
-            found.append(
-                Goal(
-                    "C5",
-                    f"{what}: better than Torch-Pruning",
-                    "" if gain is None else f"{gain:+.2f} points",
-                    None if gain is None else gain > 0,
+            scratch = results.get(f"cifar/resnet56/scratch-{share}") if arm == "ours" else None
+            for other, claim, name in (
+                (filters, "C5", "Torch-Pruning"),
+                (scratch, "control", "the same net from scratch"),
+            ):
+                if other is None:
+                    continue
+                gain = row["top1"] - other["top1"] if row else None
+                found.append(
+                    Goal(
+                        claim,
+                        f"{what}: better than {name}",
+                        "" if gain is None else f"{gain:+.2f} points",
+                        None if gain is None else gain > 0,
+                    )
                 )
-            )
     return found
 
 
