@@ -70,7 +70,7 @@ def assert_same(a, b):
 
 
 # Few epochs in which the units go one after the other; the run is stopped where some are fading.
-BUDGET, EPOCHS, STOP = resconv.Budget(macs=0.4), 20, 9
+BUDGET, EPOCHS, STOP = resconv.Budget(macs=0.4), 20, 5
 
 
 def fit_lightning(folder, *, resume=None, callbacks=True, **options):
