@@ -11,10 +11,14 @@ __all__ = [
     "RESULTS",
     "SUITES",
     "Job",
+    "Rows",
     "arm_named",
     "chosen_arm",
     "read_results",
+    "top1_with_and_without",
 ]
+
+Rows = dict[str, dict[str, Any]]  # results by the name of the arm
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 WORK = Path("runs/accuracy")
@@ -27,7 +31,7 @@ class Job:
     """One arm: what is trained, from which other arm's net, and for how long."""
 
     name: str
-    kind: str  # one of KINDS
+    kind: str  # one of accuracy.KINDS
     net: str
     data: str
     epochs: int
@@ -146,16 +150,25 @@ SUITES: dict[str, list[Job]] = {
 }
 
 
-def chosen_arm(net: str, share: float, results: dict[str, Any]) -> str | None:
+def chosen_arm(net: str, share: float, results: Rows) -> str | None:
     """Return the arm whose net stands for the method at this share: latency is measured on it too."""
     names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("ours", "ours-macs", "once"))
     return next((name for name in names if name in results), None)
 
 
-def read_results() -> dict[str, dict[str, Any]]:
+def read_results() -> Rows:
     """Return all results so far, by the name of the arm."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
     return {row["name"]: row for row in found}
+
+
+def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[float], list[float]]:
+    """Return top-1 of a net as it is and with ResConv, for each seed that was run."""
+    jobs = [j for j in SUITES[suite] if j.net == net and j.name in results]
+    plain, ours = (
+        [results[j.name]["top1"] for j in jobs if j.kind == kind] for kind in ("dense", "resconv")
+    )
+    return plain, ours
 
 
 def arm_named(name: str | None) -> Job:

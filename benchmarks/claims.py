@@ -18,12 +18,20 @@ from matplotlib import pyplot
 
 from resconv.files import write_text
 
-from .arms import RANKINGS, RESULTS, SUITES, Job, chosen_arm, read_results
+from .arms import (
+    RANKINGS,
+    RESULTS,
+    SUITES,
+    Job,
+    Rows,
+    chosen_arm,
+    read_results,
+    top1_with_and_without,
+)
 from .goals import goals
-from .latency import RESULTS as LATENCY
+from .latency import read_records
 from .page import DOCS, table, write_section
 
-Rows = dict[str, dict[str, Any]]
 MISSING = "not run"
 
 
@@ -54,7 +62,7 @@ def done(jobs: list[Job], results: Rows) -> list[dict[str, Any]]:
     return [results[job.name] for job in jobs if job.name in results]
 
 
-def plain(results: Rows) -> None:
+def with_resconv(results: Rows) -> None:
     """C1 and C2: the same net with ResConv and without it, nothing pruned."""
     for suite in ("plain", "digits"):
         jobs = SUITES[suite]
@@ -62,21 +70,16 @@ def plain(results: Rows) -> None:
             continue
         lines = []
         for net in dict.fromkeys(job.net for job in jobs):
-            cells = {}
-            for kind in ("dense", "resconv"):
-                mine = [j for j in jobs if j.net == net and j.kind == kind]
-                cells[kind] = [r["top1"] for r in done(mine, results)]
-            both = min(len(cells["dense"]), len(cells["resconv"]))
-            gains = [
-                b - a for a, b in zip(cells["dense"][:both], cells["resconv"][:both], strict=True)
-            ]
+            plain, ours = top1_with_and_without(suite, net, results)
+            both = min(len(plain), len(ours))
+            gains = [b - a for a, b in zip(plain[:both], ours[:both], strict=True)]
             lines.append(
                 [
                     net,
                     str(jobs[0].epochs),
                     str(both),
-                    spread(cells["dense"]),
-                    spread(cells["resconv"]),
+                    spread(plain),
+                    spread(ours),
                     f"{statistics.fmean(gains):+.2f}" if gains else "",
                 ]
             )
@@ -342,13 +345,12 @@ def readme(results: Rows) -> None:
     found = done(SUITES["resnet56"], results)
     dense = results.get("cifar/resnet56/dense")
     lines = []
-    for share in (50, 35):
-        file = LATENCY / f"resnet56-{share}.json"
-        if dense is None or not file.is_file():
+    for record in read_records():
+        if dense is None or record["net"] != "resnet56" or record["threads"] != 1:
             continue
-        timed = {r["arm"]: r for r in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-        ours = chosen_arm("resnet56", share / 100, results)
-        other = f"cifar/resnet56/torch-pruning-{share}"
+        timed = {r["arm"]: r for r in record["rows"]}
+        ours = chosen_arm("resnet56", record["share"], results)
+        other = f"cifar/resnet56/torch-pruning-{round(100 * record['share'])}"
         for name, arm in ((ours, "resconv"), (other, "Torch-Pruning")):
             row = results.get(name or "")
             if row is None or arm not in timed:
@@ -374,13 +376,11 @@ def readme(results: Rows) -> None:
         "everything else that was measured in [docs/results.md](docs/results.md)."
     )
     pairs = {
-        net: [results.get(f"cifar/{net}/{kind}-seed0") for kind in ("dense", "resconv")]
+        net: top1_with_and_without("plain", net, results)
         for net in dict.fromkeys(job.net for job in SUITES["plain"])
     }
     trained = [
-        [net, *(f"{row['top1']:.2f}" for row in rows if row)]
-        for net, rows in pairs.items()
-        if all(rows)
+        [net, spread(plain), spread(ours)] for net, (plain, ours) in pairs.items() if plain and ours
     ]
     text += (
         f"\n\nThe same nets, {SUITES['plain'][0].epochs} epochs on CIFAR-10 (JPEG), trained as they are and "
@@ -398,7 +398,7 @@ WRITERS: tuple[Callable[[Rows], None], ...] = (
     lambda results: compare("resnet56", results),
     lambda results: compare("resnet110", results),
     earlier,
-    plain,
+    with_resconv,
     scales,
     rankings,
     rates,

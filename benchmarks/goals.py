@@ -1,17 +1,17 @@
 """Each goal with what was measured for it, and whether it held: worked out from benchmarks/results/."""
 
-import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .arms import SUITES, chosen_arm
-from .latency import RESULTS as LATENCY
+from .arms import SUITES, Rows, chosen_arm, top1_with_and_without
+from .latency import read_records
 from .page import table, write_section
 
 __all__ = ["goals"]
 
-Rows = dict[str, dict[str, Any]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,29 @@ class Goal:
         return [self.claim, self.text, self.measured or "not run", words[self.held]]
 
 
+def difference(
+    claim: str,
+    text: str,
+    row: Row | None,
+    other: Row | None,
+    holds: Callable[[float], bool],
+    missing: str = "",
+) -> Goal:
+    """Return the goal for what an arm's top-1 gains on another's, in points."""
+    if not row or not other:
+        return Goal(claim, text, missing, None)
+    points = row["top1"] - other["top1"]
+    return Goal(claim, text, f"{points:+.2f} points", holds(points))
+
+
 def training(results: Rows) -> list[Goal]:
     """C1: is the accuracy with ResConv higher? C2: do deep plain nets train at all?"""
     found = []
     for suite, where in (("digits", "digits"), ("plain", "CIFAR-10 (JPEG)")):
         for net in dict.fromkeys(job.net for job in SUITES[suite]):
-            jobs = [j for j in SUITES[suite] if j.net == net]
-            plain, ours = (
-                [results[j.name]["top1"] for j in jobs if j.kind == kind and j.name in results]
-                for kind in ("dense", "resconv")
-            )
-            done = len(plain) == len(ours) == len(jobs) / 2
+            plain, ours = top1_with_and_without(suite, net, results)
+            seeds = sum(j.net == net for j in SUITES[suite]) / 2
+            done = len(plain) == len(ours) == seeds
             mean = [statistics.fmean(v) for v in (plain, ours) if v]
             measured = (
                 f"{mean[0]:.2f} -> {mean[1]:.2f} ({len(ours)} seed{'s' * (len(ours) > 1)})"
@@ -66,40 +78,23 @@ def accuracy(results: Rows) -> list[Goal]:
             row = results.get(f"cifar/resnet56/{arm}-{share}")
             filters = results.get(f"cifar/resnet56/torch-pruning-{share}")
             what = f"resnet56, CIFAR-10 (JPEG), {share} % of the {words}"
-            change = row["top1"] - dense["top1"] if row and dense else None
-            found.append(
-                Goal(
-                    "C6",
-                    f"{what}: at most {most} points below the dense net",
-                    "" if change is None else f"{change:+.2f} points",
-                    None if change is None else round(change, 2) >= -most,
-                )
-            )
+            text = f"{what}: at most {most} points below the dense net"
+            found.append(difference("C6", text, row, dense, lambda d, m=most: round(d, 2) >= -m))
             scratch = results.get(f"cifar/resnet56/scratch-{share}") if arm == "ours" else None
             for other, claim, name in (
                 (filters, "C5", "Torch-Pruning"),
                 (scratch, "control", "the same net from scratch"),
             ):
-                if other is None:
-                    continue
-                gain = row["top1"] - other["top1"] if row else None
-                found.append(
-                    Goal(
-                        claim,
-                        f"{what}: better than {name}",
-                        "" if gain is None else f"{gain:+.2f} points",
-                        None if gain is None else gain > 0,
-                    )
-                )
+                if other is not None:
+                    text = f"{what}: better than {name}"
+                    found.append(difference(claim, text, row, other, lambda d: d > 0))
     return found
 
 
 def speed(results: Rows) -> list[Goal]:
     """Latency in ONNX Runtime at batch 1 and peak memory, against filter pruning and the MACs."""
     found = []
-    files = sorted(LATENCY.glob("*.json"), key=lambda f: f.stem)
-    for file in files:
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for record in read_records():
         rows = {r["arm"]: r for r in record["rows"]}
         dense, ours = rows["dense"], rows["resconv"]
         net, share = record["net"], record["share"]
@@ -132,15 +127,8 @@ def goals(results: Rows) -> None:
     found = [*training(results), *accuracy(results), *speed(results)]
     share = next(j for j in SUITES["resnet110"] if j.name.endswith("/ours-34"))
     dense, ours = results.get("cifar/resnet110/dense"), results.get(share.name)
-    change = ours["top1"] - dense["top1"] if ours and dense else None
-    found.append(
-        Goal(
-            "C7",
-            "resnet110, CIFAR-10 (JPEG), -65.5 % of the MACs: no loss (the paper: -0.13)",
-            "needs a GPU" if change is None else f"{change:+.2f} points",
-            None if change is None else change >= 0,
-        )
-    )
+    text = "resnet110, CIFAR-10 (JPEG), -65.5 % of the MACs: no loss (the paper: -0.13)"
+    found.append(difference("C7", text, ours, dense, lambda d: d >= 0, missing="needs a GPU"))
     found.sort(key=lambda g: g.claim)
     write_section(
         "Goals, and whether they held",

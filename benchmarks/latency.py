@@ -8,7 +8,6 @@ hand (benchmarks/results/accuracy), else evenly spread ones.
 
 import copy
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -189,14 +188,18 @@ def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
     write_text(result_of(net, share, threads), json.dumps(record, indent=1) + "\n")
 
 
+def read_records() -> list[dict[str, Any]]:
+    """Return all that was measured: by net, the largest share of the MACs and one thread first."""
+    found = [json.loads(f.read_text(encoding="utf-8")) for f in RESULTS.glob("*.json")]
+    return sorted(found, key=lambda r: (r["net"], -r["share"], r["threads"]))
+
+
 def report(net: str) -> None:
     """Write the tables of a net from what was measured."""
     parts = []
-    files = sorted(
-        RESULTS.glob(f"{net}-*.json"), key=lambda f: [-float(n) for n in re.findall(r"\d+", f.stem)]
-    )
-    for file in files:
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for record in read_records():
+        if record["net"] != net:
+            continue
         share, threads = record["share"], record["threads"]
         dense = record["rows"][0]
         runtimes = list(dense["latency_ms"])

@@ -28,6 +28,7 @@ from .candidates import Candidate
 from .edits import apply_edit, droppable, indexed_containers
 from .errors import ConversionError, ResConvError
 from .gates import BranchGate, Gate, ResConv, is_plain_norm
+from .graph import Graph
 from .inputs import as_call, evaluating, tensors_in, to_device_of, unwrap
 from .layers import find_layers, tap
 from .trace import record
@@ -163,17 +164,8 @@ def convert(
         gate.unit = places[place]
         set_submodule(model, place, gate)
     if start == "identity" and fresh:
-        placed = {m.unit: m for m in model.modules() if isinstance(m, ResConv)}
-        joins: list[
-            tuple[nn.Module, int]
-        ] = [  # what meets an identity, and the value it is added to
-            (placed[c.conv], graph.calls_of(c.conv)[0].args[0].value)
-            for c in chosen
-            if c.unit.kind == "layer" and _is_open(placed[c.conv])
-        ]
         ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
-        joins += [(model.get_submodule(place), value) for place, value in ends.items()]
-        _start_small([(m, graph.values[value].shape) for m, value in joins])
+        _start_small(model, graph, chosen, ends)
     model.resconv_state = state  # type: ignore[assignment]
     if start == "keep" or not fresh:
         _check(model, example_inputs, graph.output)
@@ -181,15 +173,23 @@ def convert(
 
 
 @torch.no_grad()
-def _start_small(joins: list[tuple[nn.Module, tuple[int, ...]]]) -> None:
+def _start_small(
+    model: nn.Module, graph: Graph, chosen: list[Candidate], ends: dict[str, int]
+) -> None:
     """Set s = 1 / sqrt(n) where ``n`` branches of an untrained net meet identities of one shape.
 
-    A branch whose end has no gate counts, and stays as it is.
+    ``ends`` are the places where the branches of its own blocks end, with the value each is added
+    to. A branch whose end has no gate counts, and stays as it is.
     """
-    count = Counter(shape for _, shape in joins)
-    for module, shape in joins:
+    joins = [(model.get_submodule(place), value) for place, value in ends.items()]
+    layers = {m.unit: m for m in model.modules() if isinstance(m, ResConv)}
+    for c in chosen:
+        if c.unit.kind == "layer" and _is_open(layers[c.conv]):
+            joins.append((layers[c.conv], graph.calls_of(c.conv)[0].args[0].value))
+    count = Counter(graph.values[value].shape for _, value in joins)
+    for module, value in joins:
         if isinstance(module, Gate):
-            module.scale.fill_(count[shape] ** -0.5)
+            module.scale.fill_(count[graph.values[value].shape] ** -0.5)
 
 
 def _is_open(gate: ResConv) -> bool:

@@ -10,7 +10,6 @@ latency.py): each unit has the milliseconds that leave with it beyond those of t
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -22,8 +21,6 @@ from .graph import Graph, Node, Ref
 from .inputs import batch_size, unwrap
 from .layers import find_layers
 from .trace import record
-
-_READ_BY = " -> "
 
 __all__ = ["Ledger", "Saving", "excess", "ledger"]
 
@@ -50,15 +47,11 @@ class Ledger:
     atom_macs: tuple[int, ...]
     atom_params: tuple[int, ...]  # of parameters that operations of this atom alone read
     shared_params: tuple[tuple[frozenset[int], int], ...]  # read by several atoms
-    signatures: dict[str, str]  # units that compute the same on the same shapes have the same
+    kinds: dict[str, str]  # what each unit computes: units of the same shapes have the same
+    signatures: dict[str, str]  # the kind, and what reads the unit: the same text costs the same time
     inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
     latency_ms: float = 0.0
     unit_ms: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def kinds(self) -> dict[str, str]:
-        """Return what each unit computes: units of the same shapes have the same."""
-        return {name: text.partition(_READ_BY)[0] for name, text in self.signatures.items()}
 
     @property
     def whole(self) -> Saving:
@@ -173,6 +166,7 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
             atom_params[min(atoms)] += sizes[param]
         else:
             shared[atoms] = shared.get(atoms, 0) + sizes[param]
+    kinds = {n: _kind(graph, found[n]) for n in names}
     return Ledger(
         macs=sum(n.macs for n in graph.nodes) // batch,
         num_params=sum(sizes.values()),
@@ -181,7 +175,8 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
         atom_macs=tuple(m // batch for m in atom_macs),
         atom_params=tuple(atom_params),
         shared_params=tuple(shared.items()),
-        signatures={n: _signature(graph, found[n]) for n in names},
+        kinds=kinds,
+        signatures={n: f"{kinds[n]} -> {_readers_of(graph, found[n])}" for n in names},
         inner={
             n: frozenset(m for m in names if m != n and found[m].nodes <= found[n].nodes)
             for n in names
@@ -189,9 +184,14 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
     )
 
 
-def _signature(graph: Graph, candidate: Candidate) -> str:
-    """Describe what a unit computes, and what reads it: the same text costs the same time."""
+def _kind(graph: Graph, candidate: Candidate) -> str:
+    """Describe what a unit computes, on which shapes."""
     parts = [_describe(graph, graph.nodes[i]) for i in sorted(candidate.nodes)]
+    return f"{candidate.unit.kind}: {'; '.join(parts)}"
+
+
+def _readers_of(graph: Graph, candidate: Candidate) -> str:
+    """Describe what reads a unit."""
     outside = [
         user
         for i in sorted(candidate.nodes)
@@ -199,8 +199,7 @@ def _signature(graph: Graph, candidate: Candidate) -> str:
         for user in graph.users.get(value, [])
         if user.index not in candidate.nodes
     ]
-    readers = sorted({op for user in outside for op in _ops(graph, user)})
-    return f"{candidate.unit.kind}: {'; '.join(parts)}{_READ_BY}{', '.join(readers)}"
+    return ", ".join(sorted({op for user in outside for op in _ops(graph, user)}))
 
 
 def _ops(graph: Graph, node: Node) -> list[str]:

@@ -65,7 +65,7 @@ def find_ranks() -> Ranks:
 def join() -> Ranks:
     """Return this process's ranks; connect them, where there are several and none has yet."""
     ranks = find_ranks()
-    if ranks.world_size > 1 and not distributed.is_initialized():
+    if ranks.are_several and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # The others wait while the first one evaluates and prunes.
         distributed.init_process_group(
@@ -86,7 +86,7 @@ def choose_devices(asked: int | str) -> dict[str, Any]:
     ranks = find_ranks()
     cuda = torch.cuda.is_available()
     accelerator = "cuda" if cuda else "cpu"
-    if ranks.world_size > 1:
+    if ranks.are_several:
         return {
             "accelerator": accelerator,
             "devices": ranks.local_size,
