@@ -48,9 +48,7 @@ class Ledger:
     atom_params: tuple[int, ...]  # of parameters that operations of this atom alone read
     shared_params: tuple[tuple[frozenset[int], int], ...]  # read by several atoms
     kinds: dict[str, str]  # what each unit computes: units of the same shapes have the same
-    signatures: dict[
-        str, str
-    ]  # the kind, and what reads the unit: the same text costs the same time
+    signatures: dict[str, str]  # the kind and the readers: the same text costs the same time
     inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
     latency_ms: float = 0.0
     unit_ms: dict[str, float] = field(default_factory=dict)
