@@ -14,7 +14,9 @@ __all__ = [
     "Rows",
     "arm_named",
     "chosen_arm",
+    "gains",
     "read_results",
+    "rows_of",
     "top1_with_and_without",
 ]
 
@@ -45,6 +47,11 @@ class Job:
     ranking: str | None = None
 
     @property
+    def arm(self) -> str:
+        """What it is within its suite, whatever the seed: "ours-50"."""
+        return self.name.rpartition("/")[2].partition("-seed")[0]
+
+    @property
     def folder(self) -> Path:
         return WORK / self.name.replace("/", "-")
 
@@ -57,27 +64,35 @@ class Job:
         return self.folder / "trained.safetensors"
 
 
-def _compare(net: str, data: str, before: int, total: int, macs: tuple[float, ...]) -> list[Job]:
+def _compare(
+    net: str, data: str, before: int, total: int, macs: tuple[float, ...], seeds: int = 1
+) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
     where = "digits" if data == "digits" else "cifar"
-    base = Job("", "", net, data, total - before)
+    jobs = []
+    for seed in range(seeds):
+        base = Job("", "", net, data, total - before, seed)
+        end = f"-seed{seed}" if seed else ""
 
-    def job(arm: str, share: float | None = None, **more: Any) -> Job:
-        at = "" if share is None else f"-{round(100 * share)}"
-        return replace(base, name=f"{where}/{net}/{arm}{at}", macs=share, **{"kind": arm, **more})
+        def job(
+            arm: str, share: float | None = None, base: Job = base, end: str = end, **more: Any
+        ) -> Job:
+            at = "" if share is None else f"-{round(100 * share)}"
+            name = f"{where}/{net}/{arm}{at}{end}"
+            return replace(base, name=name, macs=share, **{"kind": arm, **more})
 
-    start = job("start", kind="dense", epochs=before)
-    jobs = [start, job("dense", epochs=total)]
-    for share in macs:
-        # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
-        ours = job("ours", share, num_params=share, start=start.name)
-        jobs += [
-            job("once", share, num_params=share, epochs=total),
-            ours,
-            job("ours-macs", share, kind="ours", start=start.name),
-            job("torch-pruning", share, start=start.name),
-            job("scratch", share, epochs=total, like=ours.name),
-        ]
+        start = job("start", kind="dense", epochs=before)
+        jobs += [start, job("dense", epochs=total)]
+        for share in macs:
+            # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
+            ours = job("ours", share, num_params=share, start=start.name)
+            jobs += [
+                job("once", share, num_params=share, epochs=total),
+                ours,
+                job("ours-macs", share, kind="ours", start=start.name),
+                job("torch-pruning", share, start=start.name),
+                job("scratch", share, epochs=total, like=ours.name),
+            ]
     return jobs
 
 
@@ -131,7 +146,7 @@ def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) ->
 RANKINGS = ("random", "weight", "leave-one-out")
 
 SUITES: dict[str, list[Job]] = {
-    "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35)),
+    "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35), seeds=3),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),
@@ -160,6 +175,18 @@ def read_results() -> Rows:
     """Return all results so far, by the name of the arm."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
     return {row["name"]: row for row in found}
+
+
+def rows_of(suite: str, arm: str, results: Rows) -> dict[int, dict[str, Any]]:
+    """Return the results of an arm so far, by seed."""
+    jobs = [j for j in SUITES[suite] if j.arm == arm and j.name in results]
+    return {j.seed: results[j.name] for j in jobs}
+
+
+def gains(suite: str, arm: str, other: str, results: Rows) -> list[float]:
+    """Return by how many points of top-1 an arm is above another, for each seed that both have."""
+    mine, theirs = (rows_of(suite, a, results) for a in (arm, other))
+    return [row["top1"] - theirs[s]["top1"] for s, row in sorted(mine.items()) if s in theirs]
 
 
 def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[float], list[float]]:

@@ -24,8 +24,11 @@ from .arms import (
     SUITES,
     Job,
     Rows,
+    arm_named,
     chosen_arm,
+    gains,
     read_results,
+    rows_of,
     top1_with_and_without,
 )
 from .goals import goals
@@ -72,7 +75,7 @@ def with_resconv(results: Rows) -> None:
         for net in dict.fromkeys(job.net for job in jobs):
             plain, ours = top1_with_and_without(suite, net, results)
             both = min(len(plain), len(ours))
-            gains = [b - a for a, b in zip(plain[:both], ours[:both], strict=True)]
+            points = [b - a for a, b in zip(plain[:both], ours[:both], strict=True)]
             lines.append(
                 [
                     net,
@@ -80,7 +83,7 @@ def with_resconv(results: Rows) -> None:
                     str(both),
                     spread(plain),
                     spread(ours),
-                    f"{statistics.fmean(gains):+.2f}" if gains else "",
+                    f"{statistics.fmean(points):+.2f}" if points else "",
                 ]
             )
         where = done(jobs, results)[0]["data"]
@@ -99,10 +102,11 @@ def compare(suite: str, results: Rows) -> None:
     found = done(jobs, results)
     if not found:
         return
-    dense = next(j for j in jobs if j.kind == "dense" and j.name.endswith("/dense"))
-    base = results.get(dense.name)
-    start = next(j for j in jobs if j.name.endswith("/start"))
+    start = next(j for j in jobs if j.arm == "start")
+    dense = next(j for j in jobs if j.arm == "dense")
+    starts = rows_of(suite, "start", results)
     names = {
+        "dense": "dense",
         "once": "resconv, one run",
         "ours": "resconv, from the dense net",
         "ours-macs": "resconv, from the dense net, MACs only",
@@ -110,28 +114,27 @@ def compare(suite: str, results: Rows) -> None:
         "scratch": "resconv's net from scratch",
     }
     lines = []
-    if base:
-        lines.append(["dense", "100 %", "100 %", str(dense.epochs), f"{base['top1']:.2f}", "", ""])
-    for job in jobs:
-        arm = job.name.rpartition("/")[2].rpartition("-")[0]
-        if arm not in names:
+    for arm in dict.fromkeys(j.arm for j in jobs):
+        name = names.get(arm if arm == "dense" else arm.rpartition("-")[0])
+        if name is None:
             continue
-        share = f"{job.macs:.0%}"
-        row = results.get(job.name)
-        if row is None:
-            lines.append([f"{names[arm]}, {share}", "", "", "", MISSING, "", ""])
+        rows = list(rows_of(suite, arm, results).values())
+        named = name if arm == "dense" else f"{name}, {int(arm.rpartition('-')[2])} %"
+        if not rows:
+            lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        total = job.epochs + (start.epochs if job.start else 0)
-        whole = results[start.name]
+        job = next(j for j in jobs if j.arm == arm)
+        points = [] if arm == "dense" else gains(suite, arm, "dense", results)
         lines.append(
             [
-                f"{names[arm]}, {share}",
-                f"{row['macs_after'] / whole['macs_after']:.1%}",
-                f"{row['num_params_after'] / whole['num_params_after']:.1%}",
-                str(total),
-                f"{row['top1']:.2f}",
-                f"{row['top1'] - base['top1']:+.2f}" if base else "",
-                ", ".join(row.get("layout", [])),
+                named,
+                share_of(rows, starts, "macs_after"),
+                share_of(rows, starts, "num_params_after"),
+                str(job.epochs + (start.epochs if job.start else 0)),
+                str(len(rows)),
+                spread([r["top1"] for r in rows]),
+                f"{statistics.fmean(points):+.2f}" if points else "",
+                "; ".join(", ".join(r["layout"]) for r in rows if "layout" in r),
             ]
         )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
@@ -145,20 +148,35 @@ def compare(suite: str, results: Rows) -> None:
         f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
         f'the dense net" and Torch-Pruning start from the same dense net of {start.epochs} epochs '
-        f"({results[start.name]['top1']:.2f} %), then train for {dense.epochs - start.epochs} epochs at "
+        f"({spread([r['top1'] for r in starts.values()])} %), then train for {dense.epochs - start.epochs} epochs at "
         f"the same peak rate ({start.lr}). No resconv net is "
         "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
         "in one step and finetuned; only inner channels of blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
         "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs "
-        'and of parameters; "MACs only" is not held to parameters. The last column is blocks kept a stage (+ blocks '
-        "with one of two convs).\n\n"
+        'and of parameters; "MACs only" is not held to parameters. Points to dense: the mean over the seeds that both '
+        "have, each against the dense net of its seed. The last column is blocks kept a stage (+ blocks "
+        "with one of two convs), for each seed.\n\n"
         + table(
-            ["arm", "MACs", "parameters", "epochs", "top-1", "points to dense", "blocks kept"],
+            [
+                "arm",
+                "MACs",
+                "parameters",
+                "epochs",
+                "seeds",
+                "top-1",
+                "points to dense",
+                "blocks kept",
+            ],
             lines,
         )
         + ("\n\nPruning without retraining: " + "; ".join(exact) + "." if exact else ""),
     )
+
+
+def share_of(rows: list[dict[str, Any]], whole: dict[int, dict[str, Any]], key: str) -> str:
+    """Return what is left of a cost, on average over the seeds."""
+    return f"{statistics.fmean(r[key] / whole[min(whole)][key] for r in rows):.1%}"
 
 
 def earlier(results: Rows) -> None:
@@ -342,37 +360,47 @@ def open_rows(results: Rows) -> None:
 
 def readme(results: Rows) -> None:
     """Write the headline figures between the markers in README.md."""
-    found = done(SUITES["resnet56"], results)
-    dense = results.get("cifar/resnet56/dense")
-    lines = []
+    dense = rows_of("resnet56", "dense", results)
+    lines, dates = [], set()
     for record in read_records():
-        if dense is None or record["net"] != "resnet56" or record["threads"] != 1:
+        if not dense or record["net"] != "resnet56" or record["threads"] != 1:
             continue
         timed = {r["arm"]: r for r in record["rows"]}
-        ours = chosen_arm("resnet56", record["share"], results)
-        other = f"cifar/resnet56/torch-pruning-{round(100 * record['share'])}"
-        for name, arm in ((ours, "resconv"), (other, "Torch-Pruning")):
-            row = results.get(name or "")
-            if row is None or arm not in timed:
+        chosen = chosen_arm("resnet56", record["share"], results)
+        ours = arm_named(chosen).arm if chosen else ""
+        filters = f"torch-pruning-{round(100 * record['share'])}"
+        for arm, name in ((ours, "resconv"), (filters, "Torch-Pruning")):
+            rows = rows_of("resnet56", arm, results)
+            if not rows or name not in timed:
                 continue
+            points = gains("resnet56", arm, "dense", results)
             key = "onnxruntime, batch 1"
-            ratio = timed[arm]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
-            memory = timed[arm]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
+            ratio = timed[name]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
+            memory = timed[name]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
+            dates |= {r["date"] for r in rows.values()}
             lines.append(
                 [
-                    "Torch-Pruning (filters)" if name == other else "resconv (layers)",
-                    f"{row['macs_after'] / dense['macs_after']:.0%}",
-                    f"{row['top1'] - dense['top1']:+.2f}",
+                    f"{name} (filters)" if arm == filters else f"{name} (layers)",
+                    share_of(list(rows.values()), dense, "macs_after"),
+                    f"{statistics.fmean(points):+.2f}",
+                    str(len(points)),
                     f"{ratio:.2f}x",
                     f"{memory:.2f}x",
                 ]
             )
     if not lines:
         return
-    header = ["ResNet-56", "MACs", "top-1, points to dense", "ONNX Runtime latency", "peak memory"]
+    header = [
+        "ResNet-56",
+        "MACs",
+        "top-1, points to dense",
+        "seeds",
+        "ONNX Runtime latency",
+        "peak memory",
+    ]
     text = (
-        f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense['epochs']} epochs in all for every arm, one "
-        f"seed, {found[-1]['date']}; written by `python -m benchmarks.claims`, conditions and "
+        f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense[0]['epochs']} epochs in all for every arm, "
+        f"means over the seeds, {max(dates)}; written by `python -m benchmarks.claims`, conditions and "
         "everything else that was measured in [docs/results.md](docs/results.md)."
     )
     pairs = {

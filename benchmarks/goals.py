@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .arms import SUITES, Rows, chosen_arm, top1_with_and_without
+from .arms import SUITES, Rows, chosen_arm, gains, top1_with_and_without
 from .latency import read_records
 from .page import table, write_section
 
@@ -31,16 +31,21 @@ class Goal:
 def difference(
     claim: str,
     text: str,
-    row: Row | None,
-    other: Row | None,
+    found: list[float],
     holds: Callable[[float], bool],
     missing: str = "",
 ) -> Goal:
-    """Return the goal for what an arm's top-1 gains on another's, in points."""
-    if not row or not other:
+    """Return the goal for what an arm's top-1 gains on another's: ``found`` are points by seed."""
+    if not found:
         return Goal(claim, text, missing, None)
-    points = row["top1"] - other["top1"]
-    return Goal(claim, text, f"{points:+.2f} points", holds(points))
+    mean = statistics.fmean(found)
+    return Goal(claim, text, f"{mean:+.2f} points ({seeds_in_words(found)})", holds(mean))
+
+
+def seeds_in_words(values: list[float]) -> str:
+    """Return how many seeds, and what each gave where there are several."""
+    each = ": " + ", ".join(f"{v:+.2f}" for v in values) if len(values) > 1 else ""
+    return f"{len(values)} seed{'s' * (len(values) > 1)}{each}"
 
 
 def training(results: Rows) -> list[Goal]:
@@ -71,23 +76,25 @@ def training(results: Rows) -> list[Goal]:
 
 def accuracy(results: Rows) -> list[Goal]:
     """What resnet56 loses, against the dense net of as many epochs and against filter pruning."""
-    dense = results.get("cifar/resnet56/dense")
     found = []
     for share, most in ((50, 0.3), (35, 1.0)):
         for arm, words in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
-            row = results.get(f"cifar/resnet56/{arm}-{share}")
-            filters = results.get(f"cifar/resnet56/torch-pruning-{share}")
+
+            def points(other: str, mine: str = f"{arm}-{share}") -> list[float]:
+                return gains("resnet56", mine, other, results)
+
             what = f"resnet56, CIFAR-10 (JPEG), {share} % of the {words}"
             text = f"{what}: at most {most} points below the dense net"
-            found.append(difference("C6", text, row, dense, lambda d, m=most: round(d, 2) >= -m))
-            scratch = results.get(f"cifar/resnet56/scratch-{share}") if arm == "ours" else None
-            for other, claim, name in (
-                (filters, "C5", "Torch-Pruning"),
-                (scratch, "control", "the same net from scratch"),
-            ):
-                if other is not None:
-                    text = f"{what}: better than {name}"
-                    found.append(difference(claim, text, row, other, lambda d: d > 0))
+            found.append(
+                difference("C6", text, points("dense"), lambda d, m=most: round(d, 2) >= -m)
+            )
+            text = f"{what}: better than Torch-Pruning"
+            found.append(difference("C5", text, points(f"torch-pruning-{share}"), lambda d: d > 0))
+            if arm == "ours":
+                text = f"{what}: better than the same net from scratch"
+                found.append(
+                    difference("control", text, points(f"scratch-{share}"), lambda d: d > 0)
+                )
     return found
 
 
@@ -125,10 +132,10 @@ def speed(results: Rows) -> list[Goal]:
 
 def goals(results: Rows) -> None:
     found = [*training(results), *accuracy(results), *speed(results)]
-    share = next(j for j in SUITES["resnet110"] if j.name.endswith("/ours-34"))
-    dense, ours = results.get("cifar/resnet110/dense"), results.get(share.name)
+    arm = next(j.arm for j in SUITES["resnet110"] if j.kind == "ours")
     text = "resnet110, CIFAR-10 (JPEG), -65.5 % of the MACs: no loss (the paper: -0.13)"
-    found.append(difference("C7", text, ours, dense, lambda d: d >= 0, missing="needs a GPU"))
+    points = gains("resnet110", arm, "dense", results)
+    found.append(difference("C7", text, points, lambda d: d >= 0, missing="needs a GPU"))
     found.sort(key=lambda g: g.claim)
     write_section(
         "Goals, and whether they held",
