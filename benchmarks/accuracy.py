@@ -1,7 +1,8 @@
 """Train one arm after another, each once, and keep what came out in benchmarks/results/accuracy/.
 
 ``python -m benchmarks.accuracy SUITE [PART ...]`` runs the arms of a suite that have no result yet, in
-order (only those whose name contains a PART, in the order of the PARTs). Stopped arms go on from
+order (only those whose name, closed by a slash, contains a PART, in the order of the PARTs:
+``/ours-50/`` is one arm with seed 0, ``/ours-50`` is it with all seeds). Stopped arms go on from
 their last epoch. Every arm of a suite gets the same number of epochs in all. The tables are written
 by ``python -m benchmarks.claims``.
 """
@@ -283,7 +284,7 @@ def run(job: Job) -> None:
 
 def main() -> None:
     suite, *parts = sys.argv[1:]
-    wanted = [j for part in parts or [""] for j in SUITES[suite] if part in j.name]
+    wanted = [j for part in parts or [""] for j in SUITES[suite] if part in f"{j.name}/"]
     for job in wanted:
         if not job.result.is_file():
             print(job.name, "...", flush=True)
