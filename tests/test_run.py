@@ -13,6 +13,7 @@ import resconv
 from resconv import data, nets, run
 from resconv.cli.app import app, run_app
 from resconv.errors import RunError
+from resconv.report.table import rows
 from resconv.run.pipeline import STAGES
 
 SMALL = [
@@ -65,8 +66,14 @@ def test_compress_leaves_everything_behind(finished):
     assert metrics["verify"]["max_rel_error"] < 1e-4
     assert "top1_finetuned" in metrics
     assert {"torch", "onnxruntime"} <= set(metrics["latency"])
+    # Figures of top-1 beside the dense net's say how long each side was trained.
+    assert ("epochs of training", "1", "6", "") in rows(metrics)
+    assert ("epochs of training", "as given", "5 more", "") in rows(
+        metrics | {"epochs_dense": None}
+    )
     page = (out / "report.html").read_text()
     assert "<svg" in page
+    assert "epochs of training" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")

@@ -20,6 +20,11 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             table.append((label, "", f"{value:.2f}", ""))
         elif value is not None:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
+    if "epochs_after" in metrics:
+        # A short dense training flatters the compact net, which was trained for longer.
+        before, after = metrics["epochs_dense"], metrics["epochs_after"]
+        trained = ("as given", f"{after} more") if before is None else (before, before + after)
+        table.append(("epochs of training", str(trained[0]), str(trained[1]), ""))
     for key, label in (("macs", "MACs"), ("num_params", "parameters")):
         before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
         if before and after is not None:

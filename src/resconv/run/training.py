@@ -41,7 +41,14 @@ def dense(run: Run) -> None:
     top1 = None if config.from_random else evaluate(model, run.data)
     size = resconv.count(model, run.example())
     save_state(model, run.folder / "dense.safetensors")
-    run.folder.add_metrics(top1_dense=top1, macs_dense=size.macs, num_params_dense=size.num_params)
+    dense_epochs, *more = config.stage_epochs()
+    run.folder.add_metrics(
+        top1_dense=top1,
+        macs_dense=size.macs,
+        num_params_dense=size.num_params,
+        epochs_dense=dense_epochs if config.weights is None else None,  # None: not trained here
+        epochs_after=sum(more),
+    )
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
 
