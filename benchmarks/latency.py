@@ -165,6 +165,7 @@ def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
             n: resconv.export(m, file_of(folder, n), example).num_bytes for n, m in found.items()
         }
         taken = {b: measure(found, b, folder, threads, compiled=compiled) for b in (1, 32)}
+        when = stamp(command=f"python -m benchmarks.latency {net} {threads}")  # on these threads
     macs = {n: resconv.count(m, example).macs for n, m in found.items()}
     rows = [
         {
@@ -181,7 +182,7 @@ def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
         "share": share,
         "threads": threads,
         "plan": how,
-        "stamp": stamp(command=f"python -m benchmarks.latency {net} {threads}"),
+        "stamp": when,
         "rows": rows,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
