@@ -296,10 +296,10 @@ def rates(results: Rows) -> None:
 
 
 def scales(results: Rows) -> None:
-    """C4: the scales over sparse training."""
+    """C4: the scales over sparse training, of the first seed (the others look alike)."""
     parts = []
     for row in results.values():
-        if row["kind"] not in ("ours", "once") or row["data"] == "digits":
+        if row["kind"] not in ("ours", "once") or row["data"] == "digits" or row["seed"]:
             continue
         gone = set(row["remove"])
         figure, axes = pyplot.subplots(figsize=(8, 3.4))
@@ -314,7 +314,9 @@ def scales(results: Rows) -> None:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        title = f"{row['net']} to {row['macs']:.0%} of the MACs"
+        limited = "MACs" if row["num_params"] is None else "MACs and parameters"
+        start = "one run" if row["kind"] == "once" else "from the dense net"
+        title = f"{row['net']} to {row['macs']:.0%} of the {limited}, {start}"
         parts.append(
             f"{title}; {row['date']}, seed {row['seed']}, {row['machine']}. Removed: "
             + ", ".join(f"`{n}`" for n in row["remove"])
