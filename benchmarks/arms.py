@@ -65,34 +65,30 @@ class Job:
 
 
 def _compare(
-    net: str, data: str, before: int, total: int, macs: tuple[float, ...], seeds: int = 1
+    net: str, data: str, before: int, total: int, macs: tuple[float, ...], seed: int = 0
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
     where = "digits" if data == "digits" else "cifar"
-    jobs = []
-    for seed in range(seeds):
-        base = Job("", "", net, data, total - before, seed)
-        end = f"-seed{seed}" if seed else ""
+    base = Job("", "", net, data, total - before, seed)
+    end = f"-seed{seed}" if seed else ""
 
-        def job(
-            arm: str, share: float | None = None, base: Job = base, end: str = end, **more: Any
-        ) -> Job:
-            at = "" if share is None else f"-{round(100 * share)}"
-            name = f"{where}/{net}/{arm}{at}{end}"
-            return replace(base, name=name, macs=share, **{"kind": arm, **more})
+    def job(arm: str, share: float | None = None, **more: Any) -> Job:
+        at = "" if share is None else f"-{round(100 * share)}"
+        name = f"{where}/{net}/{arm}{at}{end}"
+        return replace(base, name=name, macs=share, **{"kind": arm, **more})
 
-        start = job("start", kind="dense", epochs=before)
-        jobs += [start, job("dense", epochs=total)]
-        for share in macs:
-            # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
-            ours = job("ours", share, num_params=share, start=start.name)
-            jobs += [
-                job("once", share, num_params=share, epochs=total),
-                ours,
-                job("ours-macs", share, kind="ours", start=start.name),
-                job("torch-pruning", share, start=start.name),
-                job("scratch", share, epochs=total, like=ours.name),
-            ]
+    start = job("start", kind="dense", epochs=before)
+    jobs = [start, job("dense", epochs=total)]
+    for share in macs:
+        # As few parameters as a filter-pruned net of these MACs has; and with the MACs alone.
+        ours = job("ours", share, num_params=share, start=start.name)
+        jobs += [
+            job("once", share, num_params=share, epochs=total),
+            ours,
+            job("ours-macs", share, kind="ours", start=start.name),
+            job("torch-pruning", share, start=start.name),
+            job("scratch", share, epochs=total, like=ours.name),
+        ]
     return jobs
 
 
@@ -146,7 +142,9 @@ def _plain(net: str, data: str, epochs: int, seeds: int = 1, lr: float = 0.1) ->
 RANKINGS = ("random", "weight", "leave-one-out")
 
 SUITES: dict[str, list[Job]] = {
-    "resnet56": _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35), seeds=3),
+    "resnet56": [
+        job for seed in range(3) for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35), seed)
+    ],
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),
@@ -177,23 +175,25 @@ def read_results() -> Rows:
     return {row["name"]: row for row in found}
 
 
-def rows_of(suite: str, arm: str, results: Rows) -> dict[int, dict[str, Any]]:
-    """Return the results of an arm so far, by seed."""
-    jobs = [j for j in SUITES[suite] if j.arm == arm and j.name in results]
-    return {j.seed: results[j.name] for j in jobs}
+def rows_of(
+    suite: str, arm: str, results: Rows, net: str | None = None
+) -> dict[int, dict[str, Any]]:
+    """Return the results of an arm so far, by seed; say of which ``net`` where a suite has several."""
+    jobs = [j for j in SUITES[suite] if j.arm == arm and net in (None, j.net)]
+    return {j.seed: results[j.name] for j in jobs if j.name in results}
 
 
-def gains(suite: str, arm: str, other: str, results: Rows) -> list[float]:
+def gains(suite: str, arm: str, other: str, results: Rows, net: str | None = None) -> list[float]:
     """Return by how many points of top-1 an arm is above another, for each seed that both have."""
-    mine, theirs = (rows_of(suite, a, results) for a in (arm, other))
+    mine, theirs = (rows_of(suite, a, results, net) for a in (arm, other))
     return [row["top1"] - theirs[s]["top1"] for s, row in sorted(mine.items()) if s in theirs]
 
 
 def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[float], list[float]]:
     """Return top-1 of a net as it is and with ResConv, for each seed that was run."""
-    jobs = [j for j in SUITES[suite] if j.net == net and j.name in results]
     plain, ours = (
-        [results[j.name]["top1"] for j in jobs if j.kind == kind] for kind in ("dense", "resconv")
+        [row["top1"] for row in rows_of(suite, arm, results, net).values()]
+        for arm in ("dense", "resconv")
     )
     return plain, ours
 

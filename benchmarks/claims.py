@@ -74,13 +74,12 @@ def with_resconv(results: Rows) -> None:
         lines = []
         for net in dict.fromkeys(job.net for job in jobs):
             plain, ours = top1_with_and_without(suite, net, results)
-            both = min(len(plain), len(ours))
-            points = [b - a for a, b in zip(plain[:both], ours[:both], strict=True)]
+            points = gains(suite, "resconv", "dense", results, net)
             lines.append(
                 [
                     net,
                     str(jobs[0].epochs),
-                    str(both),
+                    str(len(points)),
                     spread(plain),
                     spread(ours),
                     f"{statistics.fmean(points):+.2f}" if points else "",
@@ -114,17 +113,16 @@ def compare(suite: str, results: Rows) -> None:
         "scratch": "resconv's net from scratch",
     }
     lines = []
-    for arm in dict.fromkeys(j.arm for j in jobs):
-        name = names.get(arm if arm == "dense" else arm.rpartition("-")[0])
+    for job in {j.arm: j for j in jobs}.values():
+        name = names.get(job.arm.rpartition("-")[0] or job.arm)
         if name is None:
             continue
-        rows = list(rows_of(suite, arm, results).values())
-        named = name if arm == "dense" else f"{name}, {int(arm.rpartition('-')[2])} %"
+        rows = list(rows_of(suite, job.arm, results).values())
+        named = name if job.macs is None else f"{name}, {round(100 * job.macs)} %"
         if not rows:
             lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        job = next(j for j in jobs if j.arm == arm)
-        points = [] if arm == "dense" else gains(suite, arm, "dense", results)
+        points = [] if job.arm == "dense" else gains(suite, job.arm, "dense", results)
         lines.append(
             [
                 named,

@@ -85,7 +85,7 @@ def training(results: Rows) -> list[Goal]:
                 text, held = "better with ResConv than plain", done and mean[1] > mean[0]
             claim = "C2" if deep else "C1"
             text = f"{net}, {where}: {text}"
-            tie = done and not deep and is_tie([b - a for a, b in zip(plain, ours, strict=True)])
+            tie = done and not deep and is_tie(gains(suite, "resconv", "dense", results, net))
             found.append(Goal(claim, text, measured, held if done else None, tie))
     return sorted(found, key=lambda g: g.claim)
 

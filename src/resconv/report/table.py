@@ -23,8 +23,9 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if "epochs_after" in metrics:
         # A short dense training flatters the compact net, which was trained for longer.
         before, after = metrics["epochs_dense"], metrics["epochs_after"]
-        trained = ("as given", f"{after} more") if before is None else (before, before + after)
-        table.append(("epochs of training", str(trained[0]), str(trained[1]), ""))
+        here = before is not None
+        cells = (f"{before}", f"{before + after}") if here else ("as given", f"{after} more")
+        table.append(("epochs of training", *cells, ""))
     for key, label in (("macs", "MACs"), ("num_params", "parameters")):
         before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
         if before and after is not None:
