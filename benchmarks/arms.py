@@ -65,10 +65,15 @@ class Job:
 
 
 def _compare(
-    net: str, data: str, before: int, total: int, macs: tuple[float, ...], seed: int = 0
+    net: str,
+    data: str,
+    before: int,
+    total: int,
+    macs: tuple[float, ...],
+    seed: int = 0,
+    where: str = "cifar",
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
-    where = "digits" if data == "digits" else "cifar"
     base = Job("", "", net, data, total - before, seed)
     end = f"-seed{seed}" if seed else ""
 
@@ -145,6 +150,8 @@ SUITES: dict[str, list[Job]] = {
     "resnet56": [
         job for seed in range(3) for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35), seed)
     ],
+    # Twice as long: how much of what pruning costs is that a short schedule leaves nets half trained?
+    "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), where="cifar-24"),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),

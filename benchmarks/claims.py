@@ -142,7 +142,7 @@ def compare(suite: str, results: Rows) -> None:
         for r in ours
     ]
     write_section(
-        f"{start.net} on CIFAR-10 (JPEG): accuracy at equal MACs",
+        f"{start.net} on CIFAR-10 (JPEG), {dense.epochs} epochs: accuracy at equal MACs",
         f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
         f'the dense net" and Torch-Pruning start from the same dense net of {start.epochs} epochs '
@@ -314,7 +314,10 @@ def scales(results: Rows) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         limited = "MACs" if row["num_params"] is None else "MACs and parameters"
         start = "one run" if row["kind"] == "once" else "from the dense net"
-        title = f"{row['net']} to {row['macs']:.0%} of the {limited}, {start}"
+        title = (
+            f"{row['net']} to {row['macs']:.0%} of the {limited}, {start}, {row['epochs']} epochs "
+            "of sparse training"
+        )
         parts.append(
             f"{title}; {row['date']}, seed {row['seed']}, {row['machine']}. Removed: "
             + ", ".join(f"`{n}`" for n in row["remove"])
@@ -421,6 +424,7 @@ def readme(results: Rows) -> None:
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
     lambda results: compare("resnet56", results),
+    lambda results: compare("resnet56-long", results),
     lambda results: compare("resnet110", results),
     earlier,
     with_resconv,

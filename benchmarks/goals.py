@@ -50,16 +50,15 @@ def difference(
     if not found:
         return Goal(claim, text, missing, None)
     mean = statistics.fmean(found)
-    measured = f"{mean:+.2f} points ({seeds_in_words(found)})"
+    each = ": " + ", ".join(f"{v:+.2f}" for v in found) if len(found) > 1 else ""
+    measured = f"{mean:+.2f} points ({count_of_seeds(found)}{each})"
     if at_least is None:
         return Goal(claim, text, measured, mean > 0, is_tie(found))
     return Goal(claim, text, measured, round(mean, 2) >= at_least)
 
 
-def seeds_in_words(values: list[float]) -> str:
-    """Return how many seeds, and what each gave where there are several."""
-    each = ": " + ", ".join(f"{v:+.2f}" for v in values) if len(values) > 1 else ""
-    return f"{len(values)} seed{'s' * (len(values) > 1)}{each}"
+def count_of_seeds(values: list[float]) -> str:
+    return f"{len(values)} seed{'s' * (len(values) > 1)}"
 
 
 def training(results: Rows) -> list[Goal]:
@@ -71,11 +70,7 @@ def training(results: Rows) -> list[Goal]:
             seeds = sum(j.net == net for j in SUITES[suite]) / 2
             done = len(plain) == len(ours) == seeds
             mean = [statistics.fmean(v) for v in (plain, ours) if v]
-            measured = (
-                f"{mean[0]:.2f} -> {mean[1]:.2f} ({len(ours)} seed{'s' * (len(ours) > 1)})"
-                if done
-                else ""
-            )
+            measured = f"{mean[0]:.2f} -> {mean[1]:.2f} ({count_of_seeds(ours)})" if done else ""
             deep = net.startswith("plain") and int(net.removeprefix("plainnet")) > 50
             if deep and where == "digits":
                 text, held = "at least 95 % with ResConv", done and mean[1] >= 95
@@ -90,16 +85,17 @@ def training(results: Rows) -> list[Goal]:
     return sorted(found, key=lambda g: g.claim)
 
 
-def accuracy(results: Rows) -> list[Goal]:
+def accuracy(suite: str, results: Rows) -> list[Goal]:
     """What resnet56 loses, against the dense net of as many epochs and against filter pruning."""
     found = []
+    epochs = next(j.epochs for j in SUITES[suite] if j.arm == "dense")
     for share, most in ((50, 0.3), (35, 1.0)):
         for arm, words in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
 
             def points(other: str, mine: str = f"{arm}-{share}") -> list[float]:
-                return gains("resnet56", mine, other, results)
+                return gains(suite, mine, other, results)
 
-            what = f"resnet56, CIFAR-10 (JPEG), {share} % of the {words}"
+            what = f"resnet56, CIFAR-10 (JPEG), {epochs} epochs, {share} % of the {words}"
             text = f"{what}: at most {most} points below the dense net"
             found.append(difference("C6", text, points("dense"), -most))
             text = f"{what}: better than Torch-Pruning"
@@ -143,7 +139,9 @@ def speed(results: Rows) -> list[Goal]:
 
 
 def goals(results: Rows) -> None:
-    found = [*training(results), *accuracy(results), *speed(results)]
+    found = [*training(results), *speed(results)]
+    for suite in ("resnet56", "resnet56-long"):
+        found += accuracy(suite, results)
     arm = next(j.arm for j in SUITES["resnet110"] if j.kind == "ours")
     text = "resnet110, CIFAR-10 (JPEG), -65.5 % of the MACs: no loss (the paper: -0.13)"
     points = gains("resnet110", arm, "dense", results)

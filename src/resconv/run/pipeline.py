@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resconv.agree import by_first
 from resconv.errors import RunError
 from resconv.latency import require_runtime
 from resconv.outcome import Snapshot
@@ -43,7 +42,7 @@ def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) 
         RunError: see :meth:`RunFolder.begin`.
     """
     ranks = join()
-    by_first(lambda: RunFolder.begin(path, config, fresh=fresh) and None, ranks.are_several)
+    ranks.by_first(lambda: RunFolder.begin(path, config, fresh=fresh) and None)
     return Run(RunFolder.open(path), say, ranks)
 
 
@@ -59,7 +58,7 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
     """
     order = list(STAGES)
     # What is done is decided once: the folder changes while the others look.
-    done = by_first(run.folder.done, run.ranks.are_several)
+    done = run.ranks.by_first(run.folder.done)
     if not run.ranks.leads:
         if stage in _SHARED and (again or stage not in done):
             STAGES[stage](run)
@@ -85,8 +84,8 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
 def compress(run: Run) -> dict[str, Any]:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
     require_runtime(run.config.budget().runtime)
-    if "sparse" not in by_first(run.folder.done, run.ranks.are_several):
-        by_first(lambda: check_reach(run), run.ranks.are_several)
+    if "sparse" not in run.ranks.by_first(run.folder.done):
+        run.ranks.by_first(lambda: check_reach(run))
     for stage in STAGES:
         run_stage(run, stage)
     return run.folder.metrics() if run.ranks.leads else {}

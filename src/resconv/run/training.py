@@ -2,7 +2,6 @@
 
 import resconv
 from resconv import nets
-from resconv.agree import by_first
 from resconv.train import evaluate, fit
 
 from .config import Config
@@ -58,7 +57,7 @@ def sparse(run: Run) -> None:
     # The shortcut is what makes an untrained deep net trainable; a trained one keeps its function.
     start = "identity" if config.from_random else "keep"
     model = resconv.convert(run.dense(), run.example(2), units=config.units, start=start)
-    table = by_first(lambda: latency_table(run, model), run.ranks.are_several)
+    table = run.ranks.by_first(lambda: latency_table(run, model))
     epochs = config.stage_epochs()[1]
     run.say(
         f"Sparse training for {epochs} epochs: {len(resconv.gates(model))} units, target "

@@ -6,18 +6,21 @@ the processes for the time of a fit.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from resconv import errors
+from resconv import agree, errors
 from resconv.errors import ResConvError, RunError
 
 __all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Ranks:
     @property
     def are_several(self) -> bool:
         return self.world_size > 1
+
+    def by_first(self, call: Callable[[], T]) -> T:
+        """Let the leading process call for all, and give every one what it returned (or its error)."""
+        return agree.by_first(call, self.are_several)
 
 
 def find_ranks() -> Ranks:
