@@ -363,43 +363,24 @@ def open_rows(results: Rows) -> None:
 
 def readme(results: Rows) -> None:
     """Write the headline figures between the markers in README.md."""
+    records = [r for r in read_records() if r["net"] == "resnet56" and r["threads"] == 1]
     dense = rows_of("resnet56", "dense", results)
-    lines, dates = [], set()
-    for record in read_records():
-        if not dense or record["net"] != "resnet56" or record["threads"] != 1:
-            continue
-        timed = {r["arm"]: r for r in record["rows"]}
-        chosen = chosen_arm("resnet56", record["share"], results)
-        filters = f"torch-pruning-{round(100 * record['share'])}"
-        arms = {
-            "dense": ("dense", ""),
-            arm_named(chosen).arm if chosen else "": ("resconv", " (layers)"),
-            filters: ("Torch-Pruning", " (filters)"),
-        }
-        for arm, (name, what) in arms.items():
-            rows = rows_of("resnet56", arm, results)
-            if not rows or name not in timed or (arm == "dense" and lines):
-                continue
-            key = "onnxruntime, batch 1"
-            ratio = timed[name]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
-            memory = timed[name]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
-            dates |= {r["date"] for r in rows.values()}
-            lines.append(
-                [
-                    f"{name}{what}",
-                    share_of(list(rows.values()), dense, "macs_after"),
-                    f"{statistics.fmean(r['top1'] for r in rows.values()):.2f}",
-                    ", ".join(f"{r['top1']:.2f}" for _, r in sorted(rows.items())),
-                    f"{ratio:.2f}x",
-                    f"{memory:.2f}x",
-                ]
-            )
-    if not lines:
+    if not records or not dense:
         return
+    lines = [headline(records[0], "dense", "dense", "", results)]
+    for record in records:
+        percent = round(100 * record["share"])
+        chosen = chosen_arm("resnet56", record["share"], results)
+        if chosen:
+            lines.append(headline(record, "resconv", arm_named(chosen).arm, "layers", results))
+        filters = f"torch-pruning-{percent}"
+        lines.append(headline(record, "Torch-Pruning", filters, "filters", results))
+    lines = [line for line in lines if line]
+    latest = max(row["date"] for row in done(SUITES["resnet56"], results))
     header = ["ResNet-56", "MACs", "top-1", "by seed", "ONNX Runtime latency", "peak memory"]
     text = (
         f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense[0]['epochs']} epochs in all for every arm, "
-        f"top-1 in % (seeds 0, 1, ... as far as they were run), {max(dates)}; written by `python -m "
+        f"top-1 in % (seeds 0, 1, ... as far as they were run), {latest}; written by `python -m "
         "benchmarks.claims`, conditions and everything else that was measured in "
         "[docs/results.md](docs/results.md)."
     )
@@ -420,6 +401,26 @@ def readme(results: Rows) -> None:
     _, end, after = rest.partition("<!-- end of figures -->\n")
     assert end, "README.md has lost its markers"
     write_text(page, f"{before}{mark}{text}\n{end}{after}")
+
+
+def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Rows) -> list[str]:
+    """Return a line of the README: an arm's accuracy, and its latency and memory as shares."""
+    rows = rows_of("resnet56", arm, results)
+    timed = {r["arm"]: r for r in record["rows"]}
+    if not rows or name not in timed:
+        return []
+    key = "onnxruntime, batch 1"
+    ratio = timed[name]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
+    memory = timed[name]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
+    dense = rows_of("resnet56", "dense", results)
+    return [
+        f"{name} ({what})" if what else name,
+        share_of(list(rows.values()), dense, "macs_after"),
+        f"{statistics.fmean(r['top1'] for r in rows.values()):.2f}",
+        ", ".join(f"{r['top1']:.2f}" for _, r in sorted(rows.items())),
+        f"{ratio:.2f}x",
+        f"{memory:.2f}x",
+    ]
 
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
