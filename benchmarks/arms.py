@@ -148,7 +148,9 @@ RANKINGS = ("random", "weight", "leave-one-out")
 
 SUITES: dict[str, list[Job]] = {
     "resnet56": [
-        job for seed in range(3) for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35), seed)
+        job
+        for seed in range(3)
+        for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35, 0.25), seed)
     ],
     # Twice as long: how much of what pruning costs is that a short schedule leaves nets half trained?
     "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), where="cifar-24"),
