@@ -34,8 +34,9 @@ from resconv.outcome import Snapshot
 from resconv.run.pipeline import history
 from resconv.train import Recipe, evaluate, fit
 
-from .arms import SUITES, Job, arm_named, read_results
+from .arms import HELD_OUT, SUITES, Job, arm_named, read_results
 from .channels import prune_channels
+from .held_out import write_held_out
 
 __all__ = ["blocks_kept", "without_units"]
 
@@ -150,7 +151,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Train a net from random weights towards the target, in one run that makes no dense net."""
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(_create(job, data), example, units=job.units, start="identity")
+    gated = resconv.convert(_create(job, data), example, units=job.units, start=job.opening)
     budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
     recipe = Recipe(job.epochs, lr=job.lr, seed=job.seed)
     steps = fit(
@@ -267,12 +268,17 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
 }
 
 
+NAMES = {"digits": "digits", HELD_OUT: "CIFAR-10 (JPEG), a tenth of the training images"}
+
+
 def run(job: Job) -> None:
     start = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
+    if job.data == HELD_OUT:
+        write_held_out()
     data = datasets.load(job.data)
     outcome = KINDS[job.kind](job, data)
-    row = asdict(job) | {"data": "digits" if job.data == "digits" else "CIFAR-10 (JPEG)"} | outcome
+    row = asdict(job) | {"data": NAMES.get(job.data, "CIFAR-10 (JPEG)")} | outcome
     row |= {
         "seconds": round(time.perf_counter() - start),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "CIFAR",
+    "HELD_OUT",
     "RANKINGS",
     "RESULTS",
     "SUITES",
@@ -27,6 +29,9 @@ WORK = Path("runs/accuracy")
 # A folder with train.parquet and test.parquet; CIFAR-10 as JPEG, see docs/results.md.
 CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
 
+# Nine tenths of its training images to train on, one to judge by; see held_out.py.
+HELD_OUT = "parquet:runs/held-out"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -45,6 +50,7 @@ class Job:
     like: str | None = None  # the arm whose compact architecture this one trains from scratch
     units: str = "all"
     ranking: str | None = None
+    opening: str = "identity"  # how convert starts a net with random weights
 
     @property
     def arm(self) -> str:
@@ -94,6 +100,17 @@ def _compare(
             job("torch-pruning", share, start=start.name),
             job("scratch", share, epochs=total, like=ours.name),
         ]
+    return jobs
+
+
+def _tuning(net: str, before: int, total: int, share: float) -> list[Job]:
+    """Return the arms on which choices are made: how nets start, at one share of the MACs."""
+    jobs = _compare(net, HELD_OUT, before, total, (share,), where="held-out")
+    start, dense = (next(j for j in jobs if j.arm == arm) for arm in ("start", "dense"))
+    once = next(j for j in jobs if j.kind == "once")
+    for job in (start, dense):
+        jobs.append(replace(job, name=f"{job.name}-resconv", kind="resconv"))
+    jobs.append(replace(once, name=once.name.replace("/once-", "/once-keep-"), opening="keep"))
     return jobs
 
 
@@ -153,7 +170,8 @@ SUITES: dict[str, list[Job]] = {
         for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35, 0.25), seed)
     ],
     # Twice as long: how much of what pruning costs is that a short schedule leaves nets half trained?
-    "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), where="cifar-24"),
+    "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5,), where="cifar-24"),
+    "held-out": _tuning("resnet56", 4, 12, 0.5),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),

@@ -105,8 +105,12 @@ def compare(suite: str, results: Rows) -> None:
     dense = next(j for j in jobs if j.arm == "dense")
     starts = rows_of(suite, "start", results)
     names = {
+        "start": "dense",
+        "start-resconv": "dense, trained with ResConv and fused",
         "dense": "dense",
+        "dense-resconv": "dense, trained with ResConv and fused",
         "once": "resconv, one run",
+        "once-keep": 'resconv, one run, start="keep"',
         "ours": "resconv, from the dense net",
         "ours-macs": "resconv, from the dense net, MACs only",
         "torch-pruning": "Torch-Pruning (filters)",
@@ -114,7 +118,7 @@ def compare(suite: str, results: Rows) -> None:
     }
     lines = []
     for job in {j.arm: j for j in jobs}.values():
-        name = names.get(job.arm.rpartition("-")[0] or job.arm)
+        name = names.get(job.arm) or names.get(job.arm.rpartition("-")[0])
         if name is None:
             continue
         rows = list(rows_of(suite, job.arm, results).values())
@@ -122,7 +126,8 @@ def compare(suite: str, results: Rows) -> None:
         if not rows:
             lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        points = [] if job.arm == "dense" else gains(suite, job.arm, "dense", results)
+        alike = job.arm != "dense" and not job.arm.startswith("start")
+        points = gains(suite, job.arm, "dense", results) if alike else []
         lines.append(
             [
                 named,
@@ -142,7 +147,7 @@ def compare(suite: str, results: Rows) -> None:
         for r in ours
     ]
     write_section(
-        f"{start.net} on CIFAR-10 (JPEG), {dense.epochs} epochs: accuracy at equal MACs",
+        f"{start.net} on {found[0]['data']}, {dense.epochs} epochs: accuracy at equal MACs",
         f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
         f'the dense net" and Torch-Pruning start from the same dense net of {start.epochs} epochs '
@@ -297,7 +302,8 @@ def scales(results: Rows) -> None:
     """C4: the scales over sparse training, of the first seed (the others look alike)."""
     parts = []
     for row in results.values():
-        if row["kind"] not in ("ours", "once") or row["data"] == "digits" or row["seed"]:
+        chosen = row["kind"] in ("ours", "once") and row["data"] == "CIFAR-10 (JPEG)"
+        if not chosen or row["seed"]:
             continue
         gone = set(row["remove"])
         figure, axes = pyplot.subplots(figsize=(8, 3.4))
@@ -426,6 +432,7 @@ def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Ro
 WRITERS: tuple[Callable[[Rows], None], ...] = (
     lambda results: compare("resnet56", results),
     lambda results: compare("resnet56-long", results),
+    lambda results: compare("held-out", results),
     lambda results: compare("resnet110", results),
     earlier,
     with_resconv,

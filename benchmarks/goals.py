@@ -91,6 +91,8 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
     epochs = next(j.epochs for j in SUITES[suite] if j.arm == "dense")
     for share, most in ((50, 0.3), (35, 1.0)):
         for arm, words in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
+            if not any(j.arm == f"{arm}-{share}" for j in SUITES[suite]):
+                continue
 
             def points(other: str, mine: str = f"{arm}-{share}") -> list[float]:
                 return gains(suite, mine, other, results)
