@@ -31,6 +31,7 @@ from .page import stamp, table, write_section
 
 RESULTS = Path(__file__).parent / "results" / "latency"
 SHARES = (0.5, 0.35, 0.25)
+EVEN = "evenly spread"  # how units are chosen that no run chose
 # Blocks kept a stage, as published for ResNet-56 (docs/method.md names the sources).
 LAYOUTS = {"CKA [5,2,5]": (5, 2, 5), "CKA [2,2,3]": (2, 2, 3), "Consensus [2,2,2]": (2, 2, 2)}
 
@@ -74,7 +75,7 @@ def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str]
             continue
         compact = without_units(net, 10, 3, 32, remove)
         if resconv.count(compact, example).macs <= share * whole:
-            return remove, "evenly spread"
+            return remove, EVEN
     raise AssertionError(f"{net} has no {share:.0%}")
 
 
