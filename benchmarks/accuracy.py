@@ -34,7 +34,7 @@ from resconv.outcome import Snapshot
 from resconv.run.pipeline import history
 from resconv.train import Recipe, evaluate, fit
 
-from .arms import HELD_OUT, SUITES, Job, arm_named, read_results
+from .arms import HELD_OUT, NAMES, SUITES, Job, arm_named, read_results
 from .channels import prune_channels
 from .held_out import write_held_out
 
@@ -268,9 +268,6 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
 }
 
 
-NAMES = {"digits": "digits", HELD_OUT: "CIFAR-10 (JPEG), a tenth of the training images"}
-
-
 def run(job: Job) -> None:
     start = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +275,7 @@ def run(job: Job) -> None:
         write_held_out()
     data = datasets.load(job.data)
     outcome = KINDS[job.kind](job, data)
-    row = asdict(job) | {"data": NAMES.get(job.data, "CIFAR-10 (JPEG)")} | outcome
+    row = asdict(job) | {"data": NAMES[job.data]} | outcome
     row |= {
         "seconds": round(time.perf_counter() - start),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

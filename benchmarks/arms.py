@@ -9,6 +9,7 @@ from typing import Any
 __all__ = [
     "CIFAR",
     "HELD_OUT",
+    "NAMES",
     "RANKINGS",
     "RESULTS",
     "SUITES",
@@ -31,6 +32,12 @@ CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
 
 # Nine tenths of its training images to train on, one to judge by; see held_out.py.
 HELD_OUT = "parquet:runs/held-out"
+
+NAMES = {
+    "digits": "digits",
+    CIFAR: "CIFAR-10 (JPEG)",
+    HELD_OUT: "CIFAR-10 (JPEG), a tenth of the training images",
+}
 
 
 @dataclass(frozen=True)

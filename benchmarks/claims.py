@@ -8,6 +8,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from matplotlib import pyplot
 from resconv.files import write_text
 
 from .arms import (
+    CIFAR,
+    NAMES,
     RANKINGS,
     RESULTS,
     SUITES,
@@ -126,14 +129,15 @@ def compare(suite: str, results: Rows) -> None:
         if not rows:
             lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        alike = job.arm != "dense" and not job.arm.startswith("start")
+        epochs = job.epochs + (start.epochs if job.start else 0)
+        alike = job.arm != "dense" and epochs == dense.epochs
         points = gains(suite, job.arm, "dense", results) if alike else []
         lines.append(
             [
                 named,
                 share_of(rows, starts, "macs_after"),
                 share_of(rows, starts, "num_params_after"),
-                str(job.epochs + (start.epochs if job.start else 0)),
+                str(epochs),
                 str(len(rows)),
                 spread([r["top1"] for r in rows]),
                 f"{statistics.fmean(points):+.2f}" if points else "",
@@ -302,7 +306,7 @@ def scales(results: Rows) -> None:
     """C4: the scales over sparse training, of the first seed (the others look alike)."""
     parts = []
     for row in results.values():
-        chosen = row["kind"] in ("ours", "once") and row["data"] == "CIFAR-10 (JPEG)"
+        chosen = row["kind"] in ("ours", "once") and row["data"] == NAMES[CIFAR]
         if not chosen or row["seed"]:
             continue
         gone = set(row["remove"])
@@ -375,11 +379,10 @@ def readme(results: Rows) -> None:
         return
     lines = [headline(records[0], "dense", "dense", "", results)]
     for record in records:
-        percent = round(100 * record["share"])
         chosen = chosen_arm("resnet56", record["share"], results)
         if chosen:
             lines.append(headline(record, "resconv", arm_named(chosen).arm, "layers", results))
-        filters = f"torch-pruning-{percent}"
+        filters = f"torch-pruning-{round(100 * record['share'])}"
         lines.append(headline(record, "Torch-Pruning", filters, "filters", results))
     lines = [line for line in lines if line]
     latest = max(row["date"] for row in done(SUITES["resnet56"], results))
@@ -430,10 +433,7 @@ def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Ro
 
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
-    lambda results: compare("resnet56", results),
-    lambda results: compare("resnet56-long", results),
-    lambda results: compare("held-out", results),
-    lambda results: compare("resnet110", results),
+    *(partial(compare, s) for s in ("resnet56", "resnet56-long", "held-out", "resnet110")),
     earlier,
     with_resconv,
     scales,
