@@ -34,9 +34,8 @@ from resconv.outcome import Snapshot
 from resconv.run.pipeline import history
 from resconv.train import Recipe, evaluate, fit
 
-from .arms import HELD_OUT, NAMES, SUITES, Job, arm_named, read_results
+from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
-from .held_out import write_held_out
 
 __all__ = ["blocks_kept", "without_units"]
 
@@ -125,6 +124,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     config = runs.Config(
         model=job.net,
         data=job.data,
+        holdout=job.holdout,
         macs=job.macs,
         num_params=job.num_params,
         weights=str(arm_named(job.start).weights),
@@ -271,11 +271,9 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
 def run(job: Job) -> None:
     start = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
-    if job.data == HELD_OUT:
-        write_held_out()
-    data = datasets.load(job.data)
+    data = datasets.load(job.data, holdout=job.holdout)
     outcome = KINDS[job.kind](job, data)
-    row = asdict(job) | {"data": NAMES[job.data]} | outcome
+    row = asdict(job) | {"data": job.data_name} | outcome
     row |= {
         "seconds": round(time.perf_counter() - start),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -8,7 +8,6 @@ from typing import Any
 
 __all__ = [
     "CIFAR",
-    "HELD_OUT",
     "NAMES",
     "RANKINGS",
     "RESULTS",
@@ -30,14 +29,7 @@ WORK = Path("runs/accuracy")
 # A folder with train.parquet and test.parquet; CIFAR-10 as JPEG, see docs/results.md.
 CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
 
-# Nine tenths of its training images to train on, one to judge by; see held_out.py.
-HELD_OUT = "parquet:runs/held-out"
-
-NAMES = {
-    "digits": "digits",
-    CIFAR: "CIFAR-10 (JPEG)",
-    HELD_OUT: "CIFAR-10 (JPEG), a tenth of the training images",
-}
+NAMES = {"digits": "digits", CIFAR: "CIFAR-10 (JPEG)"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,13 @@ class Job:
     units: str = "all"
     ranking: str | None = None
     opening: str = "identity"  # how convert starts a net with random weights
+    holdout: float = 0.0  # judged by this share of the training images, which no arm is trained on
+
+    @property
+    def data_name(self) -> str:
+        """What it is trained on and judged by, in words."""
+        held_out = f", {self.holdout:.0%} of the training images held out to judge by"
+        return NAMES[self.data] + (held_out if self.holdout else "")
 
     @property
     def arm(self) -> str:
@@ -85,9 +84,10 @@ def _compare(
     macs: tuple[float, ...],
     seed: int = 0,
     where: str = "cifar",
+    holdout: float = 0.0,
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
-    base = Job("", "", net, data, total - before, seed)
+    base = Job("", "", net, data, total - before, seed, holdout=holdout)
     end = f"-seed{seed}" if seed else ""
 
     def job(arm: str, share: float | None = None, **more: Any) -> Job:
@@ -111,8 +111,12 @@ def _compare(
 
 
 def _tuning(net: str, before: int, total: int, share: float) -> list[Job]:
-    """Return the arms on which choices are made: how nets start, at one share of the MACs."""
-    jobs = _compare(net, HELD_OUT, before, total, (share,), where="held-out")
+    """Return the arms on which choices are made: how nets start, at one share of the MACs.
+
+    The test images have no part in it. Every arm, the dense start included, is trained on the other
+    nine tenths: a net that has seen the images it is judged by says nothing.
+    """
+    jobs = _compare(net, CIFAR, before, total, (share,), where="held-out", holdout=0.1)
     start, dense = (next(j for j in jobs if j.arm == arm) for arm in ("start", "dense"))
     once = next(j for j in jobs if j.kind == "once")
     for job in (start, dense):

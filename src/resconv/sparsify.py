@@ -55,6 +55,7 @@ __all__ = ["Sparsifier"]
 
 _EPS = 0.1
 _LEAST_CONTROL = 0.05  # of a removed layer: a control of 0 would cut the net in two
+_LEAST_STEPS = 20  # with a target
 _REFRESH = 100  # steps between two refreshes without a target
 
 
@@ -154,10 +155,15 @@ class Sparsifier:
                 "The target has a threshold only, which is no size to arrive at. Limit macs, "
                 "num_params or the latency; or leave the target out and set the strength."
             )
-        if not self.total_steps or self.total_steps < 20:
+        if not self.total_steps:
             raise BudgetError(
                 f"total_steps={self.total_steps!r}: with a target, say how many optimizer steps "
-                "the run has (at least 20), so that the zeros are there in time."
+                "the run has, so that the zeros are there in time."
+            )
+        if self.total_steps < _LEAST_STEPS:
+            raise BudgetError(
+                f"total_steps={self.total_steps}: to arrive at a target takes at least "
+                f"{_LEAST_STEPS} optimizer steps. Train for more epochs or with smaller batches."
             )
 
     def _check_reach(self, target: Budget) -> None:

@@ -66,6 +66,10 @@ def make_config(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     image_size: ImageSize = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey) or 3 (RGB).")] = None,
+    holdout: Annotated[
+        float,
+        typer.Option(help="Judge by this share of the training images, in place of a val split."),
+    ] = 0.0,
     limit: Annotated[int | None, typer.Option(help="Use this many images of each split.")] = None,
     precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
     devices: Devices = None,
@@ -96,6 +100,7 @@ def make_config(
         seed=seed,
         image_size=image_size,
         channels=channels,
+        holdout=holdout,
         limit=limit,
         precision=precision,
         devices="auto" if devices is None else devices,

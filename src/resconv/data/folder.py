@@ -41,7 +41,11 @@ def find_folder(
     for name in names:
         if not (path / name).is_dir():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            hint = " Without one, hold a part of train/ out: holdout=0.1." if name == "val" else ""
+            hint = (
+                " Without one, hold a part of train/ out: holdout=0.1 (--holdout 0.1)."
+                if name == "val"
+                else ""
+            )
             raise DataError(
                 f"{path} has no folder {name}/ (it holds: {found}). Put one folder for each class "
                 f"into {path / name}.{hint}"

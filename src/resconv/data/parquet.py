@@ -83,7 +83,7 @@ def _find_files(path: Path, patterns: tuple[str, ...], needs_val: bool) -> list[
                 return files
     is_val = patterns is _VAL_PATTERNS
     found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-    hint = " Without one, hold a part of train out: holdout=0.1." if is_val else ""
+    hint = " Without one, hold a part of train out: holdout=0.1 (--holdout 0.1)." if is_val else ""
     raise DataError(f"{path} has no {' or '.join(patterns)} (it holds: {found}).{hint}")
 
 

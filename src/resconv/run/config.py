@@ -40,6 +40,7 @@ class Config:
     seed: int = 0
     image_size: int | None = None
     channels: int | None = None
+    holdout: float = 0.0  # the share of every class of train that is judged by, in place of val
     limit: int | None = None
     precision: str = "auto"
     devices: int | str = "auto"

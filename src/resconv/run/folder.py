@@ -12,6 +12,8 @@ from .config import Config
 
 __all__ = ["RunFolder"]
 
+_STAGES = "stages.json"
+
 
 class RunFolder:
     """A folder with ``config.json``, ``metrics.json``, the networks and the logs of a run."""
@@ -30,6 +32,8 @@ class RunFolder:
     def begin(cls, path: Path, config: Config, *, fresh: bool = False) -> "RunFolder":
         """Make the folder, or open it again when it holds a run of the same configuration.
 
+        Settings under which nothing was made yet (a wrong path in them, say) give way to the new ones.
+
         Raises:
             RunError: it holds another run, or things that are no run.
         """
@@ -41,7 +45,7 @@ class RunFolder:
                 raise RunError(f"{path} holds files but no run. Choose another --out.")
             if fresh:
                 shutil.rmtree(path)
-            else:
+            elif not folder.is_bare():
                 differences = folder.config().differences(config)
                 if differences:
                     raise RunError(
@@ -65,6 +69,10 @@ class RunFolder:
                 f"{path} is no run folder: {why}. Make one with `resconv compress ... --out {path}`."
             )
         return cls(path)
+
+    def is_bare(self) -> bool:
+        """Return whether a run was begun here but refused before it made anything."""
+        return {p.name for p in self.path.iterdir()} <= {"config.json", _STAGES} and not self.done()
 
     def config(self) -> Config:
         return Config.from_dict(self.read_json("config.json"))
@@ -90,11 +98,11 @@ class RunFolder:
         self.write_json("metrics.json", {**self.metrics(), **values})
 
     def done(self) -> list[str]:
-        found = self.read_json("stages.json") if (self.path / "stages.json").is_file() else []
+        found = self.read_json(_STAGES) if (self.path / _STAGES).is_file() else []
         return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
 
     def mark(self, stage: str) -> None:
-        self.write_json("stages.json", [*[s for s in self.done() if s != stage], stage])
+        self.write_json(_STAGES, [*[s for s in self.done() if s != stage], stage])
 
     def unmark(self, stages: tuple[str, ...]) -> None:
-        self.write_json("stages.json", [s for s in self.done() if s not in stages])
+        self.write_json(_STAGES, [s for s in self.done() if s not in stages])

@@ -43,6 +43,7 @@ class Run:
                 config.data,
                 image_size=config.image_size,
                 channels=config.channels,
+                holdout=config.holdout,
                 limit=config.limit,
             )
         return self._data

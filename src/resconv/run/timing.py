@@ -35,16 +35,18 @@ def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
 
 
 def check_reach(run: Run) -> None:
-    """Refuse a target that no plan can reach, before anything is trained.
+    """Refuse a target that no plan can reach, or no run so short, before anything is trained.
 
     Raises:
         BudgetError: see :class:`resconv.Sparsifier`.
     """
-    model = resconv.convert(run.create().eval(), run.example(2), units=run.config.units)
+    config = run.config
+    model = resconv.convert(run.create().eval(), run.example(2), units=config.units)
+    recipe = run.recipe(config.stage_epochs()[1], config.sparse_rate())
     resconv.Sparsifier(
         model,
-        target=run.config.budget(),
-        total_steps=1000,
+        target=config.budget(),
+        total_steps=recipe.count_steps(len(run.data.train)),
         example_inputs=run.example(),
         latency=latency_table(run, model),
     )

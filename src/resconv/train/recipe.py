@@ -20,3 +20,7 @@ class Recipe:
     warmup: float = 0.05
     seed: int = 0
     distill: float = 0.5
+
+    def count_steps(self, num_images: int) -> int:
+        """Return the optimizer steps of the run; an epoch's last images that fill no batch are left out."""
+        return self.epochs * (num_images // min(self.batch_size, num_images))
