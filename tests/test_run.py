@@ -274,7 +274,10 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
         (["--macs", "0.01"], "cannot be reached"),
         (["--latency-ms", "0.0001", "--threads", "1"], r"cannot be reached.* ms"),
         (["--macs", "1.0"], "within the target as it is"),
-        (["--macs", "0.5", "--sparse-epochs", "9"], "total_steps=18: .* at least 20 .* more epochs"),
+        (
+            ["--macs", "0.5", "--sparse-epochs", "9"],
+            "total_steps=18: .* at least 20 .* more epochs",
+        ),
     ],
 )
 def test_bad_targets_are_refused_before_any_training(args, message, tmp_path):
