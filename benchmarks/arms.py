@@ -12,13 +12,14 @@ __all__ = [
     "RANKINGS",
     "RESULTS",
     "SUITES",
+    "TIMED",
     "Job",
     "Rows",
     "arm_named",
-    "chosen_arm",
     "gains",
     "read_results",
     "rows_of",
+    "timed_arms",
     "top1_with_and_without",
 ]
 
@@ -201,10 +202,14 @@ SUITES: dict[str, list[Job]] = {
 }
 
 
-def chosen_arm(net: str, share: float, results: Rows) -> str | None:
-    """Return the arm whose net stands for the method at this share: latency is measured on it too."""
-    names = (f"cifar/{net}/{arm}-{round(100 * share)}" for arm in ("ours", "ours-macs", "once"))
-    return next((name for name in names if name in results), None)
+# The nets whose latency is measured too, by what the tables call them.
+TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}
+
+
+def timed_arms(net: str, share: float, results: Rows) -> dict[str, dict[str, Any]]:
+    """Return the results of those of ``TIMED`` that were trained towards this share, with seed 0."""
+    names = {label: f"cifar/{net}/{arm}-{round(100 * share)}" for label, arm in TIMED.items()}
+    return {label: results[name] for label, name in names.items() if name in results}
 
 
 def read_results() -> Rows:

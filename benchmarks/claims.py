@@ -25,10 +25,9 @@ from .arms import (
     RANKINGS,
     RESULTS,
     SUITES,
+    TIMED,
     Job,
     Rows,
-    arm_named,
-    chosen_arm,
     gains,
     read_results,
     rows_of,
@@ -190,29 +189,33 @@ def earlier(results: Rows) -> None:
     """Show what the same arms gave with the schedules that were tried before."""
     files = sorted((RESULTS.parent / "earlier").glob("*.json"))
     rows = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    dense = results.get("cifar/resnet56/dense")
-    if not rows or not dense:
+    if not rows:
         return
+
+    def dense(row: dict[str, Any]) -> dict[str, Any]:
+        seed = f"-seed{row['seed']}" if row["seed"] else ""
+        return results[f"{row['name'].rpartition('/')[0]}/dense{seed}"]
+
     now = [(r, "as it is now", "") for n in {r["name"] for r in rows} if (r := results.get(n))]
     before = [(r, r["schedule"], f"`{r['commit']}`") for r in rows]
     lines = [
         [
-            f"`{row['name'].rpartition('/')[2]}`",
+            f"`{row['name']}`",
             schedule,
             commit,
-            f"{row['macs_after'] / dense['macs_after']:.1%}",
-            f"{row['num_params_after'] / dense['num_params_after']:.1%}",
+            f"{row['macs_after'] / dense(row)['macs_after']:.1%}",
+            f"{row['num_params_after'] / dense(row)['num_params_after']:.1%}",
             ", ".join(row["layout"]),
             f"{row['top1']:.2f}",
-            f"{row['top1'] - dense['top1']:+.2f}",
+            f"{row['top1'] - dense(row)['top1']:+.2f}",
         ]
         for row, schedule, commit in sorted((*before, *now), key=lambda r: (r[0]["name"], not r[2]))
     ]
     write_section(
         "Tried: schedules of sparse training",
         "Written by `python -m benchmarks.claims`. The same arms as above, with every schedule that was "
-        "run on the test set; all of seed 0, and none was run twice. Differences of a few "
-        "tenths of a point are within what a seed does.\n\n"
+        "run on the test set; none was run twice. To dense: the dense net of the same seed and epochs. "
+        "Differences of a few tenths of a point are within what a seed does.\n\n"
         + table(
             ["arm", "schedule", "commit", "MACs", "parameters", "blocks kept", "top-1", "to dense"],
             lines,
@@ -379,10 +382,10 @@ def readme(results: Rows) -> None:
         return
     lines = [headline(records[0], "dense", "dense", "", results)]
     for record in records:
-        chosen = chosen_arm("resnet56", record["share"], results)
-        if chosen:
-            lines.append(headline(record, "resconv", arm_named(chosen).arm, "layers", results))
-        filters = f"torch-pruning-{round(100 * record['share'])}"
+        percent = round(100 * record["share"])
+        for label, arm in TIMED.items():
+            lines.append(headline(record, label, f"{arm}-{percent}", "layers", results))
+        filters = f"torch-pruning-{percent}"
         lines.append(headline(record, "Torch-Pruning", filters, "filters", results))
     lines = [line for line in lines if line]
     latest = max(row["date"] for row in done(SUITES["resnet56"], results))

@@ -25,7 +25,7 @@ from resconv.measure import onnx_runner, peak_memory, time_together, torch_runne
 from resconv.nets.resnet import ResidualBlock, ResNet
 
 from .accuracy import without_units
-from .arms import chosen_arm, read_results
+from .arms import TIMED, Rows, read_results, timed_arms
 from .channels import prune_channels
 from .page import stamp, table, write_section
 
@@ -57,14 +57,18 @@ def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
     ]
 
 
-def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str], str]:
-    """Return the units to remove to keep ``share`` of the MACs, and where the choice comes from."""
-    arm = chosen_arm(net, share, results)
-    if arm is not None:
-        trained = results[arm]
-        what = "MACs" if trained["num_params"] is None else "MACs and parameters"
-        how = f"chosen by sparse training towards {share:.0%} of the {what} (`{arm}`)"
-        return trained["remove"], how
+def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str], str]]:
+    """Return the units to remove to keep ``share`` of the MACs, and where each choice comes from."""
+    found = {}
+    for label, row in timed_arms(net, share, results).items():
+        what = "MACs" if row["num_params"] is None else "MACs and parameters"
+        how = f"chosen by sparse training towards {share:.0%} of the {what} (`{row['name']}`)"
+        found[label] = (row["remove"], how)
+    return found or {next(iter(TIMED)): (evenly(net, share), EVEN)}
+
+
+def evenly(net: str, share: float) -> list[str]:
+    """Return blocks to remove, as many of each stage, so that ``share`` of the MACs is kept."""
     blocks = (int(net.removeprefix("resnet")) - 2) // 6
     example = torch.randn(1, 3, 32, 32)
     whole = resconv.count(nets.create(net), example).macs
@@ -75,7 +79,7 @@ def plan_for(net: str, share: float, results: dict[str, Any]) -> tuple[list[str]
             continue
         compact = without_units(net, 10, 3, 32, remove)
         if resconv.count(compact, example).macs <= share * whole:
-            return remove, EVEN
+            return remove
     raise AssertionError(f"{net} has no {share:.0%}")
 
 
@@ -103,14 +107,14 @@ def sparse_weights(model: nn.Module, share: float) -> nn.Module:
     return model
 
 
-def arms(net: str, share: float, results: dict[str, Any]) -> tuple[dict[str, nn.Module], str]:
+def arms(net: str, share: float, chosen: dict[str, tuple[list[str], str]]) -> dict[str, nn.Module]:
     """Return the nets to compare at ``share`` of the MACs of ``net``, the dense one first."""
     torch.manual_seed(0)
     example = torch.randn(2, 3, 32, 32)
     dense = nets.create(net).eval()
     blocks = (int(net.removeprefix("resnet")) - 2) // 6
-    remove, how = plan_for(net, share, results)
-    found = {"dense": dense, "resconv": without_units(net, 10, 3, 32, remove)}
+    found = {"dense": dense}
+    found |= {n: without_units(net, 10, 3, 32, remove) for n, (remove, _) in chosen.items()}
     option_b = ResNet(ConvShortcutBlock, blocks).eval()
     for name, made in (
         ("", prune_channels(dense, example, share)),
@@ -126,7 +130,7 @@ def arms(net: str, share: float, results: dict[str, Any]) -> tuple[dict[str, nn.
     if net == "resnet56" and share == SHARES[0]:
         for name, kept in LAYOUTS.items():
             found[name] = without_units(net, 10, 3, 32, even_plan(blocks, kept))
-    return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}, how
+    return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}
 
 
 def measure(
@@ -158,7 +162,8 @@ def result_of(net: str, share: float, threads: int) -> Path:
 
 
 def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
-    found, how = arms(net, share, read_results())
+    chosen = choices(net, share, read_results())
+    found = arms(net, share, chosen)
     example: Tensor = torch.randn(1, 3, 32, 32)
     with torch_threads(threads), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -182,7 +187,7 @@ def compare(net: str, share: float, threads: int, *, compiled: bool) -> None:
         "net": net,
         "share": share,
         "threads": threads,
-        "plan": how,
+        "plans": {n: how for n, (_, how) in chosen.items()},
         "stamp": when,
         "rows": rows,
     }
@@ -221,11 +226,12 @@ def report(net: str) -> None:
                     f"{row['file_bytes'] / base_file:.2f}x",
                 ]
             lines.append(cells)
+        plans = "; ".join(f"{n}: {how}" for n, how in record["plans"].items())
         header = ["arm", "MACs", *runtimes, "peak memory", "ONNX file"]
         parts.append(
             f"### {net} at {share:.0%} of the MACs, {threads} thread{'s' * (threads > 1)}\n\n"
             f"{record['stamp']} Interleaved in random order, medians; all arms but dense are ratios "
-            f"to dense. Units of the resconv arm: {record['plan']}.\n\n{table(header, lines)}"
+            f"to dense. Units of {plans}.\n\n{table(header, lines)}"
         )
     write_section(f"Latency at equal MACs: {net}", "\n\n".join(parts))
 
