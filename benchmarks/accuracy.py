@@ -37,7 +37,7 @@ from resconv.train import Recipe, evaluate, fit
 from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
 
-__all__ = ["blocks_kept", "without_units"]
+__all__ = ["blocks_a_stage", "blocks_kept", "even_plan", "without_units"]
 
 
 def without_units(net: str, classes: int, channels: int, side: int, remove: list[str]) -> nn.Module:
@@ -51,13 +51,25 @@ def without_units(net: str, classes: int, channels: int, side: int, remove: list
     return resconv.prune(gated.eval(), resconv.Plan(tuple(remove)))
 
 
+def blocks_a_stage(net: str) -> int:
+    return (int("".join(c for c in net if c.isdigit())) - 2) // 6
+
+
+def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
+    """Return the blocks to remove so that ``kept`` stay in each stage (the first one always)."""
+    return [
+        f"layer{stage}.{block}"
+        for stage, keep in enumerate(kept, 1)
+        for block in range(int(keep), blocks)
+    ]
+
+
 def blocks_kept(net: str, remove: list[str]) -> list[str]:
     """Return, for each stage, how many blocks are whole, and how many have one conv left."""
-    depth = int("".join(c for c in net if c.isdigit()))
     kept = []
     for stage in (1, 2, 3):
         whole = half = 0
-        for block in range((depth - 2) // 6):
+        for block in range(blocks_a_stage(net)):
             name = f"layer{stage}.{block}"
             convs = sum(f"{name}.conv{i}" in remove for i in (1, 2))
             whole += name not in remove and convs == 0
@@ -151,7 +163,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Train a net from random weights towards the target, in one run that makes no dense net."""
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(_create(job, data), example, units=job.units, start=job.opening)
+    gated = resconv.convert(_create(job, data), example, units=job.units, start="identity")
     budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
     recipe = Recipe(job.epochs, lr=job.lr, seed=job.seed)
     steps = fit(
@@ -249,8 +261,11 @@ def _scores(gated: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, f
 
 
 def _scratch(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    assert job.like is not None
-    remove = read_results()[job.like]["remove"]
+    if job.blocks is not None:
+        remove = even_plan(blocks_a_stage(job.net), job.blocks)
+    else:
+        assert job.like is not None
+        remove = read_results()[job.like]["remove"]
     torch.manual_seed(job.seed)
     model = without_units(job.net, data.num_classes, data.channels, data.image_size, remove)
     layout = {"layout": blocks_kept(job.net, remove)}

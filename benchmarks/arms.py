@@ -48,9 +48,9 @@ class Job:
     num_params: float | None = None
     start: str | None = None  # the arm whose trained net this one starts from
     like: str | None = None  # the arm whose compact architecture this one trains from scratch
+    blocks: tuple[int, ...] | None = None  # or how many blocks a stage that one has
     units: str = "all"
     ranking: str | None = None
-    opening: str = "identity"  # how convert starts a net with random weights
     holdout: float = 0.0  # judged by this share of the training images, which no arm is trained on
 
     @property
@@ -85,10 +85,9 @@ def _compare(
     macs: tuple[float, ...],
     seed: int = 0,
     where: str = "cifar",
-    holdout: float = 0.0,
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
-    base = Job("", "", net, data, total - before, seed, holdout=holdout)
+    base = Job("", "", net, data, total - before, seed)
     end = f"-seed{seed}" if seed else ""
 
     def job(arm: str, share: float | None = None, **more: Any) -> Job:
@@ -111,18 +110,24 @@ def _compare(
     return jobs
 
 
-def _tuning(net: str, before: int, total: int, share: float) -> list[Job]:
-    """Return the arms on which choices are made: how nets start, at one share of the MACs.
+def _tuning(net: str, before: int, total: int) -> list[Job]:
+    """Return the arms on which choices are made: does ResConv help, where should blocks stay?
 
-    The test images have no part in it. Every arm, the dense start included, is trained on the other
-    nine tenths: a net that has seen the images it is judged by says nothing.
+    The test images have no part in it. Every arm is trained on the other nine tenths: a net that has
+    seen the images it is judged by says nothing.
     """
-    jobs = _compare(net, CIFAR, before, total, (share,), where="held-out", holdout=0.1)
-    start, dense = (next(j for j in jobs if j.arm == arm) for arm in ("start", "dense"))
-    once = next(j for j in jobs if j.kind == "once")
-    for job in (start, dense):
-        jobs.append(replace(job, name=f"{job.name}-resconv", kind="resconv"))
-    jobs.append(replace(once, name=once.name.replace("/once-", "/once-keep-"), opening="keep"))
+    base = Job("", "", net, CIFAR, total, holdout=0.1)
+    jobs = [
+        replace(base, name=f"held-out/{net}/{arm}{end}", kind=kind, epochs=epochs)
+        for arm, epochs in (("start", before), ("dense", total))
+        for end, kind in (("", "dense"), ("-resconv", "resconv"))
+    ]
+    # Half the MACs, from scratch: the same number of blocks, mostly of the last stage, or of none.
+    layouts = {"late": (2, 4, 7), "even": (4, 4, 5), "early": (7, 4, 2)}
+    jobs += [
+        replace(base, name=f"held-out/{net}/{arm}-50", kind="scratch", macs=0.5, blocks=blocks)
+        for arm, blocks in layouts.items()
+    ]
     return jobs
 
 
@@ -183,7 +188,7 @@ SUITES: dict[str, list[Job]] = {
     ],
     # Twice as long: how much of what pruning costs is that a short schedule leaves nets half trained?
     "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5,), where="cifar-24"),
-    "held-out": _tuning("resnet56", 4, 12, 0.5),
+    "held-out": _tuning("resnet56", 4, 12),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),

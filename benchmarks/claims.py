@@ -108,11 +108,8 @@ def compare(suite: str, results: Rows) -> None:
     starts = rows_of(suite, "start", results)
     names = {
         "start": "dense",
-        "start-resconv": "dense, trained with ResConv and fused",
         "dense": "dense",
-        "dense-resconv": "dense, trained with ResConv and fused",
         "once": "resconv, one run",
-        "once-keep": 'resconv, one run, start="keep"',
         "ours": "resconv, from the dense net",
         "ours-macs": "resconv, from the dense net, MACs only",
         "torch-pruning": "Torch-Pruning (filters)",
@@ -177,6 +174,45 @@ def compare(suite: str, results: Rows) -> None:
             lines,
         )
         + ("\n\nPruning without retraining: " + "; ".join(exact) + "." if exact else ""),
+    )
+
+
+def choices(results: Rows) -> None:
+    """Show what was tried without the test images."""
+    jobs = SUITES["held-out"]
+    found = done(jobs, results)
+    if not found:
+        return
+    names = {
+        "start": "dense",
+        "start-resconv": "dense, trained with ResConv and fused",
+        "dense": "dense",
+        "dense-resconv": "dense, trained with ResConv and fused",
+        "late-50": "blocks mostly of the last stage, from scratch",
+        "even-50": "blocks of all stages alike, from scratch",
+        "early-50": "blocks mostly of the first stage, from scratch",
+    }
+    macs, num_params = (
+        max(row[key] for row in results.values() if row["net"] == jobs[0].net)
+        for key in ("macs_after", "num_params_after")
+    )
+    lines = []
+    for job in jobs:
+        row = results.get(job.name)
+        cells = [MISSING, "", "", ""]
+        if row is not None:
+            shares = (row["macs_after"] / macs, row["num_params_after"] / num_params)
+            cells = [
+                f"{row['top1']:.2f}",
+                *(f"{v:.1%}" for v in shares),
+                ", ".join(row.get("layout", [])),
+            ]
+        lines.append([names[job.arm], str(job.epochs), *cells])
+    write_section(
+        f"Choices: {jobs[0].net} on {jobs[0].data_name}",
+        f"{commands('held-out', found)} Top-1 in %. No arm has seen the images that it is judged by, and "
+        "none of these images is in the test set.\n\n"
+        + table(["arm", "epochs", "top-1", "MACs", "parameters", "blocks kept"], lines),
     )
 
 
@@ -436,7 +472,8 @@ def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Ro
 
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
-    *(partial(compare, s) for s in ("resnet56", "resnet56-long", "held-out", "resnet110")),
+    *(partial(compare, s) for s in ("resnet56", "resnet56-long", "resnet110")),
+    choices,
     earlier,
     with_resconv,
     scales,

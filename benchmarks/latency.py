@@ -24,7 +24,7 @@ from resconv.files import write_text
 from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 
-from .accuracy import without_units
+from .accuracy import blocks_a_stage, even_plan, without_units
 from .arms import TIMED, Rows, read_results, timed_arms
 from .channels import prune_channels
 from .page import stamp, table, write_section
@@ -48,15 +48,6 @@ class ConvShortcutBlock(ResidualBlock):
             )
 
 
-def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
-    """Return the blocks to remove so that ``kept`` stay in each stage (the first one always)."""
-    return [
-        f"layer{stage}.{block}"
-        for stage, keep in enumerate(kept, 1)
-        for block in range(int(keep), blocks)
-    ]
-
-
 def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str], str]]:
     """Return the units to remove to keep ``share`` of the MACs, and where each choice comes from."""
     found = {}
@@ -69,7 +60,7 @@ def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str],
 
 def evenly(net: str, share: float) -> list[str]:
     """Return blocks to remove, as many of each stage, so that ``share`` of the MACs is kept."""
-    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    blocks = blocks_a_stage(net)
     example = torch.randn(1, 3, 32, 32)
     whole = resconv.count(nets.create(net), example).macs
     for left in range(3 * blocks, 2, -1):  # take blocks evenly from the stages
@@ -85,7 +76,7 @@ def evenly(net: str, share: float) -> list[str]:
 
 def uniform_width(net: str, share: float) -> nn.Module:
     """Return the same net with all channels scaled alike, the widest within the MACs."""
-    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    blocks = blocks_a_stage(net)
     example = torch.randn(1, 3, 32, 32)
     whole = resconv.count(nets.create(net), example).macs
     for width in range(16, 1, -1):
@@ -112,7 +103,7 @@ def arms(net: str, share: float, chosen: dict[str, tuple[list[str], str]]) -> di
     torch.manual_seed(0)
     example = torch.randn(2, 3, 32, 32)
     dense = nets.create(net).eval()
-    blocks = (int(net.removeprefix("resnet")) - 2) // 6
+    blocks = blocks_a_stage(net)
     found = {"dense": dense}
     found |= {n: without_units(net, 10, 3, 32, remove) for n, (remove, _) in chosen.items()}
     option_b = ResNet(ConvShortcutBlock, blocks).eval()
