@@ -429,9 +429,8 @@ def readme(results: Rows) -> None:
     text = (
         f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense[0]['epochs']} epochs in all for every arm, "
         f"top-1 in % (seeds 0, 1, ... as far as they were run), {latest}. resconv is held to a share of the "
-        "MACs and of the parameters, or to the MACs only, which leaves accuracy more room and takes more "
-        "memory. Latency and memory are those of seed 0; written by `python -m "
-        "benchmarks.claims`, conditions and everything else that was measured in "
+        "MACs and of the parameters, or to the MACs only. Latency and memory are those of seed 0; "
+        "written by `python -m benchmarks.claims`, conditions and everything else that was measured in "
         "[docs/results.md](docs/results.md)."
     )
     pairs = {

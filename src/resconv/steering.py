@@ -6,11 +6,8 @@ least for what it brings nearer to the limits is put under a penalty that grows 
 
 A unit that goes leaves its work to its like (units of the same shapes, the blocks of one stage). Scores
 show that late, and in training at a high rate hardly for the last stages, so by scores alone nearly all
-of one stage goes. So every kind of unit is held to a share of the work: the less of it is left, the more
-each of those that stay counts. That is the share of all scores that it had in the whole net. Where the
-target leaves the parameters free, it is the geometric mean of that and of the kind's share of all units'
-parameters: of two nets that do the same work, the one with more parameters learns more in the rest of
-the run. (Scores measure what a unit does now, at a high rate, not what it could still learn.)
+of one stage goes. So every kind of unit is held to the share of all scores that it had in the whole net:
+the less of it is left, the more each of those that stay counts.
 """
 
 import math
@@ -46,7 +43,7 @@ class Steering:
     total: int
     fading: dict[str, Fade] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
-    # By kind of unit, the share of all scores that it is held to; set when the first is chosen.
+    # By kind of unit, its share of all scores when the first unit was chosen.
     work: dict[str, float] = field(default_factory=dict)
     limit_ms: float = math.inf  # corrected by measuring the finished net
 
@@ -76,7 +73,7 @@ class Steering:
     ) -> None:
         """Put the next units under pressure, as many as the schedule asks for by now."""
         progress = self.progress(step)
-        self.work = self.work or self._fair_work(scores)
+        self.work = self.work or self._shares(frozenset(), scores)
         # Where the schedule wants the net to be now; the limit itself at the end.
         wanted = [
             w - max(0.0, w - min(w, lim)) * progress
@@ -143,29 +140,19 @@ class Steering:
     def _loads(self, taken: list[str], scores: Mapping[str, float]) -> dict[str, float]:
         """Return, by kind of unit, how much more than their scores those that stay count.
 
-        That is the share of all scores that the kind is held to, over the share it has now.
+        That is the share of all scores that the kind had in the whole net, over the share it has now.
         """
-        fair = self.work or self._fair_work(scores)
-        gone = self.costs.gone(taken)
-        now = self._shares({n: v for n, v in _roots(scores).items() if n not in gone})
-        return {k: fair.get(k, 0.0) / share for k, share in now.items() if share > 0}
+        before = self.work or self._shares(frozenset(), scores)
+        now = self._shares(self.costs.gone(taken), scores)
+        return {k: before.get(k, 0.0) / share for k, share in now.items() if share > 0}
 
-    def _fair_work(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """Return, by kind of unit, the share of all scores that it is held to."""
-        by_score = self._shares(_roots(scores))
-        if math.isfinite(self.limits[1]):
-            return by_score
-        by_size = self._shares({n: self.costs.saving([n]).num_params for n in scores})
-        means = {k: math.sqrt(share * by_size.get(k, 0.0)) for k, share in by_score.items()}
-        whole = sum(means.values())
-        return {k: mean / whole for k, mean in means.items()} if whole > 0 else by_score
-
-    def _shares(self, amounts: Mapping[str, float]) -> dict[str, float]:
-        """Add the units' amounts up by kind, as shares of them all."""
+    def _shares(self, gone: frozenset[str], scores: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of all scores that each kind of unit has, without those gone."""
         found: dict[str, float] = {}
-        for name, amount in amounts.items():
-            kind = self.costs.kinds[name]
-            found[kind] = found.get(kind, 0.0) + amount
+        for name in self.costs.names:
+            if name not in gone:
+                kind = self.costs.kinds[name]
+                found[kind] = found.get(kind, 0.0) + math.sqrt(scores.get(name, 0.0))
         whole = sum(found.values())
         return {k: v / whole for k, v in found.items()} if whole > 0 else {}
 
@@ -183,8 +170,3 @@ class Steering:
         self.work = dict(state.get("work", {}))
         limit = state.get("limit_ms")
         self.limit_ms = math.inf if limit is None else limit
-
-
-def _roots(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the size of the change in the loss that each score is the mean square of."""
-    return {name: math.sqrt(score) for name, score in scores.items()}
