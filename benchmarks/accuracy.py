@@ -37,7 +37,7 @@ from resconv.train import Recipe, evaluate, fit
 from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
 
-__all__ = ["blocks_a_stage", "blocks_kept", "even_plan", "without_units"]
+__all__ = ["blocks_a_stage", "blocks_beyond", "blocks_kept", "without_units"]
 
 
 def without_units(net: str, classes: int, channels: int, side: int, remove: list[str]) -> nn.Module:
@@ -55,12 +55,12 @@ def blocks_a_stage(net: str) -> int:
     return (int("".join(c for c in net if c.isdigit())) - 2) // 6
 
 
-def even_plan(blocks: int, kept: tuple[float, ...]) -> list[str]:
-    """Return the blocks to remove so that ``kept`` stay in each stage (the first one always)."""
+def blocks_beyond(net: str, kept: tuple[int, ...]) -> list[str]:
+    """Return the blocks to remove so that the first ``kept`` of each stage stay."""
     return [
         f"layer{stage}.{block}"
         for stage, keep in enumerate(kept, 1)
-        for block in range(int(keep), blocks)
+        for block in range(keep, blocks_a_stage(net))
     ]
 
 
@@ -262,7 +262,7 @@ def _scores(gated: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, f
 
 def _scratch(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     if job.blocks is not None:
-        remove = even_plan(blocks_a_stage(job.net), job.blocks)
+        remove = blocks_beyond(job.net, job.blocks)
     else:
         assert job.like is not None
         remove = read_results()[job.like]["remove"]

@@ -19,7 +19,6 @@ __all__ = [
     "gains",
     "read_results",
     "rows_of",
-    "timed_arms",
     "top1_with_and_without",
 ]
 
@@ -207,14 +206,8 @@ SUITES: dict[str, list[Job]] = {
 }
 
 
-# The nets whose latency is measured too, by what the tables call them.
+# The arms whose nets (of seed 0) are timed too, by what the tables call them.
 TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}
-
-
-def timed_arms(net: str, share: float, results: Rows) -> dict[str, dict[str, Any]]:
-    """Return the results of those of ``TIMED`` that were trained towards this share, with seed 0."""
-    names = {label: f"cifar/{net}/{arm}-{round(100 * share)}" for label, arm in TIMED.items()}
-    return {label: results[name] for label, name in names.items() if name in results}
 
 
 def read_results() -> Rows:

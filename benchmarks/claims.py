@@ -28,6 +28,7 @@ from .arms import (
     TIMED,
     Job,
     Rows,
+    arm_named,
     gains,
     read_results,
     rows_of,
@@ -192,19 +193,15 @@ def choices(results: Rows) -> None:
         "even-50": "blocks of all stages alike, from scratch",
         "early-50": "blocks mostly of the first stage, from scratch",
     }
-    macs, num_params = (
-        max(row[key] for row in results.values() if row["net"] == jobs[0].net)
-        for key in ("macs_after", "num_params_after")
-    )
+    dense = rows_of("resnet56", "dense", results)
     lines = []
     for job in jobs:
-        row = results.get(job.name)
         cells = [MISSING, "", "", ""]
-        if row is not None:
-            shares = (row["macs_after"] / macs, row["num_params_after"] / num_params)
+        if row := results.get(job.name):
             cells = [
-                f"{row['top1']:.2f}",
-                *(f"{v:.1%}" for v in shares),
+                spread([row["top1"]]),
+                share_of([row], dense, "macs_after"),
+                share_of([row], dense, "num_params_after"),
                 ", ".join(row.get("layout", [])),
             ]
         lines.append([names[job.arm], str(job.epochs), *cells])
@@ -227,26 +224,24 @@ def earlier(results: Rows) -> None:
     rows = [json.loads(f.read_text(encoding="utf-8")) for f in files]
     if not rows:
         return
-
-    def dense(row: dict[str, Any]) -> dict[str, Any]:
-        seed = f"-seed{row['seed']}" if row["seed"] else ""
-        return results[f"{row['name'].rpartition('/')[0]}/dense{seed}"]
-
     now = [(r, "as it is now", "") for n in {r["name"] for r in rows} if (r := results.get(n))]
     before = [(r, r["schedule"], f"`{r['commit']}`") for r in rows]
-    lines = [
-        [
-            f"`{row['name']}`",
-            schedule,
-            commit,
-            f"{row['macs_after'] / dense(row)['macs_after']:.1%}",
-            f"{row['num_params_after'] / dense(row)['num_params_after']:.1%}",
-            ", ".join(row["layout"]),
-            f"{row['top1']:.2f}",
-            f"{row['top1'] - dense(row)['top1']:+.2f}",
-        ]
-        for row, schedule, commit in sorted((*before, *now), key=lambda r: (r[0]["name"], not r[2]))
-    ]
+    lines = []
+    for row, schedule, commit in sorted((*before, *now), key=lambda r: (r[0]["name"], not r[2])):
+        name = row["name"]
+        dense = results[name.replace(arm_named(name).arm, "dense")]  # of its suite and seed
+        lines.append(
+            [
+                f"`{name}`",
+                schedule,
+                commit,
+                f"{row['macs_after'] / dense['macs_after']:.1%}",
+                f"{row['num_params_after'] / dense['num_params_after']:.1%}",
+                ", ".join(row["layout"]),
+                f"{row['top1']:.2f}",
+                f"{row['top1'] - dense['top1']:+.2f}",
+            ]
+        )
     write_section(
         "Tried: schedules of sparse training",
         "Written by `python -m benchmarks.claims`. The same arms as above, with every schedule that was "

@@ -24,8 +24,8 @@ from resconv.files import write_text
 from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 
-from .accuracy import blocks_a_stage, even_plan, without_units
-from .arms import TIMED, Rows, read_results, timed_arms
+from .accuracy import blocks_a_stage, blocks_beyond, without_units
+from .arms import TIMED, Rows, read_results
 from .channels import prune_channels
 from .page import stamp, table, write_section
 
@@ -51,7 +51,10 @@ class ConvShortcutBlock(ResidualBlock):
 def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str], str]]:
     """Return the units to remove to keep ``share`` of the MACs, and where each choice comes from."""
     found = {}
-    for label, row in timed_arms(net, share, results).items():
+    for label, arm in TIMED.items():
+        row = results.get(f"cifar/{net}/{arm}-{round(100 * share)}")
+        if row is None:
+            continue
         what = "MACs" if row["num_params"] is None else "MACs and parameters"
         how = f"chosen by sparse training towards {share:.0%} of the {what} (`{row['name']}`)"
         found[label] = (row["remove"], how)
@@ -65,7 +68,7 @@ def evenly(net: str, share: float) -> list[str]:
     whole = resconv.count(nets.create(net), example).macs
     for left in range(3 * blocks, 2, -1):  # take blocks evenly from the stages
         kept = tuple(left // 3 + (stage >= 3 - left % 3) for stage in range(3))
-        remove = even_plan(blocks, kept)
+        remove = blocks_beyond(net, kept)
         if not remove:
             continue
         compact = without_units(net, 10, 3, 32, remove)
@@ -120,7 +123,7 @@ def arms(net: str, share: float, chosen: dict[str, tuple[list[str], str]]) -> di
     }
     if net == "resnet56" and share == SHARES[0]:
         for name, kept in LAYOUTS.items():
-            found[name] = without_units(net, 10, 3, 32, even_plan(blocks, kept))
+            found[name] = without_units(net, 10, 3, 32, blocks_beyond(net, kept))
     return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}
 
 

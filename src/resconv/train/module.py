@@ -54,7 +54,7 @@ class Classifier(lightning.LightningModule):
                 f"validation set of {len(data.val)}: each needs at least one image. Use fewer "
                 "devices or a larger batch size."
             )
-        size = min(recipe.batch_size, len(data.train)) // world
+        size = recipe.batch_on(len(data.train)) // world
         return BatchLoader(
             data.train,
             size,

@@ -21,6 +21,10 @@ class Recipe:
     seed: int = 0
     distill: float = 0.5
 
+    def batch_on(self, num_images: int) -> int:
+        """Return the images of a step, on all ranks together, where there are ``num_images``."""
+        return min(self.batch_size, num_images)
+
     def count_steps(self, num_images: int) -> int:
         """Return the optimizer steps of the run; an epoch's last images that fill no batch are left out."""
-        return self.epochs * (num_images // min(self.batch_size, num_images))
+        return self.epochs * (num_images // self.batch_on(num_images))
