@@ -145,6 +145,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         sparse_lr=job.lr,
         seed=job.seed,
         units=job.units,
+        distill=job.distill,
         progress=False,
     )
     folder = runs.RunFolder.begin(job.folder, config)

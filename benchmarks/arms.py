@@ -50,6 +50,7 @@ class Job:
     blocks: tuple[int, ...] | None = None  # or how many blocks a stage that one has
     units: str = "all"
     ranking: str | None = None
+    distill: bool = False  # follow the outputs of the net it starts from as well
     holdout: float = 0.0  # judged by this share of the training images, which no arm is trained on
 
     @property
@@ -103,6 +104,7 @@ def _compare(
             job("once", share, num_params=share, epochs=total),
             ours,
             job("ours-macs", share, kind="ours", start=start.name),
+            job("distilled", share, kind="ours", num_params=share, start=start.name, distill=True),
             job("torch-pruning", share, start=start.name),
             job("scratch", share, epochs=total, like=ours.name),
         ]
@@ -186,7 +188,11 @@ SUITES: dict[str, list[Job]] = {
         for job in _compare("resnet56", CIFAR, 4, 12, (0.5, 0.35, 0.25), seed)
     ],
     # Twice as long: how much of what pruning costs is that a short schedule leaves nets half trained?
-    "resnet56-long": _compare("resnet56", CIFAR, 8, 24, (0.5,), where="cifar-24"),
+    "resnet56-long": [
+        job
+        for seed in range(2)
+        for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, where="cifar-24")
+    ],
     "held-out": _tuning("resnet56", 4, 12),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
     "plain": [
