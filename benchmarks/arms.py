@@ -85,8 +85,12 @@ def _compare(
     macs: tuple[float, ...],
     seed: int = 0,
     where: str = "cifar",
+    distilled: bool = False,
 ) -> list[Job]:
-    """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all."""
+    """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all.
+
+    With ``distilled``, both methods also follow the dense net that they start from.
+    """
     base = Job("", "", net, data, total - before, seed)
     end = f"-seed{seed}" if seed else ""
 
@@ -104,10 +108,15 @@ def _compare(
             job("once", share, num_params=share, epochs=total),
             ours,
             job("ours-macs", share, kind="ours", start=start.name),
-            job("distilled", share, kind="ours", num_params=share, start=start.name, distill=True),
             job("torch-pruning", share, start=start.name),
             job("scratch", share, epochs=total, like=ours.name),
         ]
+        if distilled:
+            taught = {"start": start.name, "distill": True}
+            jobs += [
+                job("ours-distilled", share, kind="ours", num_params=share, **taught),
+                job("torch-pruning-distilled", share, kind="torch-pruning", **taught),
+            ]
     return jobs
 
 
@@ -191,7 +200,7 @@ SUITES: dict[str, list[Job]] = {
     "resnet56-long": [
         job
         for seed in range(2)
-        for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, where="cifar-24")
+        for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
     "held-out": _tuning("resnet56", 4, 12),
     "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
