@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resconv.data.images import EncodedImage, decode_all, probe
-from resconv.data.splits import LazySplit, Source, Split
+from resconv.data.splits import NO_VAL_HINT, LazySplit, Source, Split
 from resconv.errors import DataError, MissingExtraError
 
 __all__ = ["FolderSource", "find_folder"]
@@ -41,11 +41,7 @@ def find_folder(
     for name in names:
         if not (path / name).is_dir():
             found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            hint = (
-                " Without one, hold a part of train/ out: holdout=0.1 (--holdout 0.1)."
-                if name == "val"
-                else ""
-            )
+            hint = NO_VAL_HINT if name == "val" else ""
             raise DataError(
                 f"{path} has no folder {name}/ (it holds: {found}). Put one folder for each class "
                 f"into {path / name}.{hint}"

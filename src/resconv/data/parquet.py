@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resconv.data.images import EncodedImage, decode_all, probe
-from resconv.data.splits import Source, Split
+from resconv.data.splits import NO_VAL_HINT, Source, Split
 from resconv.errors import DataError, MissingExtraError
 
 __all__ = ["ParquetSource", "find_parquet"]
@@ -81,9 +81,8 @@ def _find_files(path: Path, patterns: tuple[str, ...], needs_val: bool) -> list[
         for pattern in patterns:
             if files := sorted(folder.glob(pattern)):
                 return files
-    is_val = patterns is _VAL_PATTERNS
     found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-    hint = " Without one, hold a part of train out: holdout=0.1 (--holdout 0.1)." if is_val else ""
+    hint = NO_VAL_HINT if patterns is _VAL_PATTERNS else ""
     raise DataError(f"{path} has no {' or '.join(patterns)} (it holds: {found}).{hint}")
 
 

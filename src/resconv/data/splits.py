@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ImageData", "LazySplit", "Source", "Split", "measure_pixels", "split_stratified"]
+__all__ = [
+    "NO_VAL_HINT",
+    "ImageData",
+    "LazySplit",
+    "Source",
+    "Split",
+    "measure_pixels",
+    "split_stratified",
+]
+
+# What a user can do whose set has no split to judge by.
+NO_VAL_HINT = " Without one, hold a part of train out: holdout=0.1 (--holdout 0.1)."
 
 _STATISTICS_SAMPLE = 1024  # images of a lazy split that its mean and std are taken from
 

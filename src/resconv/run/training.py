@@ -23,7 +23,7 @@ def dense(run: Run) -> None:
     else:
         epochs = config.stage_epochs()[0]
         run.say(
-            f"Training {config.model} on {config.data} for {epochs} epochs "
+            f"Training {config.model} on {config.data} for {_epochs(epochs)} "
             f"({len(run.data.train):,} images, {run.precision.name}: {run.precision.reason})."
         )
         fit(
@@ -60,7 +60,7 @@ def sparse(run: Run) -> None:
     table = run.ranks.by_first(lambda: latency_table(run, model))
     epochs = config.stage_epochs()[1]
     run.say(
-        f"Sparse training for {epochs} epochs: {len(resconv.gates(model))} units, target "
+        f"Sparse training for {_epochs(epochs)}: {len(resconv.gates(model))} units, target "
         f"{_words(config)}."
     )
     model.train()
@@ -92,6 +92,10 @@ def sparse(run: Run) -> None:
     run.say(f"Gated: top-1 {top1:.2f} %, {len(zero)} scales are exactly 0.")
 
 
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number != 1)}"
+
+
 def _words(config: Config) -> str:
     parts = []
     for value, what in ((config.macs, "MACs"), (config.num_params, "parameters")):
@@ -113,7 +117,7 @@ def finetune(run: Run) -> None:
         return
     plan, example = run.plan(), run.example(4)
     model = resconv.prune(run.gated(), plan, fuse=False)
-    run.say(f"Finetuning for {epochs} epochs.")
+    run.say(f"Finetuning for {_epochs(epochs)}.")
     fit(
         model.train(),
         run.data,
