@@ -113,7 +113,9 @@ def compare(suite: str, results: Rows) -> None:
         "once": "resconv, one run",
         "ours": "resconv, from the dense net",
         "ours-macs": "resconv, from the dense net, MACs only",
+        "ours-distilled": "resconv, from the dense net, distilled",
         "torch-pruning": "Torch-Pruning (filters)",
+        "torch-pruning-distilled": "Torch-Pruning (filters), distilled",
         "scratch": "resconv's net from scratch",
     }
     lines = []
@@ -141,6 +143,12 @@ def compare(suite: str, results: Rows) -> None:
                 "; ".join(", ".join(r["layout"]) for r in rows if "layout" in r),
             ]
         )
+    distilled = (
+        f' "Distilled": half of the loss is to follow that dense net of {start.epochs} epochs '
+        "(`resconv compress --distill`)."
+        if any(j.distill for j in jobs)
+        else ""
+    )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "
@@ -158,7 +166,8 @@ def compare(suite: str, results: Rows) -> None:
         "in one step and finetuned; only inner channels of blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
         "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs "
-        'and of parameters; "MACs only" is not held to parameters. Points to dense: the mean over the seeds that both '
+        'and of parameters; "MACs only" is not held to parameters.'
+        f"{distilled} Points to dense: the mean over the seeds that both "
         "have, each against the dense net of its seed. The last column is blocks kept a stage (+ blocks "
         "with one of two convs), for each seed.\n\n"
         + table(
@@ -358,6 +367,7 @@ def scales(results: Rows) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         limited = "MACs" if row["num_params"] is None else "MACs and parameters"
         start = "one run" if row["kind"] == "once" else "from the dense net"
+        start += ", distilled" if arm_named(row["name"]).distill else ""
         title = (
             f"{row['net']} to {row['macs']:.0%} of the {limited}, {start}, {row['epochs']} epochs "
             "of sparse training"

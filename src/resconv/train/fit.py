@@ -72,7 +72,9 @@ def fit(
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if precision.channels_last:
-        model.to(memory_format=torch.channels_last)
+        for net in (model, teacher):
+            if net is not None:
+                net.to(memory_format=torch.channels_last)
     module = Classifier(model, data, recipe, channels_last=precision.channels_last, teacher=teacher)
     sparsity: list[SparsityCallback] = []
     if target is not None:
