@@ -91,15 +91,12 @@ def _started(job: Job, data: datasets.ImageData) -> nn.Module:
     return model.eval()
 
 
-def _trained(
-    model: nn.Module, job: Job, data: datasets.ImageData, teacher: nn.Module | None = None
-) -> nn.Module:
+def _trained(model: nn.Module, job: Job, data: datasets.ImageData) -> nn.Module:
     fit(
         model.train(),
         data,
         Recipe(job.epochs, lr=job.lr, seed=job.seed),
         job.folder / "fit",
-        teacher=teacher,
         progress=False,
     )
     return model.eval()
@@ -204,8 +201,7 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     assert made is not None
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
-    teacher = _started(job, data) if job.distill else None
-    return _finish(_trained(model, job, data, teacher), job, data) | extra
+    return _finish(_trained(model, job, data), job, data) | extra
 
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _compare(
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all.
 
-    With ``distilled``, both methods also follow the dense net that they start from.
+    With ``distilled``, ours also with the dense net that it starts from as its teacher.
     """
     base = Job("", "", net, data, total - before, seed)
     end = f"-seed{seed}" if seed else ""
@@ -112,11 +112,7 @@ def _compare(
             job("scratch", share, epochs=total, like=ours.name),
         ]
         if distilled:
-            taught = {"start": start.name, "distill": True}
-            jobs += [
-                job("ours-distilled", share, kind="ours", num_params=share, **taught),
-                job("torch-pruning-distilled", share, kind="torch-pruning", **taught),
-            ]
+            jobs.append(replace(ours, name=job("ours-distilled", share).name, distill=True))
     return jobs
 
 

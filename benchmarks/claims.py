@@ -115,7 +115,6 @@ def compare(suite: str, results: Rows) -> None:
         "ours-macs": "resconv, from the dense net, MACs only",
         "ours-distilled": "resconv, from the dense net, distilled",
         "torch-pruning": "Torch-Pruning (filters)",
-        "torch-pruning-distilled": "Torch-Pruning (filters), distilled",
         "scratch": "resconv's net from scratch",
     }
     lines = []

@@ -12,13 +12,6 @@ __all__ = ["goals"]
 
 Row = dict[str, Any]
 
-# The arms of ours whose accuracy the goals are about, and what they were held to.
-OURS = {
-    "ours": "MACs and parameters",
-    "ours-macs": "MACs",
-    "ours-distilled": "MACs and parameters, distilled",
-}
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -97,7 +90,7 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
     found = []
     epochs = next(j.epochs for j in SUITES[suite] if j.arm == "dense")
     for share, most in ((50, 0.3), (35, 1.0)):
-        for arm, words in OURS.items():
+        for arm, words in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
             if not any(j.arm == f"{arm}-{share}" for j in SUITES[suite]):
                 continue
 
@@ -109,9 +102,6 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
             found.append(difference("C6", text, points("dense"), -most))
             text = f"{what}: better than Torch-Pruning"
             found.append(difference("C5", text, points(f"torch-pruning-{share}")))
-            if arm == "ours-distilled":
-                text = f"{what}: better than Torch-Pruning, distilled too"
-                found.append(difference("C5", text, points(f"torch-pruning-distilled-{share}")))
             if arm == "ours":
                 text = f"{what}: better than the same net from scratch"
                 found.append(difference("control", text, points(f"scratch-{share}")))

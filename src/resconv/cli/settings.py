@@ -48,7 +48,9 @@ def make_config(
     ] = None,
     sparse_epochs: Annotated[int | None, typer.Option(help="Epochs of sparse training.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs after pruning.")] = None,
-    distill: Annotated[bool, typer.Option(help="Follow the dense net's outputs as well.")] = False,
+    distill: Annotated[
+        bool, typer.Option(help="Follow the outputs of the dense net too: of one well trained.")
+    ] = False,
     recalibrate: Annotated[
         bool | None,
         typer.Option(
