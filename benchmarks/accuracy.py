@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,18 +86,28 @@ def _create(job: Job, data: datasets.ImageData) -> nn.Module:
 
 def _started(job: Job, data: datasets.ImageData) -> nn.Module:
     """Return the trained net that the job starts from."""
-    assert job.start is not None
     model = _create(job, data)
-    model.load_state_dict(load_file(arm_named(job.start).weights))
+    model.load_state_dict(load_file(_start_weights(job)))
     return model.eval()
 
 
-def _trained(model: nn.Module, job: Job, data: datasets.ImageData) -> nn.Module:
+def _start_weights(job: Job) -> Path:
+    """Return the weights that the job starts from: trained now where only their figures are here."""
+    start = arm_named(job.start)
+    if not start.weights.is_file():
+        run(start)
+    return start.weights
+
+
+def _trained(
+    model: nn.Module, job: Job, data: datasets.ImageData, teacher: nn.Module | None = None
+) -> nn.Module:
     fit(
         model.train(),
         data,
         Recipe(job.epochs, lr=job.lr, seed=job.seed),
         job.folder / "fit",
+        teacher=teacher,
         progress=False,
     )
     return model.eval()
@@ -132,14 +143,13 @@ def _resconv(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 
 
 def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    assert job.start is not None
     config = runs.Config(
         model=job.net,
         data=job.data,
         holdout=job.holdout,
         macs=job.macs,
         num_params=job.num_params,
-        weights=str(arm_named(job.start).weights),
+        weights=str(_start_weights(job)),
         sparse_epochs=job.epochs,
         finetune_epochs=0,
         sparse_lr=job.lr,
@@ -201,7 +211,8 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     assert made is not None
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
-    return _finish(_trained(model, job, data), job, data) | extra
+    teacher = _started(job, data) if job.distill else None
+    return _finish(_trained(model, job, data, teacher), job, data) | extra
 
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:

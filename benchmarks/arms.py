@@ -116,6 +116,32 @@ def _compare(
     return jobs
 
 
+def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) -> list[Job]:
+    """Return the arms that follow a dense net of ``before`` epochs, with as many in all as a suite.
+
+    The suite's own arms that they are compared with are among them.
+    """
+    jobs = []
+    for seed in sorted({j.seed for j in suite}):
+        end = f"-seed{seed}" if seed else ""
+        dense = next(j for j in suite if j.arm == "dense" and j.seed == seed)
+        start = replace(dense, name=f"cifar-24/{net}/start{end}", epochs=before)
+        base = replace(start, epochs=dense.epochs - before, start=start.name)
+        jobs += [start, dense]
+        for share in macs:
+            at = round(100 * share)
+            where = f"cifar-taught/{net}"
+            ours = replace(base, kind="ours", macs=share, num_params=share)
+            filters = replace(base, kind="torch-pruning", macs=share, distill=True)
+            jobs += [
+                replace(ours, name=f"{where}/ours-distilled-{at}{end}", distill=True),
+                replace(ours, name=f"{where}/ours-{at}{end}"),
+                replace(filters, name=f"{where}/torch-pruning-distilled-{at}{end}"),
+                *(j for j in suite if j.arm == f"torch-pruning-{at}" and j.seed == seed),
+            ]
+    return jobs
+
+
 def _tuning(net: str, before: int, total: int) -> list[Job]:
     """Return the arms on which choices are made: does ResConv help, where should blocks stay?
 
@@ -215,7 +241,8 @@ SUITES: dict[str, list[Job]] = {
     "rankings": _ranked("resnet56", 30, 60, 0.5),
     "rates": _rates("resnet56", 30, 60, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), 2),
 }
-
+# As many epochs in all, but most of them for the dense net, which then is the teacher.
+SUITES["resnet56-taught"] = _taught(SUITES["resnet56"], "resnet56", 8, (0.5, 0.35))
 
 # The arms whose nets (of seed 0) are timed too, by what the tables call them.
 TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}

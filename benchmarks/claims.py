@@ -115,6 +115,7 @@ def compare(suite: str, results: Rows) -> None:
         "ours-macs": "resconv, from the dense net, MACs only",
         "ours-distilled": "resconv, from the dense net, distilled",
         "torch-pruning": "Torch-Pruning (filters)",
+        "torch-pruning-distilled": "Torch-Pruning (filters), distilled",
         "scratch": "resconv's net from scratch",
     }
     lines = []
@@ -127,15 +128,15 @@ def compare(suite: str, results: Rows) -> None:
         if not rows:
             lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        epochs = job.epochs + (start.epochs if job.start else 0)
-        alike = job.arm != "dense" and epochs == dense.epochs
+        before = arm_named(job.start).epochs if job.start else 0
+        alike = job.arm != "dense" and before + job.epochs == dense.epochs
         points = gains(suite, job.arm, "dense", results) if alike else []
         lines.append(
             [
                 named,
                 share_of(rows, starts, "macs_after"),
                 share_of(rows, starts, "num_params_after"),
-                str(epochs),
+                f"{before} + {job.epochs}" if before else str(job.epochs),
                 str(len(rows)),
                 spread([r["top1"] for r in rows]),
                 f"{statistics.fmean(points):+.2f}" if points else "",
@@ -143,8 +144,7 @@ def compare(suite: str, results: Rows) -> None:
             ]
         )
     distilled = (
-        f' "Distilled": half of the loss is to follow that dense net of {start.epochs} epochs '
-        "(`resconv compress --distill`)."
+        ' "Distilled": half of the loss is to follow that dense net (`resconv compress --distill`).'
         if any(j.distill for j in jobs)
         else ""
     )
@@ -155,12 +155,12 @@ def compare(suite: str, results: Rows) -> None:
         for r in ours
     ]
     write_section(
-        f"{start.net} on {found[0]['data']}, {dense.epochs} epochs: accuracy at equal MACs",
+        f"{start.net} on {found[0]['data']}, {start.epochs} + {dense.epochs - start.epochs} epochs: "
+        "accuracy at equal MACs",
         f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
-        f'the dense net" and Torch-Pruning start from the same dense net of {start.epochs} epochs '
-        f"({spread([r['top1'] for r in starts.values()])} %), then train for {dense.epochs - start.epochs} epochs at "
-        f"the same peak rate ({start.lr}). No resconv net is "
+        'the dense net" and Torch-Pruning start from a dense net of the same seed ("4 + 8": of 4 '
+        f"epochs) and go on for the rest, at the same peak rate ({start.lr}). No resconv net is "
         "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
         "in one step and finetuned; only inner channels of blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
@@ -477,7 +477,7 @@ def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Ro
 
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
-    *(partial(compare, s) for s in ("resnet56", "resnet56-long", "resnet110")),
+    *(partial(compare, s) for s in ("resnet56", "resnet56-taught", "resnet56-long", "resnet110")),
     choices,
     earlier,
     with_resconv,

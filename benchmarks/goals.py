@@ -12,6 +12,13 @@ __all__ = ["goals"]
 
 Row = dict[str, Any]
 
+# The arms of ours whose accuracy has goals, and what each was held to.
+OURS = {
+    "ours": "MACs and parameters",
+    "ours-macs": "MACs",
+    "ours-distilled": "MACs and parameters, distilled",
+}
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -88,23 +95,29 @@ def training(results: Rows) -> list[Goal]:
 def accuracy(suite: str, results: Rows) -> list[Goal]:
     """What resnet56 loses, against the dense net of as many epochs and against filter pruning."""
     found = []
-    epochs = next(j.epochs for j in SUITES[suite] if j.arm == "dense")
+    arms = {j.arm: j for j in SUITES[suite]}
+    start, total = arms["start"].epochs, arms["dense"].epochs
     for share, most in ((50, 0.3), (35, 1.0)):
-        for arm, words in (("ours", "MACs and parameters"), ("ours-macs", "MACs")):
-            if not any(j.arm == f"{arm}-{share}" for j in SUITES[suite]):
+        for arm, words in OURS.items():
+            if f"{arm}-{share}" not in arms:
                 continue
 
             def points(other: str, mine: str = f"{arm}-{share}") -> list[float]:
                 return gains(suite, mine, other, results)
 
-            what = f"resnet56, CIFAR-10 (JPEG), {epochs} epochs, {share} % of the {words}"
+            what = f"resnet56, CIFAR-10 (JPEG), {start} + {total - start} epochs, {share} % of the {words}"
             text = f"{what}: at most {most} points below the dense net"
             found.append(difference("C6", text, points("dense"), -most))
-            text = f"{what}: better than Torch-Pruning"
-            found.append(difference("C5", text, points(f"torch-pruning-{share}")))
+            others = {"torch-pruning": "Torch-Pruning"}
+            if arm == "ours-distilled":
+                others["torch-pruning-distilled"] = "Torch-Pruning, distilled too"
             if arm == "ours":
-                text = f"{what}: better than the same net from scratch"
-                found.append(difference("control", text, points(f"scratch-{share}")))
+                others["scratch"] = "the same net from scratch"
+            for other, name in others.items():
+                if f"{other}-{share}" in arms:
+                    claim = "control" if other == "scratch" else "C5"
+                    text = f"{what}: better than {name}"
+                    found.append(difference(claim, text, points(f"{other}-{share}")))
     return found
 
 
@@ -152,7 +165,7 @@ def speed_of(label: str, rows: dict[str, Row], record: Row) -> list[Goal]:
 
 def goals(results: Rows) -> None:
     found = [*training(results), *speed()]
-    for suite in ("resnet56", "resnet56-long"):
+    for suite in ("resnet56", "resnet56-taught", "resnet56-long"):
         found += accuracy(suite, results)
     arm = next(j.arm for j in SUITES["resnet110"] if j.kind == "ours")
     text = "resnet110, CIFAR-10 (JPEG), -65.5 % of the MACs: no loss (the paper: -0.13)"
