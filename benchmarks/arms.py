@@ -122,22 +122,27 @@ def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) ->
     The suite's own arms that they are compared with are among them.
     """
     jobs = []
+    arms = {(j.arm, j.seed): j for j in suite}
     for seed in sorted({j.seed for j in suite}):
-        end = f"-seed{seed}" if seed else ""
-        dense = next(j for j in suite if j.arm == "dense" and j.seed == seed)
-        start = replace(dense, name=f"cifar-24/{net}/start{end}", epochs=before)
-        base = replace(start, epochs=dense.epochs - before, start=start.name)
+        dense, start = arms["dense", seed], arms["start", seed]
+        # The dense net that the runs of twice as many epochs start from.
+        start = replace(start, name=start.name.replace("cifar/", "cifar-24/"), epochs=before)
         jobs += [start, dense]
+
+        def taught(job: Job, how: str, start: Job = start, total: int = dense.epochs) -> Job:
+            name = job.name.replace("cifar/", "cifar-taught/").replace(job.kind, job.kind + how)
+            more = {"epochs": total - start.epochs, "start": start.name, "distill": bool(how)}
+            return replace(job, name=name, **more)
+
         for share in macs:
-            at = round(100 * share)
-            where = f"cifar-taught/{net}"
-            ours = replace(base, kind="ours", macs=share, num_params=share)
-            filters = replace(base, kind="torch-pruning", macs=share, distill=True)
+            ours, filters = (
+                arms[f"{arm}-{round(100 * share)}", seed] for arm in ("ours", "torch-pruning")
+            )
             jobs += [
-                replace(ours, name=f"{where}/ours-distilled-{at}{end}", distill=True),
-                replace(ours, name=f"{where}/ours-{at}{end}"),
-                replace(filters, name=f"{where}/torch-pruning-distilled-{at}{end}"),
-                *(j for j in suite if j.arm == f"torch-pruning-{at}" and j.seed == seed),
+                taught(ours, "-distilled"),
+                taught(ours, ""),
+                taught(filters, "-distilled"),
+                filters,
             ]
     return jobs
 
