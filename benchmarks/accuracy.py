@@ -3,12 +3,14 @@
 ``python -m benchmarks.accuracy SUITE [PART ...]`` runs the arms of a suite that have no result yet, in
 order (only those whose name, closed by a slash, contains a PART, in the order of the PARTs:
 ``/ours-50/`` is one arm with seed 0, ``/ours-50`` is it with all seeds). Stopped arms go on from
-their last epoch. Every arm of a suite gets the same number of epochs in all. The tables are written
-by ``python -m benchmarks.claims``.
+their last epoch. With ``--at-once N`` N arms run at a time, on a GPU that one of them does not fill.
+Every arm of a suite gets the same number of epochs in all. The tables are written by
+``python -m benchmarks.claims``.
 """
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -99,15 +101,20 @@ def _start_weights(job: Job) -> Path:
     return start.weights
 
 
+def _recipe(job: Job) -> Recipe:
+    return Recipe(job.epochs, lr=job.lr, batch_size=job.batch_size, seed=job.seed)
+
+
 def _trained(
     model: nn.Module, job: Job, data: datasets.ImageData, teacher: nn.Module | None = None
 ) -> nn.Module:
     fit(
         model.train(),
         data,
-        Recipe(job.epochs, lr=job.lr, seed=job.seed),
+        _recipe(job),
         job.folder / "fit",
         teacher=teacher,
+        cuda_graphs=torch.cuda.is_available(),
         progress=False,
     )
     return model.eval()
@@ -153,13 +160,18 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         sparse_epochs=job.epochs,
         finetune_epochs=0,
         sparse_lr=job.lr,
+        batch_size=job.batch_size,
         seed=job.seed,
         units=job.units,
         distill=job.distill,
+        cuda_graphs=torch.cuda.is_available(),
         progress=False,
     )
     folder = runs.RunFolder.begin(job.folder, config)
-    metrics = runs.compress(runs.open_run(folder.path))
+    opened = runs.open_run(folder.path)
+    for stage in ("dense", "sparse", "plan", "prune"):
+        runs.run_stage(opened, stage)
+    metrics = folder.metrics()
     plan = folder.read_json("plan.json")
     steps = history(folder)
     size = {
@@ -176,9 +188,14 @@ def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
     gated = resconv.convert(_create(job, data), example, units=job.units, start="identity")
     budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
-    recipe = Recipe(job.epochs, lr=job.lr, seed=job.seed)
     steps = fit(
-        gated.train(), data, recipe, job.folder / "fit", target=budget, progress=False
+        gated.train(),
+        data,
+        _recipe(job),
+        job.folder / "fit",
+        target=budget,
+        cuda_graphs=torch.cuda.is_available(),
+        progress=False,
     ).history
     plan = resconv.plan(gated.eval(), example, budget)
     compact = resconv.fuse(resconv.prune(gated, plan), example)
@@ -310,13 +327,40 @@ def run(job: Job) -> None:
     print(job.name, f"top-1 {row['top1']:.2f}", f"{row['macs_after']:,} MACs", flush=True)
 
 
+def run_together(suite: str, jobs: list[Job], at_once: int) -> None:
+    """Run up to so many arms at a time, each in a process of its own, after those it starts from."""
+    waiting, running = list(jobs), dict[str, subprocess.Popen[bytes]]()
+    while waiting or running:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    print(name, f"failed ({process.returncode})", flush=True)
+                    waiting = [j for j in waiting if name not in (j.start, j.like)]
+        unfinished = {*running, *(j.name for j in waiting)}
+        for job in list(waiting):
+            if len(running) < at_once and unfinished.isdisjoint({job.start, job.like}):
+                command = [sys.executable, "-m", "benchmarks.accuracy", suite, f"{job.name}/"]
+                running[job.name] = subprocess.Popen(command)
+                waiting.remove(job)
+        time.sleep(0.1)
+
+
 def main() -> None:
     suite, *parts = sys.argv[1:]
-    wanted = [j for part in parts or [""] for j in SUITES[suite] if part in f"{j.name}/"]
+    at_once = 1
+    if "--at-once" in parts:
+        place = parts.index("--at-once")
+        at_once = int(parts[place + 1])
+        del parts[place : place + 2]
+    found = [j for part in parts or [""] for j in SUITES[suite] if part in f"{j.name}/"]
+    wanted = [j for j in dict.fromkeys(found) if not j.result.is_file()]
+    if at_once > 1:
+        run_together(suite, wanted, at_once)
+        return
     for job in wanted:
-        if not job.result.is_file():
-            print(job.name, "...", flush=True)
-            run(job)
+        print(job.name, "...", flush=True)
+        run(job)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Job:
     epochs: int
     seed: int = 0
     lr: float = 0.1
+    batch_size: int = 128
     macs: float | None = None
     num_params: float | None = None
     start: str | None = None  # the arm whose trained net this one starts from
@@ -86,12 +87,14 @@ def _compare(
     seed: int = 0,
     where: str = "cifar",
     distilled: bool = False,
+    lr: float = 0.1,
+    batch_size: int = 128,
 ) -> list[Job]:
     """Return the arms that compare pruning methods: ``before`` epochs dense, ``total`` in all.
 
     With ``distilled``, ours also with the dense net that it starts from as its teacher.
     """
-    base = Job("", "", net, data, total - before, seed)
+    base = Job("", "", net, data, total - before, seed, lr, batch_size)
     end = f"-seed{seed}" if seed else ""
 
     def job(arm: str, share: float | None = None, **more: Any) -> Job:
@@ -230,7 +233,13 @@ SUITES: dict[str, list[Job]] = {
         for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
     "held-out": _tuning("resnet56", 4, 12),
-    "resnet110": _compare("resnet110", CIFAR, 80, 200, (0.345,)),
+    # On a GPU: schedules that train a net out, and batches that keep it busy.
+    "resnet56-gpu": [
+        job
+        for seed in range(3)
+        for job in _compare("resnet56", CIFAR, 30, 100, (0.5, 0.35), seed, "gpu", False, 0.2, 256)
+    ],
+    "resnet110": _compare("resnet110", CIFAR, 15, 45, (0.345,), 0, "gpu", False, 0.2, 256),
     "plain": [
         *_plain("plainnet20", CIFAR, 3),
         *_plain("plainnet56", CIFAR, 3),

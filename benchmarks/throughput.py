@@ -1,7 +1,8 @@
 """Images a second of training, over the ways to run the same step on this machine.
 
-``python -m benchmarks.throughput [NET [BATCH]]``. On a GPU the last arm records the step as CUDA graphs
-(torch.compile's reduce-overhead mode); without one there is no such arm.
+``python -m benchmarks.throughput [NET [BATCH [ARM ...]]]``: all arms, or those named by what follows
+their last comma (``eager``, ``recorded``, ...). CUDA graphs, recorded by us or by torch.compile's
+reduce-overhead mode, need a GPU; without one there are no such arms.
 """
 
 import sys
@@ -14,19 +15,22 @@ from torch.nn import functional as F
 import resconv
 from resconv import nets
 from resconv.measure import time_together
+from resconv.train.recorded import RecordedNet
 
 from .page import stamp, table, write_section
 
-# name -> (bf16 and channels-last, compile mode)
+# name -> (bf16 and channels-last, "recorded" as by `--cuda-graphs` or torch.compile's mode)
 ARMS: dict[str, tuple[bool, str | None]] = {
     "float32, eager": (False, None),
     "bf16, channels last, eager": (True, None),
-    "bf16, channels last, torch.compile": (True, "default"),
-    "bf16, channels last, CUDA graphs": (True, "reduce-overhead"),
+    "bf16, channels last, recorded": (True, "recorded"),
+    "bf16, channels last, compiled": (True, "default"),
+    "bf16, channels last, compiled and recorded": (True, "reduce-overhead"),
 }
+NEED_GPU = ("recorded", "reduce-overhead")
 
 
-def step_of(net: str, batch: int, device: str, fast: bool, compile_mode: str | None) -> Any:
+def step_of(net: str, batch: int, device: str, fast: bool, how: str | None) -> Any:
     """Return a call that takes one training step of the converted net under its Sparsifier."""
     torch.manual_seed(0)
     example = torch.randn(2, 3, 32, 32)
@@ -39,7 +43,11 @@ def step_of(net: str, batch: int, device: str, fast: bool, compile_mode: str | N
     resconv.Sparsifier(model, target=resconv.Budget(macs=0.5), total_steps=100_000).attach(
         optimizer
     )
-    forward: Any = model if compile_mode is None else torch.compile(model, mode=compile_mode)
+    forward: Any = model
+    if how == "recorded":
+        forward = RecordedNet(model)
+    elif how is not None:
+        forward = torch.compile(model, mode=how)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=fast):
@@ -58,9 +66,12 @@ def main() -> None:
     batch = int(sys.argv[2]) if len(sys.argv) > 2 else 128
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps: dict[str, Callable[[], None]] = {}
-    for name, (fast, mode) in ARMS.items():
-        if mode != "reduce-overhead" or device == "cuda":
-            steps[name] = step_of(net, batch, device, fast, mode)
+    asked = sys.argv[3:]
+    for name, (fast, how) in ARMS.items():
+        if asked and name.rpartition(", ")[2] not in asked:
+            continue
+        if how not in NEED_GPU or device == "cuda":
+            steps[name] = step_of(net, batch, device, fast, how)
     timings = time_together(steps, repeats=100 if device == "cuda" else 8, warmup=3)
     base = timings["float32, eager"].median_ms
     rows = [
@@ -68,7 +79,7 @@ def main() -> None:
         for n, t in timings.items()
     ]
     write_section(
-        f"Training throughput of {net} on {device}",
+        f"Training throughput of {net} on {device}, batch {batch}",
         f"{stamp()} Batch {batch} at 32x32, units='all' under a Sparsifier, interleaved, medians.\n\n"
         + table(["step", "ms", "images/s", "against eager float32"], rows),
     )

@@ -10,7 +10,7 @@ works, made before or after, and groups and state of the optimizer keep their la
     all others        v <- 0.999 v + 0.001 g^2,  x <- x - rate * clamp(g / sqrt(v / (1 - 0.999^t)), -1, 1)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .errors import ConversionError
 
-__all__ = ["Scalars", "by_name", "stack"]
+__all__ = ["Scalars", "by_name", "like", "stack"]
 
 _BETA = 0.999
 
@@ -27,10 +27,14 @@ _BETA = 0.999
 class Scalars:
     """Moves ``params`` after each step of the optimizer it is attached to.
 
+    Gradients and changes are one vector, in the order of ``params``: on a GPU a launch for each scalar
+    would take longer than the step of a small net.
+
     Args:
         params: the scalars by name.
         share: of the optimizer's rate.
-        prepare: sees (and may change) the gradients before the move, by parameter id.
+        prepare: sees (and may change) the gradients before the move: float32, and bool where there
+            is one (0 elsewhere), both (number of scalars,).
         finish: is called after the move, with the optimizer.
     """
 
@@ -38,7 +42,7 @@ class Scalars:
         self,
         params: Mapping[str, nn.Parameter],
         share: float,
-        prepare: Callable[[dict[int, Tensor]], None],
+        prepare: Callable[[Tensor, Tensor], None],
         finish: Callable[[Optimizer], None],
     ) -> None:
         self.params = dict(params)
@@ -46,6 +50,8 @@ class Scalars:
         self.steps = 0
         self._squares: Tensor | None = None  # by scalar, on the device
         self._taken: dict[int, Tensor] = {}
+        self._rows: tuple[int, ...] = ()  # of the scalars that have a gradient
+        self._seen: Tensor | None = None  # the same as a mask, on the device
         self._handles: list[Any] = []
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -78,6 +84,10 @@ class Scalars:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def values(self) -> Tensor:
+        """Return all scalars as one vector."""
+        return stack(list(self.params.values()))
 
     def _rates(self, optimizer: Optimizer) -> list[float]:
         groups = [g for g in optimizer.param_groups if g["params"]]
@@ -116,45 +126,50 @@ class Scalars:
         if skip is not None and bool(skip):
             return
         factor = getattr(optimizer, "grad_scale", None)
-        grads = {
-            i: g.float().clone() if factor is None else g.float() / factor.to(g.device)
-            for i, g in self._taken.items()
-        }
-        self._taken = {}
-        self.prepare(grads)
-        self._move(optimizer, grads)
+        taken, self._taken = self._taken, {}
+        if taken:
+            grads, seen = self._as_vectors(taken)
+            if factor is not None:
+                grads = grads / factor.to(grads.device)
+            self.prepare(grads, seen)
+            self._move(optimizer, grads, seen)
         self.finish(optimizer)
 
-    def _move(self, optimizer: Optimizer, grads: dict[int, Tensor]) -> None:
-        found = [(n, p) for n, p in self.params.items() if id(p) in grads]
-        if not found:
-            return
-        rate = max(self._rates(optimizer)) * self.share
-        changes = [grads[id(p)] for _, p in found]
-        if not _steps_by_gradient(optimizer):
-            changes = self._normalise([n for n, _ in found], changes)
-        up = any(g.get("maximize") for g in optimizer.param_groups)
-        steps = [
-            c.clamp(-1.0, 1.0).to(p.device, p.dtype)
-            for c, (_, p) in zip(changes, found, strict=True)
-        ]
-        torch._foreach_add_([p for _, p in found], steps, alpha=rate if up else -rate)
+    def _as_vectors(self, taken: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the gradients, 0 where there is none, and where there is one."""
+        rows = tuple(i for i, p in enumerate(self.params.values()) if id(p) in taken)
+        none = torch.zeros((), device=next(iter(taken.values())).device)
+        grads = stack([taken.get(id(p), none) for p in self.params.values()])
+        if self._seen is None or rows != self._rows or self._seen.device != grads.device:
+            self._rows = rows
+            self._seen = torch.zeros(len(self.params), dtype=torch.bool)
+            self._seen[list(rows)] = True
+            self._seen = self._seen.to(grads.device)
+        return grads, self._seen
 
-    def _normalise(self, names: list[str], changes: list[Tensor]) -> list[Tensor]:
+    def _move(self, optimizer: Optimizer, grads: Tensor, seen: Tensor) -> None:
+        rate = max(self._rates(optimizer)) * self.share
+        changes = grads
+        if not _steps_by_gradient(optimizer):
+            changes = self._normalise(grads, seen)
+        up = any(g.get("maximize") for g in optimizer.param_groups)
+        every = list(self.params.values())
+        moved: list[Tensor] = [every[i] for i in self._rows]
+        pieces = changes.clamp(-1.0, 1.0).unbind()
+        steps = like(moved, [pieces[i] for i in self._rows])
+        torch._foreach_add_(moved, steps, alpha=rate if up else -rate)
+
+    def _normalise(self, grads: Tensor, seen: Tensor) -> Tensor:
         """Divide each gradient by its running size; nothing here waits for the device."""
         self.steps += 1
-        now = torch.stack([c.to(changes[0].device) for c in changes])
         if self._squares is None:
-            self._squares = torch.zeros(len(self.params), device=now.device)
-        old = self._squares.to(now.device)
-        every = list(self.params)
-        rows = None if names == every else torch.tensor([every.index(n) for n in names])
-        mine = old if rows is None else old[rows]
-        square = now.square()
-        new = torch.where(square.isfinite(), _BETA * mine + (1 - _BETA) * square, mine)
-        self._squares = new if rows is None else old.index_copy(0, rows.to(old.device), new)
-        size = (new / (1 - _BETA**self.steps)).sqrt() + 1e-12
-        return list((now / size).unbind())
+            self._squares = torch.zeros(len(self.params), device=grads.device)
+        old = self._squares.to(grads.device)
+        square = grads.square()
+        counts = seen & square.isfinite()
+        self._squares = torch.where(counts, _BETA * old + (1 - _BETA) * square, old)
+        size = (self._squares / (1 - _BETA**self.steps)).sqrt() + 1e-12
+        return grads / size
 
     def state_dict(self) -> dict[str, Any]:
         squares = [] if self._squares is None else self._squares.tolist()
@@ -175,6 +190,11 @@ def stack(scalars: list[Tensor]) -> Tensor:
     """Return the scalars as one float32 vector, on the device of the first."""
     device = scalars[0].device
     return torch.stack([s.detach().to(device, torch.float32) for s in scalars])
+
+
+def like(scalars: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Return each of the values in the type and on the device of its scalar."""
+    return [v.to(s.device, s.dtype) for s, v in zip(scalars, values, strict=True)]
 
 
 def by_name(scalars: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .gates import Gate
-from .scalars import stack
 
 __all__ = ["Scores"]
 
@@ -21,28 +21,29 @@ class Scores:
     branch has no ``p``. The scores stay on the device until they are read.
     """
 
-    def __init__(self, gates: Mapping[str, Gate]) -> None:
+    def __init__(self, gates: Mapping[str, Gate], scalars: Mapping[str, Tensor]) -> None:
         self.gates = dict(gates)
         self._values: Tensor | None = None  # by unit; NaN: not seen yet
+        place = {id(p): i for i, p in enumerate(scalars.values())}
+        # A branch reads the 0 that is put behind the vector.
+        self._scales = torch.tensor([place[id(g.scale)] for g in self.gates.values()])
+        self._controls = torch.tensor(
+            [len(place) if g.control is None else place[id(g.control)] for g in self.gates.values()]
+        )
 
-    def add(self, grads: Mapping[int, Tensor]) -> None:
-        """Take in the gradients of one step, by the id of the scalar."""
-        unseen = torch.full((), math.nan, device=self._device())
-        changes = []
-        for gate in self.gates.values():
-            if id(gate.scale) not in grads:
-                changes.append(unseen)
-                continue
-            change = -gate.scale.detach() * grads[id(gate.scale)]
-            if gate.control is not None and id(gate.control) in grads:
-                change = change + (1 - gate.control.detach()) * grads[id(gate.control)]
-            changes.append(change)
-        now = stack(changes).square()
+    def add(self, values: Tensor, grads: Tensor, seen: Tensor) -> None:
+        """Take in one step: all scalars, their gradients (0 where ``seen`` is false)."""
+        if self._scales.device != values.device:
+            self._scales = self._scales.to(values.device)
+            self._controls = self._controls.to(values.device)
+        scale = (-values * grads)[self._scales]
+        control = F.pad((1 - values) * grads, (0, 1))[self._controls]
+        now = (scale + control).square()
         old = torch.full_like(now, math.nan) if self._values is None else self._values
         old = old.to(now.device)
         new = torch.where(old.isnan(), now, _KEEP * old + (1 - _KEEP) * now)
-        # A step that overflowed says nothing.
-        self._values = torch.where(now.isfinite(), new, old)
+        # A step that overflowed says nothing, nor does one in which the unit had no gradient.
+        self._values = torch.where(now.isfinite() & seen[self._scales], new, old)
 
     def read(self) -> dict[str, float]:
         """Return the scores of the units that were seen; this waits for the device."""
@@ -54,7 +55,4 @@ class Scores:
     def restore(self, scores: Mapping[str, float]) -> None:
         """Go on from what :meth:`read` returned."""
         values = [scores.get(n, math.nan) for n in self.gates]
-        self._values = torch.tensor(values, device=self._device(), dtype=torch.float32)
-
-    def _device(self) -> torch.device:
-        return next(iter(self.gates.values())).scale.device
+        self._values = torch.tensor(values, dtype=torch.float32)

@@ -47,7 +47,7 @@ from .latency import (
 )
 from .ledger import Ledger, excess, ledger
 from .outcome import Outcome, Snapshot
-from .scalars import Scalars, by_name, stack
+from .scalars import Scalars, by_name, like, stack
 from .scores import Scores
 from .steering import Steering
 
@@ -126,7 +126,9 @@ class Sparsifier:
             if p is not None
         }
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
-        self._scores = Scores({n: self.gates[n] for n in self.costs.names})
+        self._scores = Scores({n: self.gates[n] for n in self.costs.names}, scalars)
+        removable = {id(g.scale) for g in self.gates.values()}
+        self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
         self.latency = latency
         self._untimed = False
@@ -245,14 +247,12 @@ class Sparsifier:
             over=over,
         )
 
-    def _observe(self, grads: dict[int, Tensor]) -> None:
+    def _observe(self, grads: Tensor, seen: Tensor) -> None:
+        values = self._scalars.values()
         if self.mode == "subgradient":
-            for name, gate in self.gates.items():
-                if id(gate.scale) in grads:
-                    weight = self.strength * self._weights.get(name, 1.0)
-                    grads[id(gate.scale)].add_(weight * gate.scale.sign())
+            grads.add_(self._pulled.to(grads.device) * values.sign(), alpha=self.strength)
         elif self.target is not None:
-            self._scores.add(grads)
+            self._scores.add(values, grads, seen)
 
     def _finish_step(self, optimizer: Optimizer) -> None:
         self._step += 1
@@ -293,8 +293,8 @@ class Sparsifier:
         pieces = [r.to(w.dtype) for r, w in zip(ratios.unbind(), weights, strict=True)]
         torch._foreach_div_(weights, pieces)
         torch._foreach_div_([n.bias for _, n in found], pieces)
-        for ratio, (gate, _) in zip(pieces, found, strict=True):
-            gate.scale.mul_(ratio.to(gate.scale.dtype))
+        scales: list[Tensor] = [g.scale for g, _ in found]
+        torch._foreach_mul_(scales, like(scales, pieces))
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Take the reweighted proximal L1 step."""
@@ -306,9 +306,9 @@ class Sparsifier:
             total = max(sum(raw.values()) / len(raw), 1e-12)
             self._weights = {n: w / total for n, w in raw.items()}
         rate = max(float(g["lr"]) for g in optimizer.param_groups)
-        for name in names:
-            scale = self.gates[name].scale
-            scale.sub_(rate * self.strength * self._weights[name]).clamp_(min=0.0)
+        scales: list[Tensor] = [self.gates[n].scale for n in names]
+        torch._foreach_sub_(scales, [rate * self.strength * self._weights[n] for n in names])
+        torch._foreach_clamp_min_(scales, 0.0)
 
     def _steer(self, steering: Steering) -> None:
         step = self._step
@@ -318,23 +318,26 @@ class Sparsifier:
                 steering.load_state_dict(from_first(steering.state_dict()))
             if self.target is not None and self.target.times and steering.settled(step):
                 self._check_latency(steering, self.target)
-        for name, fade in list(steering.fading.items()):
-            scale, control = self.gates[name].scale, self.gates[name].control
-            left = (fade.end - step) / max(1, fade.end - fade.start)
-            if control is not None:
-                # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
-                control.clamp_(min=min(1.0, 1 - left))
+        fades = {n: f.left(step) for n, f in steering.fading.items()}
+        for name, left in fades.items():
             if left <= 0:
                 del steering.fading[name]
                 steering.zero.append(name)
                 self._rest()
-            else:
-                scale.clamp_(max=fade.scale * left)
-        for name in steering.zero:
-            gate = self.gates[name]
-            gate.scale.zero_()
-            if gate.control is not None:
-                gate.control.clamp_(min=_LEAST_CONTROL)
+        # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
+        self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
+        if steering.fading:
+            bounds = [f.scale * fades[n] for n, f in steering.fading.items()]
+            torch._foreach_clamp_max_([self.gates[n].scale for n in steering.fading], bounds)
+        if steering.zero:
+            torch._foreach_zero_([self.gates[n].scale for n in steering.zero])
+            self._keep_controls(dict.fromkeys(steering.zero, _LEAST_CONTROL))
+
+    def _keep_controls(self, least: dict[str, float]) -> None:
+        """Hold the controls of the named units (branches have none) at their least or above."""
+        controls = {n: c for n in least if (c := self.gates[n].control) is not None}
+        if controls:
+            torch._foreach_clamp_min_(list(controls.values()), [least[n] for n in controls])
 
     def _rest(self) -> None:
         """Let the units that the schedule brought to 0 rest, and those inside them."""

@@ -33,6 +33,10 @@ class Fade:
     end: int
     scale: float
 
+    def left(self, step: int) -> float:
+        """Return the share of the way that is left; 0 or less at its end."""
+        return (self.end - step) / max(1, self.end - self.start)
+
 
 @dataclass
 class Steering:

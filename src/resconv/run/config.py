@@ -11,7 +11,7 @@ __all__ = ["Config"]
 _EPOCHS = {"digits": (12, 10, 0)}
 _DEFAULT_EPOCHS = (30, 20, 10)
 # These change how a run is carried out, not what comes out of it.
-_FREE = {"progress", "devices"}
+_FREE = {"progress", "devices", "cuda_graphs"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Config:
     limit: int | None = None
     precision: str = "auto"
     devices: int | str = "auto"
+    cuda_graphs: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ def dense(run: Run) -> None:
             precision=run.precision,
             progress=config.progress,
             devices=config.devices,
+            cuda_graphs=config.cuda_graphs,
         )
     if not run.ranks.leads:
         return
@@ -76,6 +77,7 @@ def sparse(run: Run) -> None:
         precision=run.precision,
         progress=config.progress,
         devices=config.devices,
+        cuda_graphs=config.cuda_graphs,
     )
     if not run.ranks.leads:
         return
@@ -127,6 +129,7 @@ def finetune(run: Run) -> None:
         precision=run.precision,
         progress=config.progress,
         devices=config.devices,
+        cuda_graphs=config.cuda_graphs,
     )
     if not run.ranks.leads:
         return

@@ -51,6 +51,7 @@ def fit(
     teacher: nn.Module | None = None,
     precision: Precision | None = None,
     devices: int | str = "auto",
+    cuda_graphs: bool = False,
     progress: bool = True,
     callbacks: tuple[Callback, ...] = (),
 ) -> FitResult:
@@ -63,10 +64,12 @@ def fit(
     where it limits that. ``devices`` are processes on this
     machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
-    how many there are is then what the launcher says.
+    how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on
+    the GPU (see recorded.py).
 
     Raises:
-        RunError: the checkpoint does not fit the model, or there are not as many devices.
+        RunError: the checkpoint does not fit the model, there are not as many devices, or the net
+            cannot be recorded.
     """
     precision = precision or choose_precision()
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
@@ -75,7 +78,14 @@ def fit(
         for net in (model, teacher):
             if net is not None:
                 net.to(memory_format=torch.channels_last)
-    module = Classifier(model, data, recipe, channels_last=precision.channels_last, teacher=teacher)
+    module = Classifier(
+        model,
+        data,
+        recipe,
+        channels_last=precision.channels_last,
+        teacher=teacher,
+        cuda_graphs=cuda_graphs,
+    )
     sparsity: list[SparsityCallback] = []
     if target is not None:
         sparsity = [SparsityCallback(target, latency=latency)]

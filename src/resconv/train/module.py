@@ -14,6 +14,7 @@ from resconv.distill import distill
 from resconv.errors import RunError
 
 from .recipe import Recipe
+from .recorded import RecordedNet, check_recording
 
 __all__ = ["Classifier"]
 
@@ -26,6 +27,7 @@ class Classifier(lightning.LightningModule):
     Args:
         teacher: a dense net whose logits are followed as well (knowledge distillation,
             Hinton et al. 2015), weighted by ``recipe.distill``.
+        cuda_graphs: replay the net's passes instead of launching them anew (see recorded.py).
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class Classifier(lightning.LightningModule):
         *,
         channels_last: bool,
         teacher: nn.Module | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.data, self.recipe, self.channels_last = data, recipe, channels_last
         # In a list, so that its weights are neither trained nor saved with the net's.
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self._recorded = RecordedNet(model) if cuda_graphs else None
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def train_dataloader(self) -> BatchLoader:
@@ -109,9 +113,18 @@ class Classifier(lightning.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_fit_start(self) -> None:
+        if self._recorded is not None:
+            check_recording(self.device.type, self.trainer.world_size)
+
+    def on_train_epoch_start(self) -> None:
+        if self._recorded is not None:
+            self._recorded.renew()
+
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
-        logits = self.model(images)
+        net = self.model if self._recorded is None else self._recorded
+        logits = net(images)
         loss = F.cross_entropy(logits.float(), labels)
         if self._teacher:
             teacher = self._teacher[0].to(self.device)
