@@ -133,7 +133,8 @@ def _finish(model: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, A
 
 
 def _dense(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    return _finish(_trained(_create(job, data), job, data), job, data)
+    model = _started(job, data) if job.start else _create(job, data)
+    return _finish(_trained(model, job, data) if job.epochs else model, job, data)
 
 
 def _resconv(job: Job, data: datasets.ImageData) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "CIFAR",
+    "COMPARED",
     "NAMES",
     "RANKINGS",
     "RESULTS",
@@ -16,9 +17,11 @@ __all__ = [
     "Job",
     "Rows",
     "arm_named",
+    "epochs_of",
     "gains",
     "read_results",
     "rows_of",
+    "start_of",
     "top1_with_and_without",
 ]
 
@@ -150,6 +153,25 @@ def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) ->
     return jobs
 
 
+def _onward(trained: str, net: str, epochs: int, lr: float) -> list[Job]:
+    """Return the arms that go on from a net that is trained out, which also teaches them."""
+    base = Job("", "", net, CIFAR, epochs, lr=lr, start=f"onward/{net}/start")
+
+    def job(arm: str, kind: str, share: float | None = None, **more: Any) -> Job:
+        return replace(base, name=f"onward/{net}/{arm}", kind=kind, macs=share, **more)
+
+    return [
+        job("start", "dense", epochs=0, start=trained),
+        job("dense", "dense"),
+        job("ours-distilled-50", "ours", 0.5, num_params=0.5, distill=True),
+        job("torch-pruning-distilled-50", "torch-pruning", 0.5, distill=True),
+        job("ours-50", "ours", 0.5, num_params=0.5),
+        job("torch-pruning-50", "torch-pruning", 0.5),
+        job("ours-distilled-35", "ours", 0.35, distill=True),
+        job("torch-pruning-distilled-35", "torch-pruning", 0.35, distill=True),
+    ]
+
+
 def _tuning(net: str, before: int, total: int) -> list[Job]:
     """Return the arms on which choices are made: does ResConv help, where should blocks stay?
 
@@ -232,12 +254,13 @@ SUITES: dict[str, list[Job]] = {
         for seed in range(2)
         for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
+    "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 12, 0.05),
     "held-out": _tuning("resnet56", 4, 12),
     # On a GPU: schedules that train a net out, and batches that keep it busy.
     "resnet56-gpu": [
         job
         for seed in range(3)
-        for job in _compare("resnet56", CIFAR, 30, 100, (0.5, 0.35), seed, "gpu", False, 0.2, 256)
+        for job in _compare("resnet56", CIFAR, 30, 90, (0.5, 0.35), seed, "gpu", False, 0.2, 256)
     ],
     "resnet110": _compare("resnet110", CIFAR, 15, 45, (0.345,), 0, "gpu", False, 0.2, 256),
     "plain": [
@@ -257,6 +280,16 @@ SUITES: dict[str, list[Job]] = {
 }
 # As many epochs in all, but most of them for the dense net, which then is the teacher.
 SUITES["resnet56-taught"] = _taught(SUITES["resnet56"], "resnet56", 8, (0.5, 0.35))
+
+# The suites that compare pruning methods at equal MACs and epochs.
+COMPARED = (
+    "resnet56",
+    "resnet56-taught",
+    "resnet56-long",
+    "resnet56-gpu",
+    "resnet56-onward",
+    "resnet110",
+)
 
 # The arms whose nets (of seed 0) are timed too, by what the tables call them.
 TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}
@@ -289,6 +322,16 @@ def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[flo
         for arm in ("dense", "resconv")
     )
     return plain, ours
+
+
+def start_of(suite: str) -> Job:
+    """Return the dense net that the pruned arms of a suite (those of its first seed) start from."""
+    return arm_named(next(job.start for job in SUITES[suite] if job.kind == "ours"))
+
+
+def epochs_of(job: Job) -> int:
+    """Return for how many epochs the net of an arm was trained in all, those of its start included."""
+    return job.epochs + (epochs_of(arm_named(job.start)) if job.start else 0)
 
 
 def arm_named(name: str | None) -> Job:

@@ -21,6 +21,7 @@ from resconv.files import write_text
 
 from .arms import (
     CIFAR,
+    COMPARED,
     NAMES,
     RANKINGS,
     RESULTS,
@@ -29,9 +30,11 @@ from .arms import (
     Job,
     Rows,
     arm_named,
+    epochs_of,
     gains,
     read_results,
     rows_of,
+    start_of,
     top1_with_and_without,
 )
 from .goals import goals
@@ -104,8 +107,11 @@ def compare(suite: str, results: Rows) -> None:
     found = done(jobs, results)
     if not found:
         return
-    start = next(j for j in jobs if j.arm == "start")
+    start = start_of(suite)
+    before = epochs_of(start)
     dense = next(j for j in jobs if j.arm == "dense")
+    pruned = next(j for j in jobs if j.kind == "ours")
+    total = epochs_of(dense)
     starts = rows_of(suite, "start", results)
     names = {
         "start": "dense",
@@ -128,15 +134,15 @@ def compare(suite: str, results: Rows) -> None:
         if not rows:
             lines.append([named, "", "", "", "", MISSING, "", ""])
             continue
-        before = arm_named(job.start).epochs if job.start else 0
-        alike = job.arm != "dense" and before + job.epochs == dense.epochs
+        earlier = epochs_of(job) - job.epochs
+        alike = job.arm != "dense" and epochs_of(job) == total
         points = gains(suite, job.arm, "dense", results) if alike else []
         lines.append(
             [
                 named,
                 share_of(rows, starts, "macs_after"),
                 share_of(rows, starts, "num_params_after"),
-                f"{before} + {job.epochs}" if before else str(job.epochs),
+                f"{earlier} + {job.epochs}" if earlier and job.epochs else str(epochs_of(job)),
                 str(len(rows)),
                 spread([r["top1"] for r in rows]),
                 f"{statistics.fmean(points):+.2f}" if points else "",
@@ -155,14 +161,15 @@ def compare(suite: str, results: Rows) -> None:
         for r in ours
     ]
     write_section(
-        f"{start.net} on {found[0]['data']}, {start.epochs} + {dense.epochs - start.epochs} epochs: "
+        f"{start.net} on {found[0]['data']}, {before} + {total - before} epochs: "
         "accuracy at equal MACs",
-        f"{commands(suite, found)} Top-1 in %. Every arm is trained for {dense.epochs} epochs in all: "
+        f"{commands(suite, found)} Top-1 in %. Every arm is trained for {total} epochs in all: "
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
         'the dense net" and Torch-Pruning start from a dense net of the same seed ("4 + 8": of 4 '
-        f"epochs) and go on for the rest, at the same peak rate ({start.lr}). No resconv net is "
-        "retrained after pruning. Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned "
-        "in one step and finetuned; only inner channels of blocks, since it cannot follow "
+        f"epochs) and go on for the rest, in batches of {pruned.batch_size} at a peak rate of "
+        f"{pruned.lr}. No resconv net is retrained after pruning. Torch-Pruning: DepGraph, "
+        "GroupNormPruner with group magnitude, pruned in one step and finetuned; only inner channels of "
+        "blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
         "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs "
         'and of parameters; "MACs only" is not held to parameters.'
@@ -398,22 +405,6 @@ def picture(figure: Any, name: str, alt: str) -> str:
     return f"![{alt}](images/{name}.svg)"
 
 
-def open_rows(results: Rows) -> None:
-    """List what no machine at hand could run."""
-    jobs = [j for j in SUITES["resnet110"] if j.name not in results]
-    if not jobs:
-        return
-    lines = [
-        [f"`{j.name}`", str(j.epochs), "`python -m benchmarks.accuracy resnet110`"] for j in jobs
-    ]
-    write_section(
-        "C7: ResNet-110 at -65.5 % of the MACs",
-        "Not measured yet: these runs need a GPU (720 epochs of ResNet-110 in all are out of reach of two CPU "
-        "cores). The command below fills them in; the paper reports -0.13 points at -65.5 % of the "
-        "FLOPs.\n\n" + table(["run", "epochs", "command"], lines),
-    )
-
-
 def readme(results: Rows) -> None:
     """Write the headline figures between the markers in README.md."""
     records = [r for r in read_records() if r["net"] == "resnet56" and r["threads"] == 1]
@@ -477,14 +468,13 @@ def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Ro
 
 
 WRITERS: tuple[Callable[[Rows], None], ...] = (
-    *(partial(compare, s) for s in ("resnet56", "resnet56-taught", "resnet56-long", "resnet110")),
+    *(partial(compare, s) for s in COMPARED),
     choices,
     earlier,
     with_resconv,
     scales,
     rankings,
     rates,
-    open_rows,
     readme,
     goals,
 )
