@@ -316,12 +316,12 @@ def rates(results: Rows) -> None:
         change = [r["top1"] - r["top1_training_form"] for r in mine]
         kept = [r["macs_after"] / results[r["start"]]["macs_after"] for r in mine]
         if not mine:
-            lines.append([f"{share:.0%}", "", MISSING, "", ""])
+            lines.append([f"{100 * share:g}%", "", MISSING, "", ""])
             continue
         points.append((100 * (1 - statistics.fmean(kept)), top1))
         lines.append(
             [
-                f"{share:.0%}",
+                f"{100 * share:g}%",
                 f"{statistics.fmean(kept):.1%}",
                 spread(top1),
                 f"{statistics.fmean(top1) - statistics.fmean(whole):+.2f}" if whole else "",
@@ -375,7 +375,7 @@ def scales(results: Rows) -> None:
         start = "one run" if row["kind"] == "once" else "from the dense net"
         start += ", distilled" if arm_named(row["name"]).distill else ""
         title = (
-            f"{row['net']} to {row['macs']:.0%} of the {limited}, {start}, {row['epochs']} epochs "
+            f"{row['net']} to {100 * row['macs']:g}% of the {limited}, {start}, {row['epochs']} epochs "
             "of sparse training"
         )
         parts.append(

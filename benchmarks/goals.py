@@ -155,9 +155,7 @@ def speed_of(label: str, rows: dict[str, Row], record: Row) -> list[Goal]:
     dense, ours = rows["dense"], rows[label]
     named = label.removeprefix("resconv, ")
     limited = "" if label == named else f" ({named})"
-    what = (
-        f"{record['net']}, {record['share']:.0%} of the MACs{limited}, threads: {record['threads']}"
-    )
+    what = f"{record['net']}, {100 * record['share']:g}% of the MACs{limited}, threads: {record['threads']}"
     if record["plans"][label] == EVEN:
         what += ", units not trained for"
 

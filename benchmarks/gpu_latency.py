@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resconv.measure import time_together, torch_runner
 
 from .arms import read_results
-from .latency import SHARES, arms, choices
+from .latency import arms, choices
 from .page import stamp, table, write_section
 
 SKIPPED = ("single weights", "CKA", "Consensus")
@@ -42,7 +42,7 @@ def recorded(net: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 def main() -> None:
     net = sys.argv[1] if len(sys.argv) > 1 else "resnet56"
-    share = float(sys.argv[2]) if len(sys.argv) > 2 else SHARES[0]
+    share = float(sys.argv[2]) if len(sys.argv) > 2 else 0.5
     chosen = choices(net, share, read_results())
     found = {
         name: copy.deepcopy(m).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
