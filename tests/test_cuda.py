@@ -9,8 +9,7 @@ from torch.nn import functional as F
 import resconv
 from resconv import data, nets, run
 from resconv.errors import RunError
-from resconv.train import Recipe, evaluate, fit
-from resconv.train.recorded import RecordedNet
+from resconv.train import Recipe, RecordedNet, evaluate, fit
 
 from .helpers import randomise, randomise_gates
 

@@ -248,11 +248,11 @@ class Sparsifier:
         )
 
     def _observe(self, grads: Tensor, seen: Tensor) -> None:
-        values = self._scalars.values()
         if self.mode == "subgradient":
-            grads.add_(self._pulled.to(grads.device) * values.sign(), alpha=self.strength)
+            signs = self._scalars.values().sign()
+            grads.add_(self._pulled.to(grads.device) * signs, alpha=self.strength)
         elif self.target is not None:
-            self._scores.add(values, grads, seen)
+            self._scores.add(self._scalars.values(), grads, seen)
 
     def _finish_step(self, optimizer: Optimizer) -> None:
         self._step += 1

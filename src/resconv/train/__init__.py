@@ -4,12 +4,14 @@ from .evaluate import evaluate
 from .fit import FitResult, Recipe, fit
 from .precision import Precision, choose_precision
 from .ranks import Ranks, join
+from .recorded import RecordedNet
 
 __all__ = [
     "FitResult",
     "Precision",
     "Ranks",
     "Recipe",
+    "RecordedNet",
     "choose_precision",
     "evaluate",
     "fit",
