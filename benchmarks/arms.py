@@ -254,7 +254,7 @@ SUITES: dict[str, list[Job]] = {
         for seed in range(2)
         for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
-    "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 8, 0.05),
+    "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 8, 0.01),
     "held-out": _tuning("resnet56", 4, 12),
     # On a GPU: schedules that train a net out, and batches that keep it busy.
     "resnet56-gpu": [

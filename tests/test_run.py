@@ -185,6 +185,16 @@ def test_a_target_in_latency(tmp_path):
     assert resconv.Plan.load(out / "plan.json") == plan
 
 
+def test_a_run_that_is_too_short_is_refused_before_anything_is_measured(tmp_path):
+    out = tmp_path / "short"
+    args = ("compress", *SMALL, "--latency", "60%", "--sparse-epochs", 1, "--limit", 64)
+    result = invoke(*args, "--out", out)
+    assert result.exit_code != 0
+    assert "takes at least 20 optimizer steps" in str(result.exception) + result.output
+    assert "Measuring" not in result.output
+    assert not (out / "latency.json").exists()
+
+
 @pytest.mark.parametrize("stage", ["sparse", "finetune"])
 def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
     from lightning.pytorch.callbacks import Callback

@@ -138,7 +138,8 @@ class Scalars:
     def _as_vectors(self, taken: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the gradients, 0 where there is none, and where there is one."""
         rows = tuple(i for i, p in enumerate(self.params.values()) if id(p) in taken)
-        none = torch.zeros((), device=next(iter(taken.values())).device)
+        # On the device of the first, as what `values` returns.
+        none = torch.zeros((), device=next(iter(self.params.values())).device)
         grads = stack([taken.get(id(p), none) for p in self.params.values()])
         if self._seen is None or rows != self._rows or self._seen.device != grads.device:
             self._rows = rows

@@ -51,7 +51,7 @@ from .scalars import Scalars, by_name, like, stack
 from .scores import Scores
 from .steering import Steering
 
-__all__ = ["Sparsifier"]
+__all__ = ["Sparsifier", "check_form"]
 
 _EPS = 0.1
 _LEAST_CONTROL = 0.05  # of a removed layer: a control of 0 would cut the net in two
@@ -135,7 +135,7 @@ class Sparsifier:
         self._example_inputs = example_inputs
         self._steering: Steering | None = None
         if target is not None:
-            self._check_form(target)
+            check_form(target, mode, total_steps)
             if target.times and latency is None:
                 self.latency = by_first(
                     lambda: measure_latency(self.model, example_inputs, target), self.shared
@@ -146,27 +146,8 @@ class Sparsifier:
             self.costs = self.costs.with_latency(self.latency.latency_ms, self.latency.unit_ms)
         if target is not None:
             self._check_reach(target)
-            assert total_steps is not None
+            assert total_steps is not None  # check_form
             self._steering = Steering(self.costs, target, total_steps)
-
-    def _check_form(self, target: Budget) -> None:
-        if self.mode != "proximal":
-            raise BudgetError("A target needs mode='proximal': the subgradient never reaches 0.")
-        if not target.sizes:
-            raise BudgetError(
-                "The target has a threshold only, which is no size to arrive at. Limit macs, "
-                "num_params or the latency; or leave the target out and set the strength."
-            )
-        if not self.total_steps:
-            raise BudgetError(
-                f"total_steps={self.total_steps!r}: with a target, say how many optimizer steps "
-                "the run has, so that the zeros are there in time."
-            )
-        if self.total_steps < _LEAST_STEPS:
-            raise BudgetError(
-                f"total_steps={self.total_steps}: to arrive at a target takes at least "
-                f"{_LEAST_STEPS} optimizer steps. Train for more epochs or with smaller batches."
-            )
 
     def _check_reach(self, target: Budget) -> None:
         limits = target.limits(*self.costs.whole)
@@ -429,6 +410,31 @@ class Sparsifier:
             self._steering.costs = self.costs
             self._steering.load_state_dict(state)
             self._rest()
+
+
+def check_form(target: Budget, mode: str, total_steps: int | None) -> None:
+    """Refuse a target that no run of this kind or length arrives at, whatever the net.
+
+    Raises:
+        BudgetError: it says what is missing.
+    """
+    if mode != "proximal":
+        raise BudgetError("A target needs mode='proximal': the subgradient never reaches 0.")
+    if not target.sizes:
+        raise BudgetError(
+            "The target has a threshold only, which is no size to arrive at. Limit macs, "
+            "num_params or the latency; or leave the target out and set the strength."
+        )
+    if not total_steps:
+        raise BudgetError(
+            f"total_steps={total_steps!r}: with a target, say how many optimizer steps "
+            "the run has, so that the zeros are there in time."
+        )
+    if total_steps < _LEAST_STEPS:
+        raise BudgetError(
+            f"total_steps={total_steps}: to arrive at a target takes at least "
+            f"{_LEAST_STEPS} optimizer steps. Train for more epochs or with smaller batches."
+        )
 
 
 def _affine(gate: Gate) -> Any:

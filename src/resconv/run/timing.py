@@ -5,6 +5,7 @@ from torch import nn
 import resconv
 from resconv.latency import LatencyTable
 from resconv.ledger import ledger
+from resconv.sparsify import check_form
 
 from .job import LATENCY, Run
 
@@ -41,12 +42,14 @@ def check_reach(run: Run) -> None:
         BudgetError: see :class:`resconv.Sparsifier`.
     """
     config = run.config
-    model = resconv.convert(run.create().eval(), run.example(2), units=config.units)
     recipe = run.recipe(config.stage_epochs()[1], config.sparse_rate())
+    total_steps = recipe.count_steps(len(run.data.train))
+    check_form(config.budget(), "proximal", total_steps)  # before the latency takes its time
+    model = resconv.convert(run.create().eval(), run.example(2), units=config.units)
     resconv.Sparsifier(
         model,
         target=config.budget(),
-        total_steps=recipe.count_steps(len(run.data.train)),
+        total_steps=total_steps,
         example_inputs=run.example(),
         latency=latency_table(run, model),
     )
