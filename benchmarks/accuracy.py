@@ -124,7 +124,7 @@ def _finish(model: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, A
     example = torch.randn(1, data.channels, data.image_size, data.image_size)
     size = resconv.count(model, example)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, job.weights)
+    save_file(state, job.folder / "trained.safetensors")
     return {
         "top1": evaluate(model, data),
         "macs_after": size.macs,

@@ -29,6 +29,8 @@ Rows = dict[str, dict[str, Any]]  # results by the name of the arm
 
 RESULTS = Path(__file__).parent / "results" / "accuracy"
 WORK = Path("runs/accuracy")
+# Nets that others go on from and that take a GPU to train; the rest is trained where it is needed.
+KEPT = RESULTS.parent / "weights"
 # A folder with train.parquet and test.parquet; CIFAR-10 as JPEG, see docs/results.md.
 CIFAR = "parquet:" + os.environ.get("CIFAR10_JPEG", "../shared/cifar10-jpeg")
 
@@ -78,7 +80,9 @@ class Job:
 
     @property
     def weights(self) -> Path:
-        return self.folder / "trained.safetensors"
+        """Where the trained net is: in the run's folder, or kept beside the results."""
+        kept = KEPT / f"{self.folder.name}.safetensors"
+        return kept if kept.is_file() else self.folder / "trained.safetensors"
 
 
 def _compare(
