@@ -66,6 +66,13 @@ class Job:
         return NAMES[self.data] + (held_out if self.holdout else "")
 
     @property
+    def held_to(self) -> str:
+        """The target of one of our arms, in words."""
+        assert self.macs is not None
+        limited = "MACs" if self.num_params is None else "MACs and parameters"
+        return f"{100 * self.macs:g} % of the {limited}"
+
+    @property
     def arm(self) -> str:
         """What it is within its suite, whatever the seed: "ours-50"."""
         return self.name.rpartition("/")[2].partition("-seed")[0]
@@ -171,6 +178,7 @@ def _onward(trained: str, net: str, epochs: int, lr: float) -> list[Job]:
         job("torch-pruning-distilled-50", "torch-pruning", 0.5, distill=True),
         job("ours-50", "ours", 0.5, num_params=0.5),
         job("torch-pruning-50", "torch-pruning", 0.5),
+        job("ours-macs-distilled-50", "ours", 0.5, distill=True),
         job("ours-distilled-35", "ours", 0.35, distill=True),
         job("torch-pruning-distilled-35", "torch-pruning", 0.35, distill=True),
     ]

@@ -101,24 +101,25 @@ def with_resconv(results: Rows) -> None:
         )
 
 
-ARMS = {
-    "start": "dense",
+METHODS = {
     "dense": "dense",
     "once": "resconv, one run",
     "ours": "resconv, from the dense net",
-    "ours-macs": "resconv, from the dense net, MACs only",
-    "ours-distilled": "resconv, from the dense net, distilled",
     "torch-pruning": "Torch-Pruning (filters)",
-    "torch-pruning-distilled": "Torch-Pruning (filters), distilled",
     "scratch": "resconv's net from scratch",
 }
 
 
 def words_for(job: Job) -> str:
     """Return what an arm is called in the tables."""
-    if job.macs is None:
-        return ARMS[job.arm]
-    return f"{ARMS[job.arm.rpartition('-')[0]]}, {100 * job.macs:g} %"
+    parts = [METHODS[job.kind]]
+    if job.distill:
+        parts.append("distilled")
+    if job.kind == "ours" and job.num_params is None:
+        parts.append("MACs only")
+    if job.macs is not None:
+        parts.append(f"{100 * job.macs:g} %")
+    return ", ".join(parts)
 
 
 def schedule_of(job: Job) -> str:
@@ -381,13 +382,10 @@ def scales(results: Rows) -> None:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-        limited = "MACs" if row["num_params"] is None else "MACs and parameters"
-        start = "one run" if row["kind"] == "once" else "from the dense net"
-        start += ", distilled" if arm_named(row["name"]).distill else ""
-        title = (
-            f"{row['net']} to {100 * row['macs']:g}% of the {limited}, {start}, {row['epochs']} epochs "
-            "of sparse training"
-        )
+        job = arm_named(row["name"])
+        start = "one run" if job.kind == "once" else "from the dense net"
+        start += ", distilled" if job.distill else ""
+        title = f"{job.net} to {job.held_to}, {start}, {job.epochs} epochs of sparse training"
         parts.append(
             f"{title}; {row['date']}, seed {row['seed']}, {row['machine']}. Removed: "
             + ", ".join(f"`{n}`" for n in row["remove"])
