@@ -331,16 +331,22 @@ def run(job: Job) -> None:
 def run_together(suite: str, jobs: list[Job], at_once: int) -> None:
     """Run up to so many arms at a time, each in a process of its own, after those it starts from."""
     waiting, running = list(jobs), dict[str, subprocess.Popen[bytes]]()
+    failed: set[str | None] = set()
     while waiting or running:
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 if process.returncode:
                     print(name, f"failed ({process.returncode})", flush=True)
-                    waiting = [j for j in waiting if name not in (j.start, j.like)]
+                    failed.add(name)
         unfinished = {*running, *(j.name for j in waiting)}
         for job in list(waiting):
-            if len(running) < at_once and unfinished.isdisjoint({job.start, job.like}):
+            needed = {job.start, job.like}
+            if not failed.isdisjoint(needed):
+                print(job.name, "left out: what it starts from failed", flush=True)
+                failed.add(job.name)
+                waiting.remove(job)
+            elif len(running) < at_once and unfinished.isdisjoint(needed):
                 command = [sys.executable, "-m", "benchmarks.accuracy", suite, f"{job.name}/"]
                 running[job.name] = subprocess.Popen(command)
                 waiting.remove(job)
