@@ -1,9 +1,9 @@
 """Latency, memory and file size at equal MACs: fewer layers against thinner layers.
 
-``python -m benchmarks.latency NET [THREADS]``. Every arm has its norms folded, runs on the same number
-of threads (1 unless given), and takes its turn in the same rounds. Weights do not matter for latency, so
-the arms are not trained here; ours removes the units that sparse training chose where such a run is at
-hand (benchmarks/results/accuracy), else evenly spread ones.
+``python -m benchmarks.latency NET [THREADS [SHARE]]``, else at every share. Every arm has its norms
+folded, runs on the same number of threads (1 unless given), and takes its turn in the same rounds. Weights
+do not matter for latency, so the arms are not trained here; ours removes the units that sparse training
+chose where such a run is at hand (benchmarks/results/accuracy), else evenly spread ones.
 """
 
 import copy
@@ -236,7 +236,8 @@ def report(net: str) -> None:
 def main() -> None:
     net = sys.argv[1] if len(sys.argv) > 1 else "resnet56"
     threads = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    for share in SHARES.get(net, COMMON_SHARES):
+    asked = tuple(map(float, sys.argv[3:]))
+    for share in asked or SHARES.get(net, COMMON_SHARES):
         compiled = (net, share, threads) == ("resnet56", 0.5, 1)
         compare(net, share, threads, compiled=compiled)
     report(net)
