@@ -8,6 +8,7 @@ Every arm of a suite gets the same number of epochs in all. The tables are writt
 ``python -m benchmarks.claims``.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ from resconv.ledger import ledger
 from resconv.measure import machine
 from resconv.outcome import Snapshot
 from resconv.run.pipeline import history
-from resconv.train import Recipe, evaluate, fit
+from resconv.train import FitResult, Recipe, evaluate, fit
 
 from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
@@ -101,22 +102,23 @@ def _start_weights(job: Job) -> Path:
     return start.weights
 
 
-def _recipe(job: Job) -> Recipe:
-    return Recipe(job.epochs, lr=job.lr, batch_size=job.batch_size, seed=job.seed)
+def _fit(model: nn.Module, job: Job, data: datasets.ImageData, **more: Any) -> FitResult:
+    """Train as the job says; ``more`` is what only some arms give: a target, a teacher."""
+    return fit(
+        model.train(),
+        data,
+        Recipe(job.epochs, lr=job.lr, batch_size=job.batch_size, seed=job.seed),
+        job.folder / "fit",
+        cuda_graphs=torch.cuda.is_available(),
+        progress=False,
+        **more,
+    )
 
 
 def _trained(
     model: nn.Module, job: Job, data: datasets.ImageData, teacher: nn.Module | None = None
 ) -> nn.Module:
-    fit(
-        model.train(),
-        data,
-        _recipe(job),
-        job.folder / "fit",
-        teacher=teacher,
-        cuda_graphs=torch.cuda.is_available(),
-        progress=False,
-    )
+    _fit(model, job, data, teacher=teacher)
     return model.eval()
 
 
@@ -189,15 +191,7 @@ def _once(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
     gated = resconv.convert(_create(job, data), example, units=job.units, start="identity")
     budget = resconv.Budget(macs=job.macs, num_params=job.num_params)
-    steps = fit(
-        gated.train(),
-        data,
-        _recipe(job),
-        job.folder / "fit",
-        target=budget,
-        cuda_graphs=torch.cuda.is_available(),
-        progress=False,
-    ).history
+    steps = _fit(gated, job, data, target=budget).history
     plan = resconv.plan(gated.eval(), example, budget)
     compact = resconv.fuse(resconv.prune(gated, plan), example)
     resconv.verify(gated, compact, example, plan=plan)
@@ -354,16 +348,16 @@ def run_together(suite: str, jobs: list[Job], at_once: int) -> None:
 
 
 def main() -> None:
-    suite, *parts = sys.argv[1:]
-    at_once = 1
-    if "--at-once" in parts:
-        place = parts.index("--at-once")
-        at_once = int(parts[place + 1])
-        del parts[place : place + 2]
-    found = [j for part in parts or [""] for j in SUITES[suite] if part in f"{j.name}/"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("parts", nargs="*", help="of arms' names; default: every arm")
+    parser.add_argument("--at-once", type=int, default=1, help="arms at a time")
+    asked = parser.parse_args()
+    every = SUITES[asked.suite]
+    found = [j for part in asked.parts or [""] for j in every if part in f"{j.name}/"]
     wanted = [j for j in dict.fromkeys(found) if not j.result.is_file()]
-    if at_once > 1:
-        run_together(suite, wanted, at_once)
+    if asked.at_once > 1:
+        run_together(asked.suite, wanted, asked.at_once)
         return
     for job in wanted:
         print(job.name, "...", flush=True)

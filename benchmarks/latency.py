@@ -25,7 +25,7 @@ from resconv.measure import onnx_runner, peak_memory, time_together, torch_runne
 from resconv.nets.resnet import ResidualBlock, ResNet
 
 from .accuracy import blocks_a_stage, blocks_beyond, without_units
-from .arms import TIMED, Rows, read_results
+from .arms import TIMED, Rows, arm_named, read_results
 from .channels import prune_channels
 from .page import stamp, table, write_section
 
@@ -58,8 +58,8 @@ def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str],
         row = next((results[n] for n in names if n in results), None)
         if row is None:
             continue
-        what = "MACs" if row["num_params"] is None else "MACs and parameters"
-        how = f"chosen by sparse training towards {100 * share:g}% of the {what} (`{row['name']}`)"
+        target = arm_named(row["name"]).held_to
+        how = f"chosen by sparse training towards {target} (`{row['name']}`)"
         found[label] = (row["remove"], how)
     return found or {next(iter(TIMED)): (evenly(net, share), EVEN)}
 

@@ -32,8 +32,8 @@ def converted(dtype=torch.float32, resting=()):
 
 @needs_gpu
 @pytest.mark.parametrize("resting", [(), ("layer1.1.conv1", "layer2.2")])
-def test_a_recorded_step_is_the_same_step(resting):
-    torch.backends.cudnn.deterministic = True
+def test_a_recorded_step_is_the_same_step(resting, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain = converted(torch.float64, resting).cuda()
     twin = copy.deepcopy(plain)
     recorded = RecordedNet(twin)
