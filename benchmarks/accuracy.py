@@ -324,6 +324,9 @@ def run(job: Job) -> None:
 
 def run_together(suite: str, jobs: list[Job], at_once: int) -> None:
     """Run up to so many arms at a time, each in a process of its own, after those it starts from."""
+    for job in jobs:
+        if job.start and all(job.start != j.name for j in jobs):
+            _start_weights(job)  # once, not by each arm that starts from it
     waiting, running = list(jobs), dict[str, subprocess.Popen[bytes]]()
     failed: set[str | None] = set()
     while waiting or running:

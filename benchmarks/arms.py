@@ -164,15 +164,16 @@ def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) ->
     return jobs
 
 
-def _onward(trained: str, net: str, epochs: int, lr: float) -> list[Job]:
+def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward") -> list[Job]:
     """Return the arms that go on from a net that is trained out, which also teaches them."""
-    base = Job("", "", net, CIFAR, epochs, lr=lr, start=f"onward/{net}/start")
+    start = Job(f"onward/{net}/start", "dense", net, CIFAR, 0, lr=lr, start=trained)
+    base = replace(start, epochs=epochs, start=start.name)
 
     def job(arm: str, kind: str, share: float | None = None, **more: Any) -> Job:
-        return replace(base, name=f"onward/{net}/{arm}", kind=kind, macs=share, **more)
+        return replace(base, name=f"{where}/{net}/{arm}", kind=kind, macs=share, **more)
 
     return [
-        job("start", "dense", epochs=0, start=trained),
+        start,
         job("dense", "dense"),
         job("ours-distilled-50", "ours", 0.5, num_params=0.5, distill=True),
         job("torch-pruning-distilled-50", "torch-pruning", 0.5, distill=True),
@@ -267,6 +268,8 @@ SUITES: dict[str, list[Job]] = {
         for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
     "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 8, 0.01),
+    # Twice as many epochs, at twice the rate: what is left of the net has further to go.
+    "resnet56-onward-16": _onward("gpu/resnet56/dense", "resnet56", 16, 0.02, "onward-16"),
     "held-out": _tuning("resnet56", 4, 12),
     # On a GPU: schedules that train a net out, and batches that keep it busy.
     "resnet56-gpu": [
@@ -300,6 +303,7 @@ COMPARED = (
     "resnet56-long",
     "resnet56-gpu",
     "resnet56-onward",
+    "resnet56-onward-16",
     "resnet110",
 )
 

@@ -300,11 +300,12 @@ class Sparsifier:
             if self.target is not None and self.target.times and steering.settled(step):
                 self._check_latency(steering, self.target)
         fades = {n: f.left(step) for n, f in steering.fading.items()}
-        for name, left in fades.items():
-            if left <= 0:
-                del steering.fading[name]
-                steering.zero.append(name)
-                self._rest()
+        arrived = [n for n, left in fades.items() if left <= 0]
+        for name in arrived:
+            del steering.fading[name]
+            steering.zero.append(name)
+        if arrived:
+            self._rest()
         # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
         self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
         if steering.fading:
