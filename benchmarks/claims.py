@@ -413,7 +413,7 @@ def picture(figure: Any, name: str, alt: str) -> str:
     return f"![{alt}](images/{name}.svg)"
 
 
-LONGER = ("resnet56-gpu", "resnet56-onward", "resnet110")
+LONGER = ("resnet56-gpu", "resnet56-onward", "resnet56-onward-16", "resnet110")
 
 
 def readme(results: Rows) -> None:
