@@ -115,10 +115,8 @@ def _fit(model: nn.Module, job: Job, data: datasets.ImageData, **more: Any) -> F
     )
 
 
-def _trained(
-    model: nn.Module, job: Job, data: datasets.ImageData, teacher: nn.Module | None = None
-) -> nn.Module:
-    _fit(model, job, data, teacher=teacher)
+def _trained(model: nn.Module, job: Job, data: datasets.ImageData, **more: Any) -> nn.Module:
+    _fit(model, job, data, **more)
     return model.eval()
 
 
@@ -167,6 +165,7 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         seed=job.seed,
         units=job.units,
         distill=job.distill,
+        hints=job.hints,
         cuda_graphs=torch.cuda.is_available(),
         progress=False,
     )
@@ -224,7 +223,9 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
     teacher = _started(job, data) if job.distill else None
-    return _finish(_trained(model, job, data, teacher), job, data) | extra
+    # Channels are pruned inside blocks, so these nets, too, read tensors of the same shape between them.
+    hints = resconv.skeleton(_started(job, data), example) if job.hints else ()
+    return _finish(_trained(model, job, data, teacher=teacher, hints=hints), job, data) | extra
 
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:

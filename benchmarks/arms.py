@@ -57,6 +57,7 @@ class Job:
     units: str = "all"
     ranking: str | None = None
     distill: bool = False  # follow the outputs of the net it starts from as well
+    hints: bool = False  # and what its layers between units read
     holdout: float = 0.0  # judged by this share of the training images, which no arm is trained on
 
     @property
@@ -71,6 +72,11 @@ class Job:
         assert self.macs is not None
         limited = "MACs" if self.num_params is None else "MACs and parameters"
         return f"{100 * self.macs:g} % of the {limited}"
+
+    @property
+    def taught(self) -> str:
+        """How it follows the dense net, in words."""
+        return "distilled with hints" if self.hints else "distilled" if self.distill else ""
 
     @property
     def arm(self) -> str:
@@ -177,11 +183,15 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
         job("dense", "dense"),
         job("ours-distilled-50", "ours", 0.5, num_params=0.5, distill=True),
         job("torch-pruning-distilled-50", "torch-pruning", 0.5, distill=True),
+        job("ours-hinted-50", "ours", 0.5, num_params=0.5, distill=True, hints=True),
+        job("torch-pruning-hinted-50", "torch-pruning", 0.5, distill=True, hints=True),
         job("ours-50", "ours", 0.5, num_params=0.5),
         job("torch-pruning-50", "torch-pruning", 0.5),
         job("ours-macs-distilled-50", "ours", 0.5, distill=True),
         job("ours-distilled-35", "ours", 0.35, distill=True),
         job("torch-pruning-distilled-35", "torch-pruning", 0.35, distill=True),
+        job("ours-hinted-35", "ours", 0.35, distill=True, hints=True),
+        job("torch-pruning-hinted-35", "torch-pruning", 0.35, distill=True, hints=True),
     ]
 
 

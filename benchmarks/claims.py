@@ -113,8 +113,8 @@ METHODS = {
 def words_for(job: Job) -> str:
     """Return what an arm is called in the tables."""
     parts = [METHODS[job.kind]]
-    if job.distill:
-        parts.append("distilled")
+    if job.taught:
+        parts.append(job.taught)
     if job.kind == "ours" and job.num_params is None:
         parts.append("MACs only")
     if job.macs is not None:
@@ -165,6 +165,10 @@ def compare(suite: str, results: Rows) -> None:
         if any(j.distill for j in jobs)
         else ""
     )
+    if any(j.hints for j in jobs):
+        distilled += (
+            ' "With hints": what its layers between units read is followed as well (`--hints`).'
+        )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "

@@ -113,7 +113,7 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
                 return gains(suite, arm, other, results)
 
             what = f"{dense.net}, CIFAR-10 (JPEG), {before} + {after} epochs, {job.held_to}"
-            what += ", distilled" if job.distill else ""
+            what += f", {job.taught}" if job.taught else ""
             limit = f"at most {most} points below" if most else "no worse than"
             claim = "C7" if dense.net == "resnet110" else "C6"
             found.append(
@@ -122,6 +122,8 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
             others = {"torch-pruning": "Torch-Pruning"}
             if job.distill:
                 others["torch-pruning-distilled"] = "Torch-Pruning, distilled too"
+            if job.hints:
+                others["torch-pruning-hinted"] = "Torch-Pruning, with hints too"
             if job.arm == f"ours-{share}":
                 others["scratch"] = "the same net from scratch"
             for other, name in others.items():

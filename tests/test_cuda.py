@@ -32,20 +32,22 @@ def converted(dtype=torch.float32, resting=()):
 
 @needs_gpu
 @pytest.mark.parametrize("resting", [(), ("layer1.1.conv1", "layer2.2")])
-def test_a_recorded_step_is_the_same_step(resting, monkeypatch):
+@pytest.mark.parametrize("watched", [(), ("layer2.0.conv1", "fc")])
+def test_a_recorded_step_is_the_same_step(watched, resting, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain = converted(torch.float64, resting).cuda()
     twin = copy.deepcopy(plain)
-    recorded = RecordedNet(twin)
+    steps = resconv.Watched(plain, watched), RecordedNet(resconv.Watched(twin, watched))
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(4):
         x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=generator).cuda()
         y = torch.arange(8, device="cuda")
         losses = []
-        for net, call in ((plain, plain), (twin, recorded)):
+        for net, step in zip((plain, twin), steps, strict=True):
             net.zero_grad()
-            loss = F.cross_entropy(call(x), y)
+            logits, inputs = step(x)
+            loss = F.cross_entropy(logits, y) + sum(t.square().mean() for t in inputs)
             loss.backward()
             losses.append(loss.detach())
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=0)

@@ -217,6 +217,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
         finetune_epochs=2,
         batch_size=32,
         distill=True,
+        hints=True,
         progress=False,
     )
     fit = training.fit
@@ -373,6 +374,8 @@ def test_sparse_training_from_random_weights(tmp_path):
     assert set(controls.values()) == {1.0}
     refused = invoke("compress", *short, "--distill", "--out", tmp_path / "y")
     assert "no dense net to learn from" in str(refused.exception or refused.output)
+    refused = invoke("compress", *SMALL, "--hints", "--macs", "0.6", "--out", tmp_path / "z")
+    assert "add distill=True" in str(refused.exception or refused.output)
 
 
 def test_a_training_that_diverges_is_stopped_and_says_so(tmp_path):

@@ -12,6 +12,9 @@ from .export import export as export
 from .fuse import fuse as fuse
 from .gates import copy_zeros as copy_zeros
 from .gates import gates as gates
+from .hints import Watched as Watched
+from .hints import follow as follow
+from .hints import skeleton as skeleton
 from .latency import LatencyTable as LatencyTable
 from .latency import measure_latency as measure_latency
 from .plan import Plan as Plan

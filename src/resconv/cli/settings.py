@@ -51,6 +51,10 @@ def make_config(
     distill: Annotated[
         bool, typer.Option(help="Follow the outputs of the dense net too: of one well trained.")
     ] = False,
+    hints: Annotated[
+        bool,
+        typer.Option(help="With --distill: follow what the layers between units read there, too."),
+    ] = False,
     recalibrate: Annotated[
         bool | None,
         typer.Option(
@@ -101,6 +105,7 @@ def make_config(
         sparse_epochs=sparse_epochs,
         finetune_epochs=finetune_epochs,
         distill=distill,
+        hints=hints,
         recalibrate=recalibrate,
         units=units,
         lr=lr,

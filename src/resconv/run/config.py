@@ -32,6 +32,7 @@ class Config:
     sparse_epochs: int | None = None
     finetune_epochs: int | None = None
     distill: bool = False
+    hints: bool = False
     recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
     units: str = "all"
     lr: float = 0.1
@@ -57,6 +58,10 @@ class Config:
             raise RunError(
                 "distill=True with epochs=0: there is no dense net to learn from. Give its weights, or "
                 "epochs to train it."
+            )
+        if self.hints and not self.distill:
+            raise RunError(
+                "hints=True is about what the dense net shows as a teacher: add distill=True."
             )
         if not self.lr > 0 or self.batch_size < 1:
             raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")

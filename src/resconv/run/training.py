@@ -66,6 +66,7 @@ def sparse(run: Run) -> None:
     )
     model.train()
     teacher = run.dense() if config.distill else None
+    hints = resconv.skeleton(model, run.example(2)) if config.hints else ()
     result = fit(
         model,
         run.data,
@@ -74,6 +75,7 @@ def sparse(run: Run) -> None:
         target=config.budget(),
         latency=table,
         teacher=teacher,
+        hints=hints,
         precision=run.precision,
         progress=config.progress,
         devices=config.devices,

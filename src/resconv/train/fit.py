@@ -49,6 +49,7 @@ def fit(
     target: Budget | None = None,
     latency: LatencyTable | None = None,
     teacher: nn.Module | None = None,
+    hints: tuple[str, ...] = (),
     precision: Precision | None = None,
     devices: int | str = "auto",
     cuda_graphs: bool = False,
@@ -61,7 +62,8 @@ def fit(
     folder.
 
     With a ``target`` it is sparse training towards that budget, with units weighed by ``latency``
-    where it limits that. ``devices`` are processes on this
+    where it limits that. A ``teacher`` is followed in its logits and in what the layers named by
+    ``hints`` read (see :func:`resconv.skeleton`). ``devices`` are processes on this
     machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
     how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on
@@ -84,6 +86,7 @@ def fit(
         recipe,
         channels_last=precision.channels_last,
         teacher=teacher,
+        hints=hints,
         cuda_graphs=cuda_graphs,
     )
     sparsity: list[SparsityCallback] = []

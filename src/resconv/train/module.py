@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from resconv.data import BatchLoader, ImageData, default_augment
 from resconv.distill import distill
 from resconv.errors import RunError
+from resconv.hints import Watched, follow
 
 from .recipe import Recipe
 from .recorded import RecordedNet, check_recording
@@ -27,6 +28,7 @@ class Classifier(lightning.LightningModule):
     Args:
         teacher: a dense net whose logits are followed as well (knowledge distillation,
             Hinton et al. 2015), weighted by ``recipe.distill``.
+        hints: layers of both nets whose inputs are to be the teacher's as well (see hints.py).
         cuda_graphs: replay the net's passes instead of launching them anew (see recorded.py).
     """
 
@@ -38,14 +40,19 @@ class Classifier(lightning.LightningModule):
         *,
         channels_last: bool,
         teacher: nn.Module | None = None,
+        hints: tuple[str, ...] = (),
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.data, self.recipe, self.channels_last = data, recipe, channels_last
-        # In a list, so that its weights are neither trained nor saved with the net's.
-        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
-        self._recorded = RecordedNet(model) if cuda_graphs else None
+        hints = () if teacher is None else hints
+        # In lists, so that no weights but the net's are trained or saved, and those once.
+        self._watched = [Watched(model, hints)]
+        self._teacher = (
+            [] if teacher is None else [Watched(teacher.eval().requires_grad_(False), hints)]
+        )
+        self._recorded = RecordedNet(self._watched[0]) if cuda_graphs else None
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def train_dataloader(self) -> BatchLoader:
@@ -123,15 +130,18 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
-        net = self.model if self._recorded is None else self._recorded
-        logits = net(images)
+        net = self._watched[0] if self._recorded is None else self._recorded
+        logits, inputs = net(images)
         loss = F.cross_entropy(logits.float(), labels)
         if self._teacher:
             teacher = self._teacher[0].to(self.device)
             with torch.no_grad():
-                wanted = teacher(images)
+                wanted, teacher_inputs = teacher(images)
+            followed = distill(logits, wanted)
+            if inputs:
+                followed = followed + self.recipe.hints * follow(inputs, teacher_inputs)
             share = self.recipe.distill
-            loss = (1 - share) * loss + share * distill(logits, wanted)
+            loss = (1 - share) * loss + share * followed
         # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.
         if index % _CHECK == 0 or self.trainer.is_last_batch:
             self._require_finite(loss)

@@ -10,7 +10,7 @@ class Recipe:
     """SGD with Nesterov momentum 0.9, warm-up over a share of the steps, then cosine to 0.
 
     ``weight_decay`` leaves norms, biases and gates alone. ``distill`` is the share of the loss
-    that follows the teacher, where there is one.
+    that follows the teacher, where there is one; ``hints`` weighs what layers read against logits in it.
     """
 
     epochs: int
@@ -20,6 +20,7 @@ class Recipe:
     warmup: float = 0.05
     seed: int = 0
     distill: float = 0.5
+    hints: float = 100.0
 
     def batch_on(self, num_images: int) -> int:
         """Return the images of a step, on all ranks together, where there are ``num_images``."""
