@@ -139,7 +139,10 @@ class Classifier(lightning.LightningModule):
                 wanted, teacher_inputs = teacher(images)
             followed = distill(logits, wanted)
             if inputs:
-                followed = followed + self.recipe.hints * follow(inputs, teacher_inputs)
+                # They fade as the rate does: they bring a net back that lost layers, and in the end
+                # it is the logits that count, of which a smaller net cannot follow all causes.
+                left = self.trainer.optimizers[0].param_groups[0]["lr"] / self.recipe.lr
+                followed = followed + left * self.recipe.hints * follow(inputs, teacher_inputs)
             share = self.recipe.distill
             loss = (1 - share) * loss + share * followed
         # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.
