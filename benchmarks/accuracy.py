@@ -41,7 +41,7 @@ from resconv.train import FitResult, Recipe, evaluate, fit
 from .arms import SUITES, Job, arm_named, read_results
 from .channels import prune_channels
 
-__all__ = ["blocks_a_stage", "blocks_beyond", "blocks_kept", "without_units"]
+__all__ = ["blocks_a_stage", "blocks_beyond", "blocks_kept", "started", "without_units"]
 
 
 def without_units(net: str, classes: int, channels: int, side: int, remove: list[str]) -> nn.Module:
@@ -87,7 +87,7 @@ def _create(job: Job, data: datasets.ImageData) -> nn.Module:
     return nets.create(job.net, num_classes=data.num_classes, in_channels=data.channels)
 
 
-def _started(job: Job, data: datasets.ImageData) -> nn.Module:
+def started(job: Job, data: datasets.ImageData) -> nn.Module:
     """Return the trained net that the job starts from."""
     model = _create(job, data)
     model.load_state_dict(load_file(_start_weights(job)))
@@ -133,7 +133,7 @@ def _finish(model: nn.Module, job: Job, data: datasets.ImageData) -> dict[str, A
 
 
 def _dense(job: Job, data: datasets.ImageData) -> dict[str, Any]:
-    model = _started(job, data) if job.start else _create(job, data)
+    model = started(job, data) if job.start else _create(job, data)
     return _finish(_trained(model, job, data) if job.epochs else model, job, data)
 
 
@@ -216,22 +216,22 @@ def _choice(
 
 def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     assert job.macs is not None
-    model = _started(job, data)
+    model = started(job, data)
     example = torch.randn(1, data.channels, data.image_size, data.image_size)
     made = prune_channels(model, example, job.macs)
     assert made is not None
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
-    teacher = _started(job, data) if job.distill else None
+    teacher = started(job, data) if job.distill else None
     # Channels are pruned inside blocks, so these nets, too, read tensors of the same shape between them.
-    hints = resconv.skeleton(_started(job, data), example) if job.hints else ()
+    hints = resconv.skeleton(started(job, data), example) if job.hints else ()
     return _finish(_trained(model, job, data, teacher=teacher, hints=hints), job, data) | extra
 
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Remove the branches that rank lowest, all at once, and train what is left."""
     assert job.macs is not None
-    model = _started(job, data)
+    model = started(job, data)
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
     gated = resconv.convert(model, example, units=job.units).eval()
     costs = ledger(gated, example)
