@@ -388,7 +388,7 @@ def scales(results: Rows) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         job = arm_named(row["name"])
         start = "one run" if job.kind == "once" else "from the dense net"
-        start += ", distilled" if job.distill else ""
+        start += f", {job.taught}" if job.taught else ""
         title = f"{job.net} to {job.held_to}, {start}, {job.epochs} epochs of sparse training"
         parts.append(
             f"{title}; {row['date']}, seed {row['seed']}, {row['machine']}. Removed: "

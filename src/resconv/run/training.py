@@ -2,6 +2,7 @@
 
 import resconv
 from resconv import nets
+from resconv.errors import RunError
 from resconv.train import evaluate, fit
 
 from .config import Config
@@ -67,6 +68,11 @@ def sparse(run: Run) -> None:
     model.train()
     teacher = run.dense() if config.distill else None
     hints = resconv.skeleton(model, run.example(2)) if config.hints else ()
+    if config.hints and not hints:
+        raise RunError(
+            f"--hints: {config.model} has no layer, called as a module, between its units. Train "
+            "without --hints."
+        )
     result = fit(
         model,
         run.data,
