@@ -224,7 +224,7 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
     teacher = started(job, data) if job.distill else None
     # Channels are pruned inside blocks, so these nets, too, read tensors of the same shape between them.
-    hints = resconv.skeleton(started(job, data), example) if job.hints else ()
+    hints = resconv.skeleton(teacher, example) if job.hints and teacher is not None else ()
     return _finish(_trained(model, job, data, teacher=teacher, hints=hints), job, data) | extra
 
 

@@ -14,7 +14,7 @@ from resconv import data as datasets
 from resconv.data import BatchLoader, ImageData, Split
 
 from .accuracy import started
-from .arms import SUITES, Job, epochs_of, read_results
+from .arms import SUITES, Job, read_results
 from .claims import schedule_of, words_for
 from .page import stamp, table, write_section
 
@@ -36,8 +36,8 @@ def logits_of(model: nn.Module, split: Split, data: ImageData) -> tuple[Tensor, 
     return torch.cat(outputs), torch.cat(labels)
 
 
-def row_of(name: list[str], found: list[tuple[Tensor, Tensor]], taught: list[Tensor]) -> list[str]:
-    cells = list(name)
+def row_of(name: str, found: list[tuple[Tensor, Tensor]], taught: list[Tensor]) -> list[str]:
+    cells = [name]
     for (logits, labels), wanted in zip(found, taught, strict=True):
         said = logits.argmax(1)
         right = 100 * (said == labels).float().mean()
@@ -64,19 +64,18 @@ def main() -> None:
     teacher = started(jobs[0], data)
     found = [logits_of(teacher, split, data) for split in splits]
     taught = [logits for logits, _ in found]
-    rows = [row_of(["the teacher", ""], found, taught)]
+    rows = [row_of("the teacher", found, taught)]
     for job in jobs:
         model = resconv.load(job.folder)
         found = [logits_of(model, split, data) for split in splits]
-        rows.append(row_of([words_for(job), schedule_of(job)], found, taught))
-    before = epochs_of(jobs[0]) - jobs[0].epochs
+        rows.append(row_of(words_for(job), found, taught))
     write_section(
-        f"Nets and their teacher: {jobs[0].net} on {jobs[0].data_name}, {before} + {jobs[0].epochs} epochs",
+        f"Nets and their teacher: {jobs[0].net} on {jobs[0].data_name}, {schedule_of(jobs[0])} epochs",
         f"{stamp(jobs[0].seed)} Of {IMAGES:,} training images (as they are, not augmented) and of all "
         "test images: top-1 in %, the distance to the teacher (`resconv.distill`: T^2 KL at "
         "temperature 4), and of how many in % net and teacher say the same.\n\n"
         + table(
-            ["net", "epochs"]
+            ["net"]
             + [f"{w}: {c}" for w in ("train", "test") for c in ("top-1", "distance", "alike")],
             rows,
         ),

@@ -7,13 +7,13 @@ from .budget import Budget as Budget
 from .choose import plan as plan
 from .convert import convert as convert
 from .distill import distill as distill
+from .distill import follow as follow
 from .errors import ResConvError as ResConvError
 from .export import export as export
 from .fuse import fuse as fuse
 from .gates import copy_zeros as copy_zeros
 from .gates import gates as gates
 from .hints import Watched as Watched
-from .hints import follow as follow
 from .hints import skeleton as skeleton
 from .latency import LatencyTable as LatencyTable
 from .latency import measure_latency as measure_latency

@@ -1,11 +1,12 @@
-"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)."""
+"""Losses that follow a teacher: its logits (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), its hints."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ModelError
 
-__all__ = ["distill"]
+__all__ = ["distill", "follow"]
 
 
 def distill(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -31,5 +32,30 @@ def distill(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0)
     return each.mean() * temperature**2
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.element_size() >= 4 else logits.float()
+def follow(inputs: tuple[Tensor, ...], teacher_inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return how far tensors are from the teacher's: a scalar loss, 0 where equal, 1 where all are 0.
+
+    They are what :class:`resconv.Watched` returns. For each pair the mean of the squared difference
+    over the mean of the teacher's square; of those, the mean. The gradient goes into ``inputs`` alone.
+    It is computed in float32 at least.
+
+    Raises:
+        ModelError: there are no tensors, or the shapes differ.
+    """
+    mine, theirs = ([tuple(t.shape) for t in each] for each in (inputs, teacher_inputs))
+    if not inputs or mine != theirs:
+        raise ModelError(
+            f"The student's tensors have shapes {mine}, the teacher's {theirs}: at least one, "
+            "and the same ones, are needed. Watch the same layers in both, on one batch."
+        )
+    losses = []
+    for student, teacher in zip(inputs, teacher_inputs, strict=True):
+        wanted = _wide(teacher.detach())
+        # Where the teacher has nothing but zeros there is no scale to compare with.
+        size = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
+        losses.append(F.mse_loss(_wide(student), wanted) / size)
+    return torch.stack(losses).mean()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.element_size() >= 4 else tensor.float()

@@ -8,11 +8,10 @@ those that left did (Romero et al. 2015, arXiv 1412.6550). No layer has to be ad
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .branches import find_blocks
 from .errors import ModelError
@@ -22,7 +21,7 @@ from .inputs import unwrap
 from .layers import find_layers
 from .trace import record
 
-__all__ = ["Watched", "follow", "skeleton"]
+__all__ = ["Watched", "skeleton"]
 
 
 def skeleton(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
@@ -83,17 +82,14 @@ class Watched(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
         seen: dict[str, Tensor] = {}
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[name] = args[0]
-
-            return hook
+        def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
 
         # For the time of the call: what is saved, copied or recorded carries no hooks.
         with ExitStack() as hooks:
             for name in self.names:
                 layer = self.net.get_submodule(name)
-                hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+                hooks.callback(layer.register_forward_pre_hook(partial(see, name)).remove)
             output = self.net(*args, **kwargs)
         missing = [n for n in self.names if n not in seen]
         if missing:
@@ -101,28 +97,3 @@ class Watched(nn.Module):
                 f"{type(self.net).__name__} did not call {', '.join(map(repr, missing[:5]))} in this pass."
             )
         return output, tuple(seen[n] for n in self.names)
-
-
-def follow(inputs: tuple[Tensor, ...], teacher_inputs: tuple[Tensor, ...]) -> Tensor:
-    """Return how far tensors are from the teacher's: a scalar loss, 0 where equal, 1 where all are 0.
-
-    For each pair the mean of the squared difference over the mean of the teacher's square; of those,
-    the mean. The gradient goes into ``inputs`` alone. It is computed in float32 at least.
-
-    Raises:
-        ModelError: there are no tensors, or the shapes differ.
-    """
-    shapes = [tuple(map(tuple, (t.shape for t in ts))) for ts in (inputs, teacher_inputs)]
-    if not inputs or shapes[0] != shapes[1]:
-        raise ModelError(
-            f"The student's tensors have shapes {shapes[0]}, the teacher's {shapes[1]}: at least one, "
-            "and the same ones, are needed. Watch the same layers in both, on one batch."
-        )
-    each = []
-    for mine, theirs in zip(inputs, teacher_inputs, strict=True):
-        wide = torch.promote_types(torch.float32, mine.dtype)
-        wanted = theirs.detach().to(wide)
-        # Where the teacher has nothing but zeros there is no scale to compare with.
-        size = wanted.square().mean().clamp_min(torch.finfo(wide).tiny)
-        each.append(F.mse_loss(mine.to(wide), wanted) / size)
-    return torch.stack(each).mean()

@@ -58,7 +58,14 @@ def sparse(run: Run) -> None:
     config = run.config
     # The shortcut is what makes an untrained deep net trainable; a trained one keeps its function.
     start = "identity" if config.from_random else "keep"
-    model = resconv.convert(run.dense(), run.example(2), units=config.units, start=start)
+    example = run.example(2)
+    model = resconv.convert(run.dense(), example, units=config.units, start=start)
+    hints = resconv.skeleton(model, example) if config.hints else ()
+    if config.hints and not hints:
+        raise RunError(
+            f"--hints: {config.model} has no layer, called as a module, between its units. Train "
+            "without --hints."
+        )
     table = run.ranks.by_first(lambda: latency_table(run, model))
     epochs = config.stage_epochs()[1]
     run.say(
@@ -67,12 +74,6 @@ def sparse(run: Run) -> None:
     )
     model.train()
     teacher = run.dense() if config.distill else None
-    hints = resconv.skeleton(model, run.example(2)) if config.hints else ()
-    if config.hints and not hints:
-        raise RunError(
-            f"--hints: {config.model} has no layer, called as a module, between its units. Train "
-            "without --hints."
-        )
     result = fit(
         model,
         run.data,

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from resconv.data import BatchLoader, ImageData, default_augment
-from resconv.distill import distill
+from resconv.distill import distill, follow
 from resconv.errors import RunError
-from resconv.hints import Watched, follow
+from resconv.hints import Watched
 
 from .recipe import Recipe
 from .recorded import RecordedNet, check_recording
