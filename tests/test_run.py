@@ -218,6 +218,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
         batch_size=32,
         distill=True,
         hints=True,
+        mix="cutmix",
         progress=False,
     )
     fit = training.fit
@@ -376,6 +377,8 @@ def test_sparse_training_from_random_weights(tmp_path):
     assert "no dense net to learn from" in str(refused.exception or refused.output)
     refused = invoke("compress", *SMALL, "--hints", "--macs", "0.6", "--out", tmp_path / "z")
     assert "add distill=True" in str(refused.exception or refused.output)
+    refused = invoke("compress", *short, "--mix", "cutup", "--out", tmp_path / "z")
+    assert "one of mixup, cutmix" in str(refused.exception or refused.output)
 
 
 def test_a_training_that_diverges_is_stopped_and_says_so(tmp_path):

@@ -55,6 +55,13 @@ def make_config(
         bool,
         typer.Option(help="With --distill: follow what the layers between units read there, too."),
     ] = False,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on images blended two by two: mixup or cutmix. With --distill the dense net "
+            "alone says what they show."
+        ),
+    ] = None,
     recalibrate: Annotated[
         bool | None,
         typer.Option(
@@ -106,6 +113,7 @@ def make_config(
         finetune_epochs=finetune_epochs,
         distill=distill,
         hints=hints,
+        mix=mix,
         recalibrate=recalibrate,
         units=units,
         lr=lr,

@@ -5,6 +5,7 @@ from typing import Any
 
 from resconv.budget import Budget
 from resconv.errors import RunError
+from resconv.train.mixing import check_mix
 
 __all__ = ["Config"]
 
@@ -33,6 +34,7 @@ class Config:
     finetune_epochs: int | None = None
     distill: bool = False
     hints: bool = False
+    mix: str | None = None
     recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
     units: str = "all"
     lr: float = 0.1
@@ -63,6 +65,8 @@ class Config:
             raise RunError(
                 "hints=True is about what the dense net shows as a teacher: add distill=True."
             )
+        if self.mix is not None:
+            check_mix(self.mix)
         if not self.lr > 0 or self.batch_size < 1:
             raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")
         asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None

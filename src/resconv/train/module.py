@@ -14,6 +14,7 @@ from resconv.distill import distill, follow
 from resconv.errors import RunError
 from resconv.hints import Watched
 
+from .mixing import Mixing
 from .recipe import Recipe
 from .recorded import RecordedNet, check_recording
 
@@ -53,6 +54,7 @@ class Classifier(lightning.LightningModule):
             [] if teacher is None else [Watched(teacher.eval().requires_grad_(False), hints)]
         )
         self._recorded = RecordedNet(self._watched[0]) if cuda_graphs else None
+        self._mixing = recipe.mix and Mixing(recipe.mix, data.num_classes, recipe.seed)
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def train_dataloader(self) -> BatchLoader:
@@ -130,6 +132,8 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
+        if self._mixing:
+            images, labels = self._mixing(images, labels, self.trainer.global_step)
         net = self._watched[0] if self._recorded is None else self._recorded
         logits, inputs = net(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -143,7 +147,8 @@ class Classifier(lightning.LightningModule):
                 # it is the logits that count, of which a smaller net cannot follow all causes.
                 left = self.trainer.optimizers[0].param_groups[0]["lr"] / self.recipe.lr
                 followed = followed + left * self.recipe.hints * follow(inputs, teacher_inputs)
-            share = self.recipe.distill
+            # Of blended images the teacher knows better than their labels what they show.
+            share = 1.0 if self._mixing else self.recipe.distill
             loss = (1 - share) * loss + share * followed
         # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.
         if index % _CHECK == 0 or self.trainer.is_last_batch:

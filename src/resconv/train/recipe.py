@@ -11,6 +11,8 @@ class Recipe:
 
     ``weight_decay`` leaves norms, biases and gates alone. ``distill`` is the share of the loss
     that follows the teacher, where there is one; ``hints`` weighs what layers read against logits in it.
+    ``mix`` ("mixup", "cutmix") trains on images blended two by two, on which a teacher alone is
+    followed (see mixing.py).
     """
 
     epochs: int
@@ -21,6 +23,7 @@ class Recipe:
     seed: int = 0
     distill: float = 0.5
     hints: float = 100.0
+    mix: str | None = None
 
     def batch_on(self, num_images: int) -> int:
         """Return the images of a step, on all ranks together, where there are ``num_images``."""
