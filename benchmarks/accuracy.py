@@ -107,7 +107,7 @@ def _fit(model: nn.Module, job: Job, data: datasets.ImageData, **more: Any) -> F
     return fit(
         model.train(),
         data,
-        Recipe(job.epochs, lr=job.lr, batch_size=job.batch_size, seed=job.seed, mix=job.mix),
+        Recipe(job.epochs, lr=job.lr, batch_size=job.batch_size, seed=job.seed),
         job.folder / "fit",
         cuda_graphs=torch.cuda.is_available(),
         progress=False,
@@ -166,7 +166,6 @@ def _ours(job: Job, data: datasets.ImageData) -> dict[str, Any]:
         units=job.units,
         distill=job.distill,
         hints=job.hints,
-        mix=job.mix,
         cuda_graphs=torch.cuda.is_available(),
         progress=False,
     )

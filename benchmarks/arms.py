@@ -58,7 +58,6 @@ class Job:
     ranking: str | None = None
     distill: bool = False  # follow the outputs of the net it starts from as well
     hints: bool = False  # and what its layers between units read
-    mix: str | None = None  # on images that are blended two by two
     holdout: float = 0.0  # judged by this share of the training images, which no arm is trained on
 
     @property
@@ -77,8 +76,7 @@ class Job:
     @property
     def taught(self) -> str:
         """How it follows the dense net, in words."""
-        words = ["distilled"] * self.distill + ["with hints"] * self.hints
-        return " ".join([*words, f"on {self.mix}"] if self.mix else words)
+        return "distilled with hints" if self.hints else "distilled" if self.distill else ""
 
     @property
     def arm(self) -> str:
@@ -187,8 +185,6 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
         job("torch-pruning-distilled-50", "torch-pruning", 0.5, distill=True),
         job("ours-hinted-50", "ours", 0.5, num_params=0.5, distill=True, hints=True),
         job("torch-pruning-hinted-50", "torch-pruning", 0.5, distill=True, hints=True),
-        job("ours-cutmix-50", "ours", 0.5, num_params=0.5, distill=True, mix="cutmix"),
-        job("ours-mixup-50", "ours", 0.5, num_params=0.5, distill=True, mix="mixup"),
         job("ours-50", "ours", 0.5, num_params=0.5),
         job("torch-pruning-50", "torch-pruning", 0.5),
         job("ours-macs-distilled-50", "ours", 0.5, distill=True),

@@ -169,11 +169,6 @@ def compare(suite: str, results: Rows) -> None:
         distilled += (
             ' "With hints": what its layers between units read is followed as well (`--hints`).'
         )
-    if any(j.mix for j in jobs):
-        distilled += (
-            ' "On mixup", "on cutmix": images are blended two by two, and the whole of the loss is to '
-            "follow that dense net (`--mix`)."
-        )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "

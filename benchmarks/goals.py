@@ -124,8 +124,6 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
                 others["torch-pruning-distilled"] = "Torch-Pruning, distilled too"
             if job.hints:
                 others["torch-pruning-hinted"] = "Torch-Pruning, with hints too"
-            if job.mix:
-                others[f"torch-pruning-{job.mix}"] = f"Torch-Pruning, on {job.mix} too"
             if job.arm == f"ours-{share}":
                 others["scratch"] = "the same net from scratch"
             for other, name in others.items():

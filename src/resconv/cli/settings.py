@@ -57,10 +57,7 @@ def make_config(
     ] = False,
     mix: Annotated[
         str | None,
-        typer.Option(
-            help="Train on images blended two by two: mixup or cutmix. With --distill the dense net "
-            "alone says what they show."
-        ),
+        typer.Option(help="Train on images blended two by two, their labels too: mixup or cutmix."),
     ] = None,
     recalibrate: Annotated[
         bool | None,

@@ -1,7 +1,8 @@
 """Training images blended two by two: mixup (Zhang et al. 2017), CutMix (Yun et al. 2019).
 
-A teacher that has its training images by heart says about them what their labels say. On blended images it
-says what it has learnt of the classes (Beyer et al. 2022, arXiv 2106.05237).
+A net that has its training images by heart learns no more from them, and as a teacher says about them what
+their labels say. On blended images it says what it has learnt of the classes (Beyer et al. 2022, arXiv
+2106.05237).
 """
 
 import torch

@@ -147,8 +147,7 @@ class Classifier(lightning.LightningModule):
                 # it is the logits that count, of which a smaller net cannot follow all causes.
                 left = self.trainer.optimizers[0].param_groups[0]["lr"] / self.recipe.lr
                 followed = followed + left * self.recipe.hints * follow(inputs, teacher_inputs)
-            # Of blended images the teacher knows better than their labels what they show.
-            share = 1.0 if self._mixing else self.recipe.distill
+            share = self.recipe.distill
             loss = (1 - share) * loss + share * followed
         # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.
         if index % _CHECK == 0 or self.trainer.is_last_batch:

@@ -11,8 +11,7 @@ class Recipe:
 
     ``weight_decay`` leaves norms, biases and gates alone. ``distill`` is the share of the loss
     that follows the teacher, where there is one; ``hints`` weighs what layers read against logits in it.
-    ``mix`` ("mixup", "cutmix") trains on images blended two by two, on which a teacher alone is
-    followed (see mixing.py).
+    ``mix`` ("mixup", "cutmix") trains on images, and labels, blended two by two (see mixing.py).
     """
 
     epochs: int
