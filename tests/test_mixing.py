@@ -75,7 +75,7 @@ def test_training_blends_labels_as_images(kind, tmp_path, monkeypatch):
 
     def learnt(name):
         net = Reads()
-        recipe = Recipe(1, batch_size=20, mix=kind)
+        recipe = Recipe(4, batch_size=20, mix=kind)
         fit(net, data, recipe, tmp_path / name, progress=False)
         return abs(net.power.item() - 1)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from resconv.data.splits import LazySplit, Split
 from resconv.errors import DataError, MissingExtraError
 
-__all__ = ["Augment", "BatchLoader", "augment_batch", "default_augment"]
+__all__ = ["Augment", "BatchLoader", "augment_batch", "default_augment", "seed_of"]
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class _TransformedSplit(Dataset[tuple[Tensor, int]]):
             return self.split[index]
         with torch.random.fork_rng(devices=[]):
             # An image's draws do not depend on which worker reads it.
-            torch.manual_seed(_mix(self.seed, self.epoch, index))
+            torch.manual_seed(seed_of(self.seed, self.epoch, index))
             return self.split.read(index, self.transform), int(self.split.labels[index])
 
 
@@ -261,10 +261,10 @@ def _make_transform(augment: Augment, image_size: int) -> Any:
 
 
 def _make_generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_mix(*numbers))
+    return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-def _mix(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """Return one seed of 63 bits: plain sums would give seed 1, epoch 0 the draws of 0, 1."""
     mixed = 0
     for number in numbers:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
+from resconv.data.loader import seed_of
 from resconv.errors import RunError
 
 __all__ = ["Mixing", "check_mix"]
@@ -44,6 +45,6 @@ class Mixing:
         """
         # The transforms draw from the global state of the CPU.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(1_000_003 * self._seed + step)
+            torch.default_generator.manual_seed(seed_of(self._seed, step))
             blended, shares = self._blend(images, labels)
         return blended, shares

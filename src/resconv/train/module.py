@@ -54,7 +54,8 @@ class Classifier(lightning.LightningModule):
             [] if teacher is None else [Watched(teacher.eval().requires_grad_(False), hints)]
         )
         self._recorded = RecordedNet(self._watched[0]) if cuda_graphs else None
-        self._mixing = recipe.mix and Mixing(recipe.mix, data.num_classes, recipe.seed)
+        mix = recipe.mix
+        self._mixing = None if mix is None else Mixing(mix, data.num_classes, recipe.seed)
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
 
     def train_dataloader(self) -> BatchLoader:
@@ -132,7 +133,7 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
-        if self._mixing:
+        if self._mixing is not None:
             images, labels = self._mixing(images, labels, self.trainer.global_step)
         net = self._watched[0] if self._recorded is None else self._recorded
         logits, inputs = net(images)
