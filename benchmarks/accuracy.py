@@ -97,9 +97,14 @@ def started(job: Job, data: datasets.ImageData) -> nn.Module:
 def _start_weights(job: Job) -> Path:
     """Return the weights that the job starts from: trained now where only their figures are here."""
     start = arm_named(job.start)
-    if not start.weights.is_file():
-        run(start)
+    _make(start)
     return start.weights
+
+
+def _make(job: Job) -> None:
+    """Train the net that others go on from, unless it is here."""
+    if not (job.gated if job.kind == "ours" else job.weights).is_file():
+        run(job)
 
 
 def _fit(model: nn.Module, job: Job, data: datasets.ImageData, **more: Any) -> FitResult:
@@ -228,6 +233,32 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     return _finish(_trained(model, job, data, teacher=teacher, hints=hints), job, data) | extra
 
 
+def _finetuned(job: Job, data: datasets.ImageData) -> dict[str, Any]:
+    """Train on what one of our arms left, in its training form (with the norms that fusing absorbs)."""
+    pruned = arm_named(job.start)
+    gated, plan = _sparse(pruned, data), read_results()[pruned.name]["remove"]
+    model = resconv.prune(gated, resconv.Plan(tuple(plan)), fuse=False)
+    teacher = started(pruned, data) if job.distill else None
+    _trained(model, job, data, teacher=teacher)
+    example = torch.randn(2, data.channels, data.image_size, data.image_size)
+    compact = resconv.fuse(model, example)
+    resconv.verify(model, compact, example)
+    resconv.save(compact, job.folder, example_inputs=example)
+    return _finish(compact, job, data) | {
+        "top1_training_form": evaluate(model, data),
+        "layout": blocks_kept(job.net, plan),
+    }
+
+
+def _sparse(job: Job, data: datasets.ImageData) -> nn.Module:
+    """Return the net as sparse training left it: trained now where only its figures are here."""
+    _make(job)
+    example = torch.randn(2, data.channels, data.image_size, data.image_size)
+    gated = resconv.convert(_create(job, data), example, units=job.units)
+    gated.load_state_dict(load_file(job.gated))
+    return gated.eval()
+
+
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Remove the branches that rank lowest, all at once, and train what is left."""
     assert job.macs is not None
@@ -302,6 +333,7 @@ KINDS: dict[str, Callable[[Job, datasets.ImageData], dict[str, Any]]] = {
     "resconv": _resconv,
     "ours": _ours,
     "once": _once,
+    "finetuned": _finetuned,
     "torch-pruning": _torch_pruning,
     "ranked": _ranked_arm,
     "scratch": _scratch,
@@ -327,7 +359,7 @@ def run_together(suite: str, jobs: list[Job], at_once: int) -> None:
     """Run up to so many arms at a time, each in a process of its own, after those it starts from."""
     for job in jobs:
         if job.start and all(job.start != j.name for j in jobs):
-            _start_weights(job)  # once, not by each arm that starts from it
+            _make(arm_named(job.start))  # once, not by each arm that starts from it
     waiting, running = list(jobs), dict[str, subprocess.Popen[bytes]]()
     failed: set[str | None] = set()
     while waiting or running:

@@ -97,6 +97,11 @@ class Job:
         kept = KEPT / f"{self.folder.name}.safetensors"
         return kept if kept.is_file() else self.folder / "trained.safetensors"
 
+    @property
+    def gated(self) -> Path:
+        """Where one of our runs keeps the net as sparse training left it."""
+        return self.folder / "gated.safetensors"
+
 
 def _compare(
     net: str,
@@ -178,7 +183,7 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
     def job(arm: str, kind: str, share: float | None = None, **more: Any) -> Job:
         return replace(base, name=f"{where}/{net}/{arm}", kind=kind, macs=share, **more)
 
-    return [
+    jobs = [
         start,
         job("dense", "dense"),
         job("ours-distilled-50", "ours", 0.5, num_params=0.5, distill=True),
@@ -193,6 +198,42 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
         job("ours-hinted-35", "ours", 0.35, distill=True, hints=True),
         job("torch-pruning-hinted-35", "torch-pruning", 0.35, distill=True, hints=True),
     ]
+    more_seeds = [
+        replace(j, name=f"{j.name}-seed{seed}", seed=seed)
+        for seed in (1, 2)
+        for j in jobs
+        if j.arm in ("ours-distilled-50", "ours-distilled-35")
+    ]
+    return jobs + more_seeds
+
+
+def _further(start: Job, sparse: list[Job], epochs: int, lr: float, batch_size: int) -> list[Job]:
+    """Return the arms that learn anew at a high rate, all of ours after the removal.
+
+    ``sparse`` are arms that went on from ``start``: what they left is trained for the rest of
+    ``epochs``. The other arms get as many epochs in all, and every pruned one has the same teacher.
+    """
+    jobs = [start]
+    for seed in sorted({j.seed for j in sparse}):
+        base = replace(start, epochs=epochs, seed=seed, lr=lr, batch_size=batch_size)
+
+        def job(arm: str, kind: str, base: Job = base, **more: Any) -> Job:
+            end = f"-seed{base.seed}" if base.seed else ""
+            more = {"start": start.name, **more}
+            return replace(base, name=f"further/{base.net}/{arm}{end}", kind=kind, **more)
+
+        jobs.append(job("dense", "dense"))
+        for ours in (j for j in sparse if j.seed == seed):
+            held = {"macs": ours.macs, "distill": True}
+            filters = ours.arm.replace("ours", "torch-pruning")
+            rest = {
+                "epochs": epochs - ours.epochs,
+                "start": ours.name,
+                "num_params": ours.num_params,
+            }
+            jobs.append(job(ours.arm, "finetuned", **held, **rest))
+            jobs.append(job(filters, "torch-pruning", **held))
+    return jobs
 
 
 def _tuning(net: str, before: int, total: int) -> list[Job]:
@@ -306,6 +347,30 @@ SUITES: dict[str, list[Job]] = {
 # As many epochs in all, but most of them for the dense net, which then is the teacher.
 SUITES["resnet56-taught"] = _taught(SUITES["resnet56"], "resnet56", 8, (0.5, 0.35))
 
+_FURTHER = ("ours-distilled-50", "ours-distilled-35")
+_ONWARD = SUITES["resnet56-onward"]
+SUITES["resnet56-further"] = _further(
+    _ONWARD[0], [j for j in _ONWARD if j.arm in _FURTHER and j.seed < 2], 60, 0.1, 256
+)
+_START_110 = Job(
+    "onward/resnet110/start", "dense", "resnet110", CIFAR, 0, start="gpu/resnet110/dense"
+)
+_SPARSE_110 = replace(
+    _START_110,
+    name="onward/resnet110/ours-distilled-34",
+    kind="ours",
+    epochs=8,
+    lr=0.02,
+    batch_size=256,
+    macs=0.345,
+    start=_START_110.name,
+    distill=True,
+)
+SUITES["resnet110-further"] = [
+    _SPARSE_110,
+    *_further(_START_110, [_SPARSE_110], 45, 0.1, 256),
+]
+
 # The suites that compare pruning methods at equal MACs and epochs.
 COMPARED = (
     "resnet56",
@@ -314,7 +379,9 @@ COMPARED = (
     "resnet56-gpu",
     "resnet56-onward",
     "resnet56-onward-16",
+    "resnet56-further",
     "resnet110",
+    "resnet110-further",
 )
 
 # The arms whose nets (of seed 0) are timed too, by what the tables call them.
@@ -352,7 +419,7 @@ def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[flo
 
 def start_of(suite: str) -> Job:
     """Return the dense net that the pruned arms of a suite (those of its first seed) start from."""
-    return arm_named(next(job.start for job in SUITES[suite] if job.kind == "ours"))
+    return next(job for job in SUITES[suite] if job.arm == "start")
 
 
 def epochs_of(job: Job) -> int:

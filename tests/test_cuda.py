@@ -67,6 +67,31 @@ def test_a_recorded_step_is_the_same_step(watched, resting, monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("watched", [(), ("layer2.0.conv1", "fc")])
+def test_a_recorded_teacher_says_the_same(watched, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net = converted(torch.float64).cuda().eval().requires_grad_(False)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    teacher = resconv.Watched(net, watched)
+    recorded = RecordedNet(teacher)
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(3):
+        x = torch.randn(8, 3, 16, 16, dtype=torch.float64, generator=generator).cuda()
+        with torch.no_grad():
+            logits, inputs = recorded(x)
+            wanted, wanted_inputs = teacher(x)
+        torch.testing.assert_close(logits, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(inputs, wanted_inputs, rtol=1e-12, atol=1e-12)
+        assert not logits.requires_grad
+        seen.add(logits.sum().item())
+    assert recorded._recorded is not None
+    assert len(seen) == 3
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name]), name  # in eval mode nothing is gathered
+
+
+@needs_gpu
 def test_units_that_rest_later_are_recorded_anew():
     model = converted().cuda()
     recorded = RecordedNet(model)
@@ -107,11 +132,13 @@ def test_a_net_that_waits_for_the_device_is_refused():
 
 
 @needs_gpu
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_training_arrives_at_its_target(cuda_graphs, tmp_path):
+@pytest.mark.parametrize(("cuda_graphs", "taught"), [(False, False), (True, False), (True, True)])
+def test_training_arrives_at_its_target(cuda_graphs, taught, tmp_path):
     images = data.load("digits")
     torch.manual_seed(0)
     net = nets.create("resnet20", num_classes=10, in_channels=1)
+    if taught:
+        fit(net.train(), images, Recipe(4, seed=0), tmp_path / "dense", progress=False)
     gated = resconv.convert(net, torch.randn(2, 1, images.image_size, images.image_size))
     budget = resconv.Budget(macs=0.5)
     recipe = Recipe(12, seed=0)
@@ -121,6 +148,7 @@ def test_training_arrives_at_its_target(cuda_graphs, tmp_path):
         recipe,
         tmp_path / "fit",
         target=budget,
+        teacher=copy.deepcopy(net).eval() if taught else None,
         cuda_graphs=cuda_graphs,
         progress=False,
     )

@@ -105,6 +105,39 @@ def test_another_configuration_is_refused(finished):
     assert "macs: 0.5 there, 0.4 now" in str(result.exception)
 
 
+def test_finetuning_may_be_asked_for_anew(finished, tmp_path):
+    """What was trained before it stays; the net is the one of a run that asked for it at once."""
+    out, whole = tmp_path / "mine", tmp_path / "whole"
+    shutil.copytree(finished[0], out)
+    first = resconv.load(out)
+    before = [(out / f"{n}.safetensors").stat().st_mtime_ns for n in ("dense", "gated")]
+    asked = ("--macs", "0.5", "--finetune-epochs", 2, "--finetune-lr", "0.05")
+    result = invoke("compress", *SMALL, *asked, "--out", out)
+    assert result.exit_code == 0, result.output
+    for stage in ("dense", "sparse", "plan"):
+        assert f"[{stage}] done already" in result.output
+    assert result.output.count("done already") == 3
+    assert before == [(out / f"{n}.safetensors").stat().st_mtime_ns for n in ("dense", "gated")]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert ("epochs of training", "1", "7", "") in rows(metrics)
+    assert invoke("compress", *SMALL, *asked, "--out", whole).exit_code == 0
+    mine, theirs, old = (n.state_dict() for n in map(resconv.load, (out, whole, finished[0])))
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(t, old[n], rtol=1e-2, atol=1e-3) for n, t in mine.items())
+
+    # None at all: the net is the one that pruning left.
+    result = invoke("compress", *SMALL, "--macs", "0.5", "--finetune-epochs", 0, "--out", out)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["top1_finetuned"] is None
+    assert ("epochs of training", "1", "5", "") in rows(metrics)
+    pruned = resconv.prune(run.open_run(out).gated(), run.open_run(out).plan())
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(resconv.load(out)(x), pruned.eval()(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first(x), pruned(x), rtol=1e-2, atol=1e-2)
+
+
 def test_stages_are_commands(finished, tmp_path):
     out = tmp_path / "mine"
     shutil.copytree(finished[0], out)  # other tests read the run as it was

@@ -40,7 +40,7 @@ def prune(
         missing = [s for s in ("dense", "sparse") if s not in current.folder.done()]
         if missing:
             runs.run_stage(current, "plan")  # says which stage is missing
-        current.folder.unmark(("prune", "finetune", "export", "measure", "report"))
+        current.folder.unmark(runs.FROM_PRUNE)
         chosen.save(current.folder / "plan.json")
         current.folder.mark("plan")
     for stage in ("prune", "finetune"):

@@ -72,6 +72,10 @@ def make_config(
         float | None,
         typer.Option(help="Of sparse training; default: half of --lr, all of it with --epochs 0."),
     ] = None,
+    finetune_lr: Annotated[
+        float | None,
+        typer.Option(help="Of training after pruning; default: half of that of sparse training."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     image_size: ImageSize = None,
@@ -115,6 +119,7 @@ def make_config(
         units=units,
         lr=lr,
         sparse_lr=sparse_lr,
+        finetune_lr=finetune_lr,
         batch_size=batch_size,
         seed=seed,
         image_size=image_size,

@@ -20,9 +20,10 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             table.append((label, "", f"{value:.2f}", ""))
         elif value is not None:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
-    if "epochs_after" in metrics:
+    if "epochs_sparse" in metrics:
         # A short dense training flatters the compact net, which was trained for longer.
-        before, after = metrics["epochs_dense"], metrics["epochs_after"]
+        before = metrics["epochs_dense"]
+        after = metrics["epochs_sparse"] + metrics.get("epochs_finetune", 0)
         here = before is not None
         cells = (f"{before}", f"{before + after}") if here else ("as given", f"{after} more")
         table.append(("epochs of training", *cells, ""))

@@ -13,6 +13,8 @@ _EPOCHS = {"digits": (12, 10, 0)}
 _DEFAULT_EPOCHS = (30, 20, 10)
 # These change how a run is carried out, not what comes out of it.
 _FREE = {"progress", "devices", "cuda_graphs"}
+# These are read after pruning alone, which trains nothing.
+_LATE = {"finetune_epochs", "finetune_lr"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Config:
     units: str = "all"
     lr: float = 0.1
     sparse_lr: float | None = None
+    finetune_lr: float | None = None
     batch_size: int = 128
     seed: int = 0
     image_size: int | None = None
@@ -67,8 +70,10 @@ class Config:
             )
         if self.mix is not None:
             check_mix(self.mix)
-        if not self.lr > 0 or self.batch_size < 1:
-            raise RunError(f"lr={self.lr}, batch_size={self.batch_size}: both must be above 0.")
+        for key in ("lr", "sparse_lr", "finetune_lr", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise RunError(f"{key}={value}: it must be above 0.")
         asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
         if self._has_target() or asked:
             self._budget()
@@ -79,10 +84,14 @@ class Config:
         return self.weights is None and self.epochs == 0
 
     def sparse_rate(self) -> float:
-        """Return the peak learning rate of sparse training; half of it is that of finetuning."""
+        """Return the peak learning rate of sparse training."""
         if self.sparse_lr is not None:
             return self.sparse_lr
         return self.lr if self.from_random else self.lr / 2
+
+    def finetune_rate(self) -> float:
+        """Return the peak learning rate of finetuning."""
+        return self.sparse_rate() / 2 if self.finetune_lr is None else self.finetune_lr
 
     def _has_target(self) -> bool:
         limits = (self.macs, self.num_params, self.latency_ms, self.latency)
@@ -135,9 +144,14 @@ class Config:
         except TypeError as error:
             raise RunError(f"config.json is damaged: {error}.") from error
 
-    def differences(self, other: "Config") -> list[str]:
+    def differences(self, other: "Config", *, late: bool = False) -> list[str]:
+        """Return in words which settings differ that bear on training and planning.
+
+        With ``late``, those that finetuning alone depends on.
+        """
+        bearing = _LATE if late else {f.name for f in fields(self)} - _FREE - _LATE
         return [
             f"{f.name}: {getattr(self, f.name)!r} there, {getattr(other, f.name)!r} now"
             for f in fields(self)
-            if f.name not in _FREE and getattr(self, f.name) != getattr(other, f.name)
+            if f.name in bearing and getattr(self, f.name) != getattr(other, f.name)
         ]

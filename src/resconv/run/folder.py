@@ -10,9 +10,11 @@ from resconv.files import write_text
 
 from .config import Config
 
-__all__ = ["RunFolder"]
+__all__ = ["FROM_PRUNE", "RunFolder"]
 
 _STAGES = "stages.json"
+# What is done anew where the plan, or what is done with it, changes.
+FROM_PRUNE = ("prune", "finetune", "export", "measure", "report")
 
 
 class RunFolder:
@@ -33,6 +35,7 @@ class RunFolder:
         """Make the folder, or open it again when it holds a run of the same configuration.
 
         Settings under which nothing was made yet (a wrong path in them, say) give way to the new ones.
+        So do those of finetuning: then what was trained before it stays, and pruning is done anew.
 
         Raises:
             RunError: it holds another run, or things that are no run.
@@ -46,12 +49,14 @@ class RunFolder:
             if fresh:
                 shutil.rmtree(path)
             elif not folder.is_bare():
-                differences = folder.config().differences(config)
-                if differences:
+                there = folder.config()
+                if differences := there.differences(config):
                     raise RunError(
                         f"{path} holds a run with other settings ({'; '.join(differences)}). "
                         "Choose another --out, or add --fresh to start anew."
                     )
+                if there.differences(config, late=True):
+                    folder.unmark(FROM_PRUNE)
         path.mkdir(parents=True, exist_ok=True)
         folder.write_json("config.json", config.to_dict())
         return folder

@@ -51,7 +51,12 @@ def prune(run: Run) -> None:
         f"Pruned, without retraining: top-1 {top1:.2f} %; agrees with the gated net to "
         f"{check.max_rel_error:.1e}."
     )
-    metrics: dict[str, Any] = {"top1_pruned": top1, "top1_recalibrated": None}
+    metrics: dict[str, Any] = {
+        "top1_pruned": top1,
+        "top1_recalibrated": None,
+        "top1_finetuned": None,
+        "epochs_finetune": 0,
+    }
     asked = run.config.recalibrate
     if asked or (asked is None and nonzero):
         compact = _recalibrated(run, gated, plan)

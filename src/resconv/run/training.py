@@ -42,13 +42,12 @@ def dense(run: Run) -> None:
     top1 = None if config.from_random else evaluate(model, run.data)
     size = resconv.count(model, run.example())
     save_state(model, run.folder / "dense.safetensors")
-    dense_epochs, *more = config.stage_epochs()
+    epochs = config.stage_epochs()[0]
     run.folder.add_metrics(
         top1_dense=top1,
         macs_dense=size.macs,
         num_params_dense=size.num_params,
-        epochs_dense=dense_epochs if config.weights is None else None,  # None: not trained here
-        epochs_after=sum(more),
+        epochs_dense=epochs if config.weights is None else None,  # None: not trained here
     )
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
@@ -99,7 +98,12 @@ def sparse(run: Run) -> None:
     if result.latency is not None:
         result.latency.save(run.folder / LATENCY)
     zero = [n for n, g in resconv.gates(model).items() if g.scale.item() == 0]
-    run.folder.add_metrics(top1_gated=top1, num_units=len(resconv.gates(model)), num_zero=len(zero))
+    run.folder.add_metrics(
+        top1_gated=top1,
+        num_units=len(resconv.gates(model)),
+        num_zero=len(zero),
+        epochs_sparse=epochs,
+    )
     run.say(f"Gated: top-1 {top1:.2f} %, {len(zero)} scales are exactly 0.")
 
 
@@ -132,7 +136,7 @@ def finetune(run: Run) -> None:
     fit(
         model.train(),
         run.data,
-        run.recipe(epochs, config.sparse_rate() / 2),
+        run.recipe(epochs, config.finetune_rate()),
         run.folder.logs / "finetune",
         teacher=run.dense() if config.distill else None,
         precision=run.precision,
@@ -147,5 +151,7 @@ def finetune(run: Run) -> None:
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
     save_compact(run, compact, plan)
-    run.folder.add_metrics(top1_finetuned=top1, verify_finetuned=check.max_rel_error)
+    run.folder.add_metrics(
+        top1_finetuned=top1, verify_finetuned=check.max_rel_error, epochs_finetune=epochs
+    )
     run.say(f"Finetuned: top-1 {top1:.2f} %.")

@@ -54,6 +54,7 @@ class Classifier(lightning.LightningModule):
             [] if teacher is None else [Watched(teacher.eval().requires_grad_(False), hints)]
         )
         self._recorded = RecordedNet(self._watched[0]) if cuda_graphs else None
+        self._recorded_teacher = [RecordedNet(t) for t in self._teacher if cuda_graphs]
         mix = recipe.mix
         self._mixing = None if mix is None else Mixing(mix, data.num_classes, recipe.seed)
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
@@ -139,7 +140,8 @@ class Classifier(lightning.LightningModule):
         logits, inputs = net(images)
         loss = F.cross_entropy(logits.float(), labels)
         if self._teacher:
-            teacher = self._teacher[0].to(self.device)
+            self._teacher[0].to(self.device)
+            teacher = (self._recorded_teacher or self._teacher)[0]
             with torch.no_grad():
                 wanted, teacher_inputs = teacher(images)
             followed = distill(logits, wanted)
@@ -162,7 +164,8 @@ class Classifier(lightning.LightningModule):
             raise RunError(
                 f"Training diverged: the loss is {value} at step {self.trainer.global_step:,} (epoch "
                 f"{self.current_epoch + 1} of {self.recipe.epochs}, learning rate {self.recipe.lr:g} at "
-                "its peak). Start anew with a lower rate (--lr, in sparse training --sparse-lr), and "
+                "its peak). Start anew with a lower rate (--lr, in sparse training --sparse-lr, "
+                "after pruning --finetune-lr), and "
                 "look for NaN in the images or the weights if that changes nothing."
             )
 
