@@ -254,7 +254,7 @@ def _sparse(job: Job, data: datasets.ImageData) -> nn.Module:
     """Return the net as sparse training left it: trained now where only its figures are here."""
     _make(job)
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(_create(job, data), example, units=job.units)
+    gated = resconv.convert(_create(job, data), example, units=job.units, start="keep")
     gated.load_state_dict(load_file(job.gated))
     return gated.eval()
 

@@ -10,6 +10,7 @@ __all__ = [
     "CIFAR",
     "COMPARED",
     "NAMES",
+    "OURS",
     "RANKINGS",
     "RESULTS",
     "SUITES",
@@ -370,6 +371,9 @@ SUITES["resnet110-further"] = [
     _SPARSE_110,
     *_further(_START_110, [_SPARSE_110], 45, 0.1, 256),
 ]
+
+# The kinds of arms whose nets are ours, from a dense net.
+OURS = ("ours", "finetuned")
 
 # The suites that compare pruning methods at equal MACs and epochs.
 COMPARED = (

@@ -23,6 +23,7 @@ from .arms import (
     CIFAR,
     COMPARED,
     NAMES,
+    OURS,
     RANKINGS,
     RESULTS,
     SUITES,
@@ -105,6 +106,7 @@ METHODS = {
     "dense": "dense",
     "once": "resconv, one run",
     "ours": "resconv, from the dense net",
+    "finetuned": "resconv, from the dense net, finetuned",
     "torch-pruning": "Torch-Pruning (filters)",
     "scratch": "resconv's net from scratch",
 }
@@ -115,7 +117,7 @@ def words_for(job: Job) -> str:
     parts = [METHODS[job.kind]]
     if job.taught:
         parts.append(job.taught)
-    if job.kind == "ours" and job.num_params is None:
+    if job.kind in OURS and job.num_params is None:
         parts.append("MACs only")
     if job.macs is not None:
         parts.append(f"{100 * job.macs:g} %")
@@ -137,8 +139,8 @@ def compare(suite: str, results: Rows) -> None:
     start = start_of(suite)
     before = epochs_of(start)
     dense = next(j for j in jobs if j.arm == "dense")
-    pruned = next(j for j in jobs if j.kind == "ours")
     total = epochs_of(dense)
+    pruned = next(j for j in jobs if j.kind in OURS and epochs_of(j) == total)
     starts = rows_of(suite, "start", results)
     lines = []
     for job in {j.arm: j for j in jobs}.values():
@@ -169,6 +171,12 @@ def compare(suite: str, results: Rows) -> None:
         distilled += (
             ' "With hints": what its layers between units read is followed as well (`--hints`).'
         )
+    retrained = (
+        'Resconv\'s nets were pruned by the arms of the same name that went on at a low rate ("finetuned": '
+        "their epochs are counted in), and are trained after the removal, as Torch-Pruning's are. "
+        if pruned.kind == "finetuned"
+        else "No resconv net is retrained after pruning. "
+    )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "
@@ -182,7 +190,7 @@ def compare(suite: str, results: Rows) -> None:
         '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
         'the dense net" and Torch-Pruning start from a dense net of the same seed ("4 + 8": of 4 '
         f"epochs) and go on for the rest, in batches of {pruned.batch_size} at a peak rate of "
-        f"{pruned.lr}. No resconv net is retrained after pruning. Torch-Pruning: DepGraph, "
+        f"{pruned.lr}. {retrained}Torch-Pruning: DepGraph, "
         "GroupNormPruner with group magnitude, pruned in one step and finetuned; only inner channels of "
         "blocks, since it cannot follow "
         "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
@@ -417,7 +425,14 @@ def picture(figure: Any, name: str, alt: str) -> str:
     return f"![{alt}](images/{name}.svg)"
 
 
-LONGER = ("resnet56-gpu", "resnet56-onward", "resnet56-onward-16", "resnet110")
+LONGER = (
+    "resnet56-gpu",
+    "resnet56-onward",
+    "resnet56-onward-16",
+    "resnet56-further",
+    "resnet110",
+    "resnet110-further",
+)
 
 
 def readme(results: Rows) -> None:
@@ -458,14 +473,13 @@ def readme(results: Rows) -> None:
     longer = []
     for suite in LONGER:
         starts = rows_of(suite, "start", results)
-        for job in SUITES[suite]:
-            if job.name in results and job.arm != "start":
-                row = results[job.name]
-                share = share_of([row], starts, "macs_after")
-                top1 = f"{row['top1']:.2f}"
+        for job in {j.arm: j for j in SUITES[suite] if j.arm != "start"}.values():
+            if rows := list(rows_of(suite, job.arm, results).values()):
+                share = share_of(rows, starts, "macs_after")
+                top1 = ", ".join(f"{r['top1']:.2f}" for r in rows)
                 longer.append([job.net, words_for(job), schedule_of(job), share, top1])
     text += (
-        "\n\nLonger schedules on a GPU, and going on from there, seed 0. Every claim of the paper with what "
+        "\n\nLonger schedules on a GPU, and going on from there, by seed. Every claim of the paper with what "
         "was measured for it, also where it did not hold: [docs/results.md](docs/results.md).\n\n"
         + table(["net", "what", "epochs", "MACs", "top-1"], longer)
     )

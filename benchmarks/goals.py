@@ -6,6 +6,7 @@ from typing import Any
 
 from .arms import (
     COMPARED,
+    OURS,
     SUITES,
     TIMED,
     Rows,
@@ -104,9 +105,14 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
     arms = {j.arm: j for j in SUITES[suite]}
     dense = arms["dense"]
     before = epochs_of(start_of(suite))
-    after = epochs_of(dense) - before
+    total = epochs_of(dense)
+    after = total - before
     for share, most in LOSSES[dense.net]:
-        mine = [j for j in arms.values() if j.kind == "ours" and j.arm.endswith(f"-{share}")]
+        mine = [
+            j
+            for j in arms.values()
+            if j.kind in OURS and j.arm.endswith(f"-{share}") and epochs_of(j) == total
+        ]
         for job in mine:
 
             def points(other: str, arm: str = job.arm) -> list[float]:

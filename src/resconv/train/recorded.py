@@ -1,5 +1,7 @@
 """A net's forward and backward pass in training, recorded once as CUDA graphs and then replayed.
 
+So is a teacher's forward pass, which has no backward pass.
+
 A small net on a large GPU waits for its launches: a step of ResNet-56 is some thousand kernels of a few
 microseconds. A recorded step is two launches. Its results are those of the same kernels.
 """
