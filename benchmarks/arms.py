@@ -176,6 +176,10 @@ def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) ->
     return jobs
 
 
+# The arms that are trained further once they are pruned.
+_FURTHER = ("ours-distilled-50", "ours-macs-distilled-50", "ours-distilled-35")
+
+
 def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward") -> list[Job]:
     """Return the arms that go on from a net that is trained out, which also teaches them."""
     start = Job(f"onward/{net}/start", "dense", net, CIFAR, 0, lr=lr, start=trained)
@@ -203,7 +207,7 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
         replace(j, name=f"{j.name}-seed{seed}", seed=seed)
         for seed in (1, 2)
         for j in jobs
-        if j.arm in ("ours-distilled-50", "ours-distilled-35")
+        if j.arm in _FURTHER
     ]
     return jobs + more_seeds
 
@@ -224,16 +228,14 @@ def _further(start: Job, sparse: list[Job], epochs: int, lr: float, batch_size: 
             return replace(base, name=f"further/{base.net}/{arm}{end}", kind=kind, **more)
 
         jobs.append(job("dense", "dense"))
-        for ours in (j for j in sparse if j.seed == seed):
-            held = {"macs": ours.macs, "distill": True}
-            filters = ours.arm.replace("ours", "torch-pruning")
-            rest = {
-                "epochs": epochs - ours.epochs,
-                "start": ours.name,
-                "num_params": ours.num_params,
-            }
-            jobs.append(job(ours.arm, "finetuned", **held, **rest))
-            jobs.append(job(filters, "torch-pruning", **held))
+        mine = [j for j in sparse if j.seed == seed]
+        for ours in mine:
+            rest = {"epochs": epochs - ours.epochs, "start": ours.name}
+            held = {"macs": ours.macs, "num_params": ours.num_params}
+            jobs.append(job(ours.arm, "finetuned", distill=True, **held, **rest))
+        for share in dict.fromkeys(j.macs for j in mine if j.macs is not None):
+            filters = f"torch-pruning-distilled-{round(100 * share)}"
+            jobs.append(job(filters, "torch-pruning", macs=share, distill=True))
     return jobs
 
 
@@ -348,7 +350,6 @@ SUITES: dict[str, list[Job]] = {
 # As many epochs in all, but most of them for the dense net, which then is the teacher.
 SUITES["resnet56-taught"] = _taught(SUITES["resnet56"], "resnet56", 8, (0.5, 0.35))
 
-_FURTHER = ("ours-distilled-50", "ours-distilled-35")
 _ONWARD = SUITES["resnet56-onward"]
 SUITES["resnet56-further"] = _further(
     _ONWARD[0], [j for j in _ONWARD if j.arm in _FURTHER and j.seed < 2], 60, 0.1, 256
