@@ -228,9 +228,7 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     model, ratio = made
     extra = {"top1_pruned": evaluate(model, data), "channel_ratio": ratio}
     teacher = started(job, data) if job.distill else None
-    # Channels are pruned inside blocks, so these nets, too, read tensors of the same shape between them.
-    hints = resconv.skeleton(teacher, example) if job.hints and teacher is not None else ()
-    return _finish(_trained(model, job, data, teacher=teacher, hints=hints), job, data) | extra
+    return _finish(_trained(model, job, data, teacher=teacher), job, data) | extra
 
 
 def _finetuned(job: Job, data: datasets.ImageData) -> dict[str, Any]:
