@@ -9,6 +9,7 @@ from typing import Any
 __all__ = [
     "CIFAR",
     "COMPARED",
+    "LONGER",
     "NAMES",
     "OURS",
     "RANKINGS",
@@ -378,11 +379,8 @@ SUITES["resnet110-further"] = [
 # The kinds of arms whose nets are ours, from a dense net.
 OURS = ("ours", "finetuned")
 
-# The suites that compare pruning methods at equal MACs and epochs.
-COMPARED = (
-    "resnet56",
-    "resnet56-taught",
-    "resnet56-long",
+# The suites that train a net out, or go on from one that is.
+LONGER = (
     "resnet56-gpu",
     "resnet56-onward",
     "resnet56-onward-16",
@@ -390,6 +388,9 @@ COMPARED = (
     "resnet110",
     "resnet110-further",
 )
+
+# The suites that compare pruning methods at equal MACs and epochs.
+COMPARED = ("resnet56", "resnet56-taught", "resnet56-long", *LONGER)
 
 # The arms whose nets (of seed 0) are timed too, by what the tables call them.
 TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}

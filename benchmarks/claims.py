@@ -22,6 +22,7 @@ from resconv.files import write_text
 from .arms import (
     CIFAR,
     COMPARED,
+    LONGER,
     NAMES,
     OURS,
     RANKINGS,
@@ -423,16 +424,6 @@ def picture(figure: Any, name: str, alt: str) -> str:
     text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
     write_text(folder / f"{name}.svg", text + "\n")
     return f"![{alt}](images/{name}.svg)"
-
-
-LONGER = (
-    "resnet56-gpu",
-    "resnet56-onward",
-    "resnet56-onward-16",
-    "resnet56-further",
-    "resnet110",
-    "resnet110-further",
-)
 
 
 def readme(results: Rows) -> None:
