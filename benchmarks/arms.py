@@ -9,7 +9,6 @@ from typing import Any
 __all__ = [
     "CIFAR",
     "COMPARED",
-    "LONGER",
     "NAMES",
     "OURS",
     "RANKINGS",
@@ -379,8 +378,11 @@ SUITES["resnet110-further"] = [
 # The kinds of arms whose nets are ours, from a dense net.
 OURS = ("ours", "finetuned")
 
-# The suites that train a net out, or go on from one that is.
-LONGER = (
+# The suites that compare pruning methods at equal MACs and epochs.
+COMPARED = (
+    "resnet56",
+    "resnet56-taught",
+    "resnet56-long",
     "resnet56-gpu",
     "resnet56-onward",
     "resnet56-onward-16",
@@ -389,11 +391,14 @@ LONGER = (
     "resnet110-further",
 )
 
-# The suites that compare pruning methods at equal MACs and epochs.
-COMPARED = ("resnet56", "resnet56-taught", "resnet56-long", *LONGER)
-
-# The arms whose nets (of seed 0) are timed too, by what the tables call them.
-TIMED = {"resconv": "ours", "resconv, MACs only": "ours-macs"}
+# The arms whose nets (of seed 0) are timed too, by what the tables call them. What is trained further
+# keeps the layers that it was pruned to.
+TIMED = {
+    "resconv": "ours",
+    "resconv, MACs only": "ours-macs",
+    "resconv, distilled": "ours-distilled",
+    "resconv, distilled, MACs only": "ours-macs-distilled",
+}
 
 
 def read_results() -> Rows:

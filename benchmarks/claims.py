@@ -22,7 +22,6 @@ from resconv.files import write_text
 from .arms import (
     CIFAR,
     COMPARED,
-    LONGER,
     NAMES,
     OURS,
     RANKINGS,
@@ -428,27 +427,35 @@ def picture(figure: Any, name: str, alt: str) -> str:
 
 def readme(results: Rows) -> None:
     """Write the headline figures between the markers in README.md."""
+    suite = "resnet56-further"
     records = [r for r in read_records() if r["net"] == "resnet56" and r["threads"] == 1]
-    dense = rows_of("resnet56", "dense", results)
-    if not records or not dense:
+    jobs = {j.arm: j for j in SUITES[suite] if j.arm != "start"}
+    dense = jobs.pop("dense")
+    if not records or not rows_of(suite, dense.arm, results):
         return
-    lines = [headline(records[0], "dense", "dense", "", results)]
+    lines = [headline(records[0], dense, suite, results)]
     for record in records:
-        percent = round(100 * record["share"])
-        for label, arm in TIMED.items():
-            lines.append(headline(record, label, f"{arm}-{percent}", "layers", results))
-        filters = f"torch-pruning-{percent}"
-        lines.append(headline(record, "Torch-Pruning", filters, "filters", results))
-    lines = [line for line in lines if line]
-    latest = max(row["date"] for row in done(SUITES["resnet56"], results))
-    header = ["ResNet-56", "MACs", "top-1", "by seed", "ONNX Runtime latency", "peak memory"]
+        mine = [j for j in jobs.values() if j.macs == record["share"]]
+        lines += [headline(record, job, suite, results) for job in mine]
+    header = ["ResNet-56", "MACs", "top-1", "to dense", "by seed", "ONNX Runtime", "peak memory"]
     text = (
-        f"{table(header, lines)}\n\nCIFAR-10 (JPEG), {dense[0]['epochs']} epochs in all for every arm, "
-        f"top-1 in % (seeds 0, 1, ... as far as they were run), {latest}. resconv is held to a share of the "
-        "MACs and of the parameters, or to the MACs only. Latency and memory are those of seed 0; "
-        "written by `python -m benchmarks.claims`, conditions and everything else that was measured in "
+        f"{table(header, [line for line in lines if line])}\n\nCIFAR-10 (JPEG), {epochs_of(dense)} epochs in "
+        "all for every arm, the dense net they start from among them; pruned nets were trained to follow "
+        "its outputs too. Top-1 in % (seeds 0, 1, ... as far as they were run), latency at batch 1 and memory "
+        f"of seed 0 as shares of the dense net's, {latest(suite, results)}. resconv is held to a share of the "
+        "MACs and of the parameters, or to the MACs only. Written by `python -m benchmarks.claims`; "
+        "conditions, shorter schedules and everything else that was measured, also where it did not hold: "
         "[docs/results.md](docs/results.md)."
     )
+    deeper = []
+    for suite in ("resnet110", "resnet110-further"):
+        starts = rows_of(suite, "start", results)
+        for job in {j.arm: j for j in SUITES[suite] if j.arm != "start"}.values():
+            if rows := list(rows_of(suite, job.arm, results).values()):
+                share = share_of(rows, starts, "macs_after")
+                top1 = ", ".join(f"{r['top1']:.2f}" for r in rows)
+                deeper.append([job.net, words_for(job), schedule_of(job), share, top1])
+    text += "\n\nA deeper net:\n\n" + table(["net", "what", "epochs", "MACs", "top-1"], deeper)
     pairs = {
         net: top1_with_and_without("plain", net, results)
         for net in dict.fromkeys(job.net for job in SUITES["plain"])
@@ -457,22 +464,9 @@ def readme(results: Rows) -> None:
         [net, spread(plain), spread(ours)] for net, (plain, ours) in pairs.items() if plain and ours
     ]
     text += (
-        f"\n\nThe same nets, {SUITES['plain'][0].epochs} epochs on CIFAR-10 (JPEG), trained as they are and "
-        "with ResConv, nothing removed, top-1 in %, one seed:\n\n"
+        f"\n\nNets trained for {SUITES['plain'][0].epochs} epochs on CIFAR-10 (JPEG) as they are and with "
+        "ResConv, nothing removed, top-1 in %, one seed:\n\n"
         + table(["net", "plain", "with ResConv"], trained)
-    )
-    longer = []
-    for suite in LONGER:
-        starts = rows_of(suite, "start", results)
-        for job in {j.arm: j for j in SUITES[suite] if j.arm != "start"}.values():
-            if rows := list(rows_of(suite, job.arm, results).values()):
-                share = share_of(rows, starts, "macs_after")
-                top1 = ", ".join(f"{r['top1']:.2f}" for r in rows)
-                longer.append([job.net, words_for(job), schedule_of(job), share, top1])
-    text += (
-        "\n\nLonger schedules on a GPU, and going on from there, by seed. Every claim of the paper with what "
-        "was measured for it, also where it did not hold: [docs/results.md](docs/results.md).\n\n"
-        + table(["net", "what", "epochs", "MACs", "top-1"], longer)
     )
     page = DOCS.parent / "README.md"
     before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- figures -->\n")
@@ -481,20 +475,29 @@ def readme(results: Rows) -> None:
     write_text(page, f"{before}{mark}{text}\n{end}{after}")
 
 
-def headline(record: dict[str, Any], name: str, arm: str, what: str, results: Rows) -> list[str]:
+def latest(suite: str, results: Rows) -> str:
+    return str(max(row["date"] for row in done(SUITES[suite], results)))
+
+
+def headline(record: dict[str, Any], job: Job, suite: str, results: Rows) -> list[str]:
     """Return a line of the README: an arm's accuracy, and its latency and memory as shares."""
-    rows = rows_of("resnet56", arm, results)
+    rows = rows_of(suite, job.arm, results)
     timed = {r["arm"]: r for r in record["rows"]}
-    if not rows or name not in timed:
+    labels = {f"{arm}-{round(100 * record['share'])}": label for label, arm in TIMED.items()}
+    label = labels.get(job.arm, "Torch-Pruning" if job.kind == "torch-pruning" else job.arm)
+    if not rows or label not in timed:
         return []
     key = "onnxruntime, batch 1"
-    ratio = timed[name]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
-    memory = timed[name]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
-    dense = rows_of("resnet56", "dense", results)
+    ratio = timed[label]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
+    memory = timed[label]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
+    named = {"dense": "dense", "torch-pruning": "Torch-Pruning (filters)"}
+    limited = "MACs only, layers" if job.num_params is None else "layers"
+    points = gains(suite, job.arm, "dense", results) if job.macs is not None else []
     return [
-        f"{name} ({what})" if what else name,
-        share_of(list(rows.values()), dense, "macs_after"),
+        named.get(job.kind, f"resconv ({limited})"),
+        share_of(list(rows.values()), rows_of(suite, "dense", results), "macs_after"),
         f"{statistics.fmean(r['top1'] for r in rows.values()):.2f}",
+        f"{statistics.fmean(points):+.2f}" if points else "",
         ", ".join(f"{r['top1']:.2f}" for _, r in sorted(rows.items())),
         f"{ratio:.2f}x",
         f"{memory:.2f}x",

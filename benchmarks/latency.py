@@ -33,6 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "latency"
 # Of the MACs; by net, where it has shares of its own.
 SHARES = {"resnet110": (0.5, 0.345, 0.25)}
 COMMON_SHARES = (0.5, 0.35, 0.25)
+# Where units were chosen on CIFAR-10, the first that there is.
+TRAINED = ("cifar", "gpu", "onward")
 EVEN = "evenly spread"  # how units are chosen that no run chose
 # Blocks kept a stage, as published for ResNet-56 (docs/method.md names the sources).
 LAYOUTS = {"CKA [5,2,5]": (5, 2, 5), "CKA [2,2,3]": (2, 2, 3), "Consensus [2,2,2]": (2, 2, 2)}
@@ -54,7 +56,7 @@ def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str],
     """Return the units to remove to keep ``share`` of the MACs, and where each choice comes from."""
     found = {}
     for label, arm in TIMED.items():
-        names = (f"{where}/{net}/{arm}-{round(100 * share)}" for where in ("cifar", "gpu"))
+        names = (f"{where}/{net}/{arm}-{round(100 * share)}" for where in TRAINED)
         row = next((results[n] for n in names if n in results), None)
         if row is None:
             continue
