@@ -359,21 +359,19 @@ SUITES["resnet56-further"] = _further(
 _START_110 = Job(
     "onward/resnet110/start", "dense", "resnet110", CIFAR, 0, start="gpu/resnet110/dense"
 )
-_SPARSE_110 = replace(
+_ONWARD_110 = replace(_START_110, epochs=8, lr=0.02, batch_size=256, start=_START_110.name)
+SUITES["resnet110-onward"] = [
     _START_110,
-    name="onward/resnet110/ours-distilled-34",
-    kind="ours",
-    epochs=8,
-    lr=0.02,
-    batch_size=256,
-    macs=0.345,
-    start=_START_110.name,
-    distill=True,
-)
-SUITES["resnet110-further"] = [
-    _SPARSE_110,
-    *_further(_START_110, [_SPARSE_110], 45, 0.1, 256),
+    replace(_ONWARD_110, name="onward/resnet110/dense"),
+    replace(
+        _ONWARD_110,
+        name="onward/resnet110/ours-distilled-34",
+        kind="ours",
+        macs=0.345,
+        distill=True,
+    ),
 ]
+SUITES["resnet110-further"] = _further(_START_110, SUITES["resnet110-onward"][-1:], 45, 0.1, 256)
 
 # The kinds of arms whose nets are ours, from a dense net.
 OURS = ("ours", "finetuned")
@@ -388,6 +386,7 @@ COMPARED = (
     "resnet56-onward-16",
     "resnet56-further",
     "resnet110",
+    "resnet110-onward",
     "resnet110-further",
 )
 

@@ -162,21 +162,6 @@ def compare(suite: str, results: Rows) -> None:
                 "; ".join(", ".join(r["layout"]) for r in rows if "layout" in r),
             ]
         )
-    distilled = (
-        ' "Distilled": half of the loss is to follow that dense net (`resconv compress --distill`).'
-        if any(j.distill for j in jobs)
-        else ""
-    )
-    if any(j.hints for j in jobs):
-        distilled += (
-            ' "With hints": what its layers between units read is followed as well (`--hints`).'
-        )
-    retrained = (
-        'Resconv\'s nets were pruned by the arms of the same name that went on at a low rate ("finetuned": '
-        "their epochs are counted in), and are trained after the removal, as Torch-Pruning's are. "
-        if pruned.kind == "finetuned"
-        else "No resconv net is retrained after pruning. "
-    )
     ours = [r for r in found if r["kind"] in ("ours", "once")]
     exact = [
         f"{r['name'].rpartition('/')[2]}: {r['top1'] - r['top1_training_form']:+.2f} points by removal, "
@@ -186,19 +171,7 @@ def compare(suite: str, results: Rows) -> None:
     write_section(
         f"{start.net} on {found[0]['data']}, {before} + {total - before} epochs: "
         "accuracy at equal MACs",
-        f"{commands(suite, found)} Top-1 in %. Every arm is trained for {total} epochs in all: "
-        '"one run" is sparse training from random weights, with no dense net before it. Resconv "from '
-        'the dense net" and Torch-Pruning start from a dense net of the same seed ("4 + 8": of 4 '
-        f"epochs) and go on for the rest, in batches of {pruned.batch_size} at a peak rate of "
-        f"{pruned.lr}. {retrained}Torch-Pruning: DepGraph, "
-        "GroupNormPruner with group magnitude, pruned in one step and finetuned; only inner channels of "
-        "blocks, since it cannot follow "
-        "channels through zero-padded shortcuts. The net from scratch is resconv's from the dense "
-        "net, held to parameters, trained by itself from random weights. resconv is held to the same share of MACs "
-        'and of parameters; "MACs only" is not held to parameters.'
-        f"{distilled} Points to dense: the mean over the seeds that both "
-        "have, each against the dense net of its seed. The last column is blocks kept a stage (+ blocks "
-        "with one of two convs), for each seed.\n\n"
+        f"{commands(suite, found)} {conditions(jobs, pruned)}\n\n"
         + table(
             [
                 "arm",
@@ -214,6 +187,59 @@ def compare(suite: str, results: Rows) -> None:
         )
         + ("\n\nPruning without retraining: " + "; ".join(exact) + "." if exact else ""),
     )
+
+
+def conditions(jobs: list[Job], pruned: Job) -> str:
+    """Say how the arms of a suite were trained; ``pruned`` is one of ours."""
+    total = epochs_of(pruned)
+    start = next(j for j in jobs if j.arm == "start")
+    kinds = {j.kind for j in jobs}
+    # Where a suite trains no dense net of its own, all seeds go on from the same one.
+    which = "the dense net of their seed," if start.epochs else "one dense net, whatever the seed,"
+    sentences = [
+        f"Top-1 in %. Every arm is trained for {total} epochs in all.",
+        f"Pruned nets start from {which} of {epochs_of(start)} epochs, and go on for the rest in batches of "
+        f"{pruned.batch_size} at a peak rate of {pruned.lr}.",
+    ]
+    if "finetuned" in kinds:
+        sentences.append(
+            "Resconv's nets were pruned by the arms of the same name that went on at a low rate "
+            '("finetuned": their epochs are counted in), and are trained after the removal, as '
+            "Torch-Pruning's are."
+        )
+    else:
+        sentences.append("No resconv net is retrained after pruning.")
+    if "once" in kinds:
+        sentences.append(
+            '"One run" is sparse training from random weights, with no dense net before it.'
+        )
+    if "torch-pruning" in kinds:
+        sentences.append(
+            "Torch-Pruning: DepGraph, GroupNormPruner with group magnitude, pruned in one step and "
+            "finetuned; only inner channels of blocks, since it cannot follow channels through "
+            "zero-padded shortcuts."
+        )
+    if "scratch" in kinds:
+        sentences.append(
+            "The net from scratch is resconv's from the dense net, held to parameters, trained by itself "
+            "from random weights."
+        )
+    sentences.append(
+        'resconv is held to the same share of MACs and of parameters; "MACs only" is not held to parameters.'
+    )
+    if any(j.distill for j in jobs):
+        sentences.append(
+            '"Distilled": half of the loss is to follow that dense net (`resconv compress --distill`).'
+        )
+    if any(j.hints for j in jobs):
+        sentences.append(
+            '"With hints": what its layers between units read is followed as well (`--hints`).'
+        )
+    sentences.append(
+        "Points to dense: the mean over the seeds that both have, each against the dense net of its seed. "
+        "The last column is blocks kept a stage (+ blocks with one of two convs), for each seed."
+    )
+    return " ".join(sentences)
 
 
 def choices(results: Rows) -> None:
