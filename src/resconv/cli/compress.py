@@ -41,7 +41,8 @@ def compress(
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
 
-    A stopped run goes on where it was when the same command is given again.
+    A stopped run goes on where it was when the same command is given again. With other settings of
+    finetuning, that alone is done anew.
     """
     from resconv import run as runs
     from resconv.report.table import rows
