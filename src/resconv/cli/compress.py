@@ -41,8 +41,9 @@ def compress(
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
 
-    A stopped run goes on where it was when the same command is given again. With other settings of
-    finetuning, that alone is done anew.
+    A stopped run goes on where it was when the same command is given again.
+
+    With other settings of finetuning, pruning and finetuning alone are done anew.
     """
     from resconv import run as runs
     from resconv.report.table import rows
