@@ -103,7 +103,8 @@ def _start_weights(job: Job) -> Path:
 
 def _make(job: Job) -> None:
     """Train the net that others go on from, unless it is here."""
-    if not (job.gated if job.kind == "ours" else job.weights).is_file():
+    there = job.folder / "plan.json" if job.kind == "ours" else job.weights
+    if not there.is_file():
         run(job)
 
 
@@ -234,8 +235,10 @@ def _torch_pruning(job: Job, data: datasets.ImageData) -> dict[str, Any]:
 def _finetuned(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     """Train on what one of our arms left, in its training form (with the norms that fusing absorbs)."""
     pruned = arm_named(job.start)
-    gated, plan = _sparse(pruned, data), read_results()[pruned.name]["remove"]
-    model = resconv.prune(gated, resconv.Plan(tuple(plan)), fuse=False)
+    _make(pruned)
+    opened = runs.open_run(pruned.folder)
+    plan = opened.plan()
+    model = resconv.prune(opened.gated(), plan, fuse=False)
     teacher = started(pruned, data) if job.distill else None
     _trained(model, job, data, teacher=teacher)
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
@@ -244,17 +247,8 @@ def _finetuned(job: Job, data: datasets.ImageData) -> dict[str, Any]:
     resconv.save(compact, job.folder, example_inputs=example)
     return _finish(compact, job, data) | {
         "top1_training_form": evaluate(model, data),
-        "layout": blocks_kept(job.net, plan),
+        "layout": blocks_kept(job.net, list(plan.remove)),
     }
-
-
-def _sparse(job: Job, data: datasets.ImageData) -> nn.Module:
-    """Return the net as sparse training left it: trained now where only its figures are here."""
-    _make(job)
-    example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    gated = resconv.convert(_create(job, data), example, units=job.units, start="keep")
-    gated.load_state_dict(load_file(job.gated))
-    return gated.eval()
 
 
 def _ranked_arm(job: Job, data: datasets.ImageData) -> dict[str, Any]:

@@ -98,11 +98,6 @@ class Job:
         kept = KEPT / f"{self.folder.name}.safetensors"
         return kept if kept.is_file() else self.folder / "trained.safetensors"
 
-    @property
-    def gated(self) -> Path:
-        """Where one of our runs keeps the net as sparse training left it."""
-        return self.folder / "gated.safetensors"
-
 
 def _compare(
     net: str,
@@ -180,7 +175,9 @@ def _taught(suite: list[Job], net: str, before: int, macs: tuple[float, ...]) ->
 _FURTHER = ("ours-distilled-50", "ours-macs-distilled-50", "ours-distilled-35")
 
 
-def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward") -> list[Job]:
+def _onward(
+    trained: str, net: str, epochs: int, lr: float, where: str = "onward", seeds: int = 1
+) -> list[Job]:
     """Return the arms that go on from a net that is trained out, which also teaches them."""
     start = Job(f"onward/{net}/start", "dense", net, CIFAR, 0, lr=lr, start=trained)
     base = replace(start, epochs=epochs, start=start.name)
@@ -203,7 +200,7 @@ def _onward(trained: str, net: str, epochs: int, lr: float, where: str = "onward
     ]
     more_seeds = [
         replace(j, name=f"{j.name}-seed{seed}", seed=seed)
-        for seed in (1, 2)
+        for seed in range(1, seeds)
         for j in jobs
         if j.arm in _FURTHER
     ]
@@ -319,12 +316,12 @@ SUITES: dict[str, list[Job]] = {
         for seed in range(2)
         for job in _compare("resnet56", CIFAR, 8, 24, (0.5, 0.35), seed, "cifar-24", True)
     ],
-    "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 8, 0.01),
+    "resnet56-onward": _onward("gpu/resnet56/dense", "resnet56", 8, 0.01, seeds=3),
     # Twice as many epochs, at twice the rate: what is left of the net has further to go.
     "resnet56-onward-16": [
         job
         for job in _onward("gpu/resnet56/dense", "resnet56", 16, 0.02, "onward-16")
-        if not (job.seed or job.hints or "macs" in job.arm) and (job.distill or job.kind == "dense")
+        if job.kind == "dense" or (job.distill and not job.hints and "macs" not in job.arm)
     ],
     "held-out": _tuning("resnet56", 4, 12),
     # On a GPU: schedules that train a net out, and batches that keep it busy.
