@@ -73,14 +73,14 @@ def assert_same(a, b):
 BUDGET, EPOCHS, STOP = resconv.Budget(macs=0.4), 20, 5
 
 
-def fit_lightning(folder, *, resume=None, callbacks=True, **options):
+def fit_lightning(folder, *, resume=None, callbacks=True, strength=None, **options):
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from resconv.integrations.lightning import SparsityCallback
 
     gated, data = small()
-    sparsity = SparsityCallback(BUDGET)
+    sparsity = SparsityCallback(BUDGET) if strength is None else SparsityCallback(strength=strength)
     keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=STOP + 1)
     trainer = lightning.Trainer(
         **{"max_epochs": EPOCHS, "accelerator": "cpu", "logger": False} | options,
@@ -118,6 +118,13 @@ def test_lightning_in_other_precisions(tmp_path, precision):
     gated, sparsifier, _ = fit_lightning(tmp_path, precision=precision)
     assert sparsifier.history[-1].macs <= 0.4
     assert all(g.scale.dtype == torch.float32 for g in resconv.gates(gated).values())
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-3])
+def test_lightning_logs_macs_under_pressure_alone(tmp_path, strength):
+    pytest.importorskip("lightning")
+    _, _, trainer = fit_lightning(tmp_path, strength=strength, max_epochs=1)
+    assert ("macs" in trainer.callback_metrics) == (strength > 0)
 
 
 def test_lightning_refusals(tmp_path):

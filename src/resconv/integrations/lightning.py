@@ -29,7 +29,7 @@ class SparsityCallback(Callback):
     The Sparsifier is made when the fit starts, for as many steps as the Trainer will take, and
     attached to the optimizer that holds the scales; schedulers may exist. Its state is saved in
     the Trainer's checkpoints and restored with them. ``macs``, the share of MACs that the zeros
-    leave, is logged after every epoch.
+    leave, is logged after every epoch (not with a strength of 0).
 
     Args:
         target: the budget to arrive at.
@@ -96,9 +96,11 @@ class SparsityCallback(Callback):
             self._resumed = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.sparsifier is not None:
+        sparsifier = self.sparsifier
+        # Without pressure nothing goes, and 1 would be read as the net's share of the dense one.
+        if sparsifier is not None and (self.target is not None or sparsifier.strength > 0):
             # The same on every rank; Lightning wants to hear how ranks are put together all the same.
-            share = self.sparsifier.history[-1].macs
+            share = sparsifier.history[-1].macs
             pl_module.log("macs", share, prog_bar=True, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

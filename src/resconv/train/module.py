@@ -48,13 +48,12 @@ class Classifier(lightning.LightningModule):
         self.model = model
         self.data, self.recipe, self.channels_last = data, recipe, channels_last
         hints = () if teacher is None else hints
-        # In lists, so that no weights but the net's are trained or saved, and those once.
-        self._watched = [Watched(model, hints)]
-        self._teacher = (
-            [] if teacher is None else [Watched(teacher.eval().requires_grad_(False), hints)]
-        )
-        self._recorded = RecordedNet(self._watched[0]) if cuda_graphs else None
-        self._recorded_teacher = [RecordedNet(t) for t in self._teacher if cuda_graphs]
+        # The student and then its teacher. In lists, so that no weights but the net's are trained or
+        # saved, and those once.
+        self._nets = [Watched(model, hints)]
+        if teacher is not None:
+            self._nets.append(Watched(teacher.eval().requires_grad_(False), hints))
+        self._recorded = [RecordedNet(net) for net in self._nets] if cuda_graphs else []
         mix = recipe.mix
         self._mixing = None if mix is None else Mixing(mix, data.num_classes, recipe.seed)
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
@@ -125,25 +124,25 @@ class Classifier(lightning.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        if self._recorded is not None:
+        if self._recorded:
             check_recording(self.device.type, self.trainer.world_size)
+        for net in self._nets:
+            net.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        if self._recorded is not None:
-            self._recorded.renew()
+        for net in self._recorded:
+            net.renew()
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         if self._mixing is not None:
             images, labels = self._mixing(images, labels, self.trainer.global_step)
-        net = self._watched[0] if self._recorded is None else self._recorded
+        net, *teacher = self._recorded or self._nets
         logits, inputs = net(images)
         loss = F.cross_entropy(logits.float(), labels)
-        if self._teacher:
-            self._teacher[0].to(self.device)
-            teacher = (self._recorded_teacher or self._teacher)[0]
+        if teacher:
             with torch.no_grad():
-                wanted, teacher_inputs = teacher(images)
+                wanted, teacher_inputs = teacher[0](images)
             followed = distill(logits, wanted)
             if inputs:
                 # They fade as the rate does: they bring a net back that lost layers, and in the end
