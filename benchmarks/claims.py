@@ -40,6 +40,7 @@ from .arms import (
 )
 from .goals import goals
 from .latency import read_records
+from .misses import misses
 from .page import DOCS, table, write_section
 
 MISSING = "not run"
@@ -538,6 +539,7 @@ WRITERS: tuple[Callable[[Rows], None], ...] = (
     rates,
     readme,
     goals,
+    misses,
 )
 
 

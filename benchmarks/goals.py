@@ -152,10 +152,13 @@ def speed() -> list[Goal]:
 def speed_of(label: str, rows: dict[str, Row], record: Row) -> list[Goal]:
     """Return the goals for one of our nets: ``rows`` are all that was timed with it, by arm."""
     dense, ours = rows["dense"], rows[label]
-    named = label.removeprefix("resconv, ")
-    limited = "" if label == named else f" ({named})"
+    plan = record["plans"][label]
+    named = label.split(", ")[1:]
+    if plan != EVEN and "parameters" not in plan and "MACs only" not in named:
+        named.append("MACs only")
+    limited = f" ({', '.join(named)})" if named else ""
     what = f"{record['net']}, {100 * record['share']:g}% of the MACs{limited}, threads: {record['threads']}"
-    if record["plans"][label] == EVEN:
+    if plan == EVEN:
         what += ", units not trained for"
 
     def ms(row: Row) -> float:
