@@ -469,8 +469,9 @@ def readme(results: Rows) -> None:
         "its outputs too. Top-1 in % (seeds 0, 1, ... as far as they were run), latency at batch 1 and memory "
         f"of seed 0 as shares of the dense net's, {latest(suite, results)}. resconv is held to a share of the "
         "MACs and of the parameters, or to the MACs only. Written by `python -m benchmarks.claims`; "
-        "conditions, shorter schedules and everything else that was measured, also where it did not hold: "
-        "[docs/results.md](docs/results.md)."
+        "conditions, shorter schedules and everything else that was measured: "
+        "[docs/results.md](docs/results.md); goals that were missed, and why: "
+        "[there](docs/results.md#where-it-did-not-hold-why-and-what-was-tried)."
     )
     deeper = []
     for suite in ("resnet110", "resnet110-further"):
