@@ -18,6 +18,8 @@ __all__ = [
     "Job",
     "Rows",
     "arm_named",
+    "arm_of",
+    "epochs_in",
     "epochs_of",
     "gains",
     "read_results",
@@ -78,6 +80,17 @@ class Job:
     def taught(self) -> str:
         """How it follows the dense net, in words."""
         return "distilled with hints" if self.hints else "distilled" if self.distill else ""
+
+    @property
+    def marks(self) -> list[str]:
+        """What sets it apart from an arm of the same method: ["distilled", "MACs only"]."""
+        limited = "MACs only" if self.kind in OURS and self.num_params is None else ""
+        return [mark for mark in (self.taught, limited) if mark]
+
+    @property
+    def label(self) -> str:
+        """What the tables of latency call one of our arms."""
+        return ", ".join(["resconv", *self.marks])
 
     @property
     def arm(self) -> str:
@@ -387,14 +400,9 @@ COMPARED = (
     "resnet110-further",
 )
 
-# The arms whose nets (of seed 0) are timed too, by what the tables call them. What is trained further
-# keeps the layers that it was pruned to.
-TIMED = {
-    "resconv": "ours",
-    "resconv, MACs only": "ours-macs",
-    "resconv, distilled": "ours-distilled",
-    "resconv, distilled, MACs only": "ours-macs-distilled",
-}
+# The arms whose nets (of seed 0) are timed too. What is trained further keeps the layers that it was
+# pruned to.
+TIMED = ("ours", "ours-macs", "ours-distilled", "ours-macs-distilled")
 
 
 def read_results() -> Rows:
@@ -428,12 +436,23 @@ def top1_with_and_without(suite: str, net: str, results: Rows) -> tuple[list[flo
 
 def start_of(suite: str) -> Job:
     """Return the dense net that the pruned arms of a suite (those of its first seed) start from."""
-    return next(job for job in SUITES[suite] if job.arm == "start")
+    return arm_of(suite, "start")
 
 
 def epochs_of(job: Job) -> int:
     """Return for how many epochs the net of an arm was trained in all, those of its start included."""
     return job.epochs + (epochs_of(arm_named(job.start)) if job.start else 0)
+
+
+def epochs_in(suite: str) -> str:
+    """Return the epochs of the net that a suite starts from, and those after it: "90 + 60"."""
+    before = epochs_of(start_of(suite))
+    return f"{before} + {epochs_of(arm_of(suite, 'dense')) - before}"
+
+
+def arm_of(suite: str, arm: str) -> Job:
+    """Return an arm of a suite, of its first seed."""
+    return next(job for job in SUITES[suite] if job.arm == arm)
 
 
 def arm_named(name: str | None) -> Job:

@@ -27,10 +27,11 @@ from .arms import (
     RANKINGS,
     RESULTS,
     SUITES,
-    TIMED,
     Job,
     Rows,
     arm_named,
+    arm_of,
+    epochs_in,
     epochs_of,
     gains,
     read_results,
@@ -39,9 +40,10 @@ from .arms import (
     top1_with_and_without,
 )
 from .goals import goals
-from .latency import read_records
+from .latency import GOAL, by_arm, read_records, share_of_dense
+from .misses import TITLE as MISSES
 from .misses import misses
-from .page import DOCS, table, write_section
+from .page import DOCS, anchor, table, write_section
 
 MISSING = "not run"
 
@@ -115,11 +117,7 @@ METHODS = {
 
 def words_for(job: Job) -> str:
     """Return what an arm is called in the tables."""
-    parts = [METHODS[job.kind]]
-    if job.taught:
-        parts.append(job.taught)
-    if job.kind in OURS and job.num_params is None:
-        parts.append("MACs only")
+    parts = [METHODS[job.kind], *job.marks]
     if job.macs is not None:
         parts.append(f"{100 * job.macs:g} %")
     return ", ".join(parts)
@@ -138,9 +136,7 @@ def compare(suite: str, results: Rows) -> None:
     if not found:
         return
     start = start_of(suite)
-    before = epochs_of(start)
-    dense = next(j for j in jobs if j.arm == "dense")
-    total = epochs_of(dense)
+    total = epochs_of(arm_of(suite, "dense"))
     pruned = next(j for j in jobs if j.kind in OURS)
     starts = rows_of(suite, "start", results)
     lines = []
@@ -170,8 +166,7 @@ def compare(suite: str, results: Rows) -> None:
         for r in ours
     ]
     write_section(
-        f"{start.net} on {found[0]['data']}, {before} + {total - before} epochs: "
-        "accuracy at equal MACs",
+        f"{start.net} on {found[0]['data']}, {epochs_in(suite)} epochs: accuracy at equal MACs",
         f"{commands(suite, found)} {conditions(jobs, start, pruned)}\n\n"
         + table(
             [
@@ -471,7 +466,7 @@ def readme(results: Rows) -> None:
         "MACs and of the parameters, or to the MACs only. Written by `python -m benchmarks.claims`; "
         "conditions, shorter schedules and everything else that was measured: "
         "[docs/results.md](docs/results.md); goals that were missed, and why: "
-        "[there](docs/results.md#where-it-did-not-hold-why-and-what-was-tried)."
+        f"[there](docs/results.md#{anchor(MISSES)})."
     )
     deeper = []
     for suite in ("resnet110", "resnet110-further"):
@@ -508,14 +503,10 @@ def latest(suite: str, results: Rows) -> str:
 def headline(record: dict[str, Any], job: Job, suite: str, results: Rows) -> list[str]:
     """Return a line of the README: an arm's accuracy, and its latency and memory as shares."""
     rows = rows_of(suite, job.arm, results)
-    timed = {r["arm"]: r for r in record["rows"]}
-    labels = {f"{arm}-{round(100 * record['share'])}": label for label, arm in TIMED.items()}
-    label = labels.get(job.arm, "Torch-Pruning" if job.kind == "torch-pruning" else job.arm)
+    timed = by_arm(record)
+    label = {"dense": "dense", "torch-pruning": "Torch-Pruning"}.get(job.kind, job.label)
     if not rows or label not in timed:
         return []
-    key = "onnxruntime, batch 1"
-    ratio = timed[label]["latency_ms"][key] / timed["dense"]["latency_ms"][key]
-    memory = timed[label]["peak_memory_bytes"] / timed["dense"]["peak_memory_bytes"]
     named = {"dense": "dense", "torch-pruning": "Torch-Pruning (filters)"}
     limited = "MACs only, layers" if job.num_params is None else "layers"
     points = gains(suite, job.arm, "dense", results) if job.macs is not None else []
@@ -525,8 +516,8 @@ def headline(record: dict[str, Any], job: Job, suite: str, results: Rows) -> lis
         f"{statistics.fmean(r['top1'] for r in rows.values()):.2f}",
         f"{statistics.fmean(points):+.2f}" if points else "",
         ", ".join(f"{r['top1']:.2f}" for _, r in sorted(rows.items())),
-        f"{ratio:.2f}x",
-        f"{memory:.2f}x",
+        f"{share_of_dense(timed, label, GOAL):.2f}x",
+        f"{share_of_dense(timed, label, 'peak_memory_bytes'):.2f}x",
     ]
 
 

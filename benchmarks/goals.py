@@ -8,15 +8,13 @@ from .arms import (
     COMPARED,
     OURS,
     SUITES,
-    TIMED,
     Rows,
-    epochs_of,
+    epochs_in,
     gains,
     rows_of,
-    start_of,
     top1_with_and_without,
 )
-from .latency import EVEN, read_records
+from .latency import EVEN, GOAL, by_arm, read_records, share_of_dense
 from .page import table, write_section
 
 __all__ = ["goals"]
@@ -105,8 +103,6 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
     found = []
     arms = {j.arm: j for j in SUITES[suite]}
     dense = arms["dense"]
-    before = epochs_of(start_of(suite))
-    after = epochs_of(dense) - before
     for share, most in LOSSES[dense.net]:
         mine = [
             j
@@ -118,7 +114,7 @@ def accuracy(suite: str, results: Rows) -> list[Goal]:
             def points(other: str, arm: str = job.arm) -> list[float]:
                 return gains(suite, arm, other, results)
 
-            what = f"{dense.net}, CIFAR-10 (JPEG), {before} + {after} epochs, {job.held_to}"
+            what = f"{dense.net}, CIFAR-10 (JPEG), {epochs_in(suite)} epochs, {job.held_to}"
             what += f", {job.taught}" if job.taught else ""
             limit = f"at most {most} points below" if most else "no worse than"
             claim = "C7" if dense.net == "resnet110" else "C6"
@@ -142,40 +138,31 @@ def speed() -> list[Goal]:
     """Latency in ONNX Runtime at batch 1 and peak memory, against filter pruning and the MACs."""
     found = []
     for record in read_records():
-        rows = {r["arm"]: r for r in record["rows"]}
-        for label in TIMED:
-            if label in rows:
-                found += speed_of(label, rows, record)
+        for label in record["plans"]:
+            found += speed_of(label, record)
     return found
 
 
-def speed_of(label: str, rows: dict[str, Row], record: Row) -> list[Goal]:
-    """Return the goals for one of our nets: ``rows`` are all that was timed with it, by arm."""
-    dense, ours = rows["dense"], rows[label]
-    plan = record["plans"][label]
-    named = label.split(", ")[1:]
-    if plan != EVEN and "parameters" not in plan and "MACs only" not in named:
-        named.append("MACs only")
-    limited = f" ({', '.join(named)})" if named else ""
+def speed_of(label: str, record: Row) -> list[Goal]:
+    """Return the goals for one of our nets, against what was timed with it."""
+    rows = by_arm(record)
+    marks = label.removeprefix("resconv").removeprefix(", ")
+    limited = f" ({marks})" if marks else ""
     what = f"{record['net']}, {100 * record['share']:g}% of the MACs{limited}, threads: {record['threads']}"
-    if plan == EVEN:
+    if record["plans"][label] == EVEN:
         what += ", units not trained for"
-
-    def ms(row: Row) -> float:
-        return float(row["latency_ms"]["onnxruntime, batch 1"])
-
     found = []
     for name in ("Torch-Pruning", "Torch-Pruning, all channels"):
         if name not in rows:
             continue
-        ratio = ms(ours) / ms(rows[name])
+        both = (label, name)
+        mine, theirs = (share_of_dense(rows, arm, GOAL) for arm in both)
         text = f"{what}: latency at most 0.65x that of {name}"
-        found.append(Goal("C5", text, f"{ratio:.2f}x", ratio <= 0.65))
-        memory = [r["peak_memory_bytes"] / dense["peak_memory_bytes"] for r in (ours, rows[name])]
+        found.append(Goal("C5", text, f"{mine / theirs:.2f}x", mine / theirs <= 0.65))
+        mine, theirs = (share_of_dense(rows, arm, "peak_memory_bytes") for arm in both)
         text = f"{what}: peak memory no larger than that of {name}"
-        measured = f"{memory[0]:.3f} and {memory[1]:.3f} of dense"
-        found.append(Goal("C5", text, measured, memory[0] <= memory[1]))
-    macs, latency = ours["macs"] / dense["macs"], ms(ours) / ms(dense)
+        found.append(Goal("C5", text, f"{mine:.3f} and {theirs:.3f} of dense", mine <= theirs))
+    latency, macs = (share_of_dense(rows, label, cost) for cost in (GOAL, "macs"))
     text = f"{what}: no larger share of the latency than of the MACs"
     found.append(Goal("C5", text, f"{latency:.3f} and {macs:.3f}", latency <= macs))
     return found

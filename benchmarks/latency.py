@@ -30,6 +30,7 @@ from .channels import prune_channels
 from .page import stamp, table, write_section
 
 RESULTS = Path(__file__).parent / "results" / "latency"
+GOAL = "onnxruntime, batch 1"  # what the goals for latency are about
 # Of the MACs; by net, where it has shares of its own.
 SHARES = {"resnet110": (0.5, 0.345, 0.25)}
 COMMON_SHARES = (0.5, 0.35, 0.25)
@@ -55,15 +56,15 @@ class ConvShortcutBlock(ResidualBlock):
 def choices(net: str, share: float, results: Rows) -> dict[str, tuple[list[str], str]]:
     """Return the units to remove to keep ``share`` of the MACs, and where each choice comes from."""
     found = {}
-    for label, arm in TIMED.items():
+    for arm in TIMED:
         names = (f"{where}/{net}/{arm}-{round(100 * share)}" for where in TRAINED)
         row = next((results[n] for n in names if n in results), None)
         if row is None:
             continue
-        target = arm_named(row["name"]).held_to
-        how = f"chosen by sparse training towards {target} (`{row['name']}`)"
-        found[label] = (row["remove"], how)
-    return found or {next(iter(TIMED)): (evenly(net, share), EVEN)}
+        job = arm_named(row["name"])
+        how = f"chosen by sparse training towards {job.held_to} (`{job.name}`)"
+        found[job.label] = (row["remove"], how)
+    return found or {"resconv": (evenly(net, share), EVEN)}
 
 
 def evenly(net: str, share: float) -> list[str]:
@@ -200,6 +201,17 @@ def read_records() -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (r["net"], -r["share"], r["threads"]))
 
 
+def by_arm(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what was measured of each net of a record."""
+    return {row["arm"]: row for row in record["rows"]}
+
+
+def share_of_dense(rows: dict[str, dict[str, Any]], arm: str, cost: str) -> float:
+    """Return one of an arm's costs, its time in a runtime among them, as a share of the dense net's."""
+    mine, dense = (float((rows[a]["latency_ms"] | rows[a])[cost]) for a in (arm, "dense"))
+    return mine / dense
+
+
 def report(net: str) -> None:
     """Write the tables of a net from what was measured."""
     parts = []
@@ -207,24 +219,23 @@ def report(net: str) -> None:
         if record["net"] != net:
             continue
         share, threads = record["share"], record["threads"]
-        dense = record["rows"][0]
+        rows = by_arm(record)
+        dense = rows["dense"]
         runtimes = list(dense["latency_ms"])
-        lines = []
-        for row in record["rows"]:
-            exact = row["macs"] / dense["macs"]
-            cells = [row["arm"], "100 %" if row is dense else f"{exact:.1%}"]
-            for runtime in runtimes:
-                ms, base = row["latency_ms"][runtime], dense["latency_ms"][runtime]
-                cells.append(f"{ms:.2f} ms" if row is dense else f"{ms / base:.2f}x")
-            base_memory, base_file = dense["peak_memory_bytes"], dense["file_bytes"]
-            if row is dense:
-                cells += [f"{base_memory / 1024:,.0f} KiB", f"{base_file / 1024:,.0f} KiB"]
-            else:
-                cells += [
-                    f"{row['peak_memory_bytes'] / base_memory:.2f}x",
-                    f"{row['file_bytes'] / base_file:.2f}x",
-                ]
-            lines.append(cells)
+        lines = [
+            [
+                "dense",
+                "100 %",
+                *(f"{ms:.2f} ms" for ms in dense["latency_ms"].values()),
+                f"{dense['peak_memory_bytes'] / 1024:,.0f} KiB",
+                f"{dense['file_bytes'] / 1024:,.0f} KiB",
+            ]
+        ]
+        costs = (*runtimes, "peak_memory_bytes", "file_bytes")
+        for arm in rows:
+            if arm != "dense":
+                ratios = (f"{share_of_dense(rows, arm, cost):.2f}x" for cost in costs)
+                lines.append([arm, f"{share_of_dense(rows, arm, 'macs'):.1%}", *ratios])
         plans = "; ".join(f"{n}: {how}" for n, how in record["plans"].items())
         header = ["arm", "MACs", *runtimes, "peak memory", "ONNX file"]
         parts.append(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resconv.measure import machine
 
-__all__ = ["stamp", "table", "write_section"]
+__all__ = ["anchor", "stamp", "table", "write_section"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -23,6 +23,11 @@ def stamp(seed: int | str = 0, command: str | None = None) -> str:
     )
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     return f"`{command}`, {date}, seed {seed}, {machine()}."
+
+
+def anchor(title: str) -> str:
+    """Return what a link to a section ends in."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def write_section(title: str, body: str, page: str = "results.md") -> None:
