@@ -31,11 +31,11 @@ from resconv import nets
 from resconv import run as runs
 from resconv.data import BatchLoader
 from resconv.files import write_text
-from resconv.gates import zeroed
-from resconv.ledger import ledger
-from resconv.measure import machine
-from resconv.outcome import Snapshot
+from resconv.latency.timing import machine
+from resconv.nn.gates import zeroed
+from resconv.planning.costs import ledger
 from resconv.run.pipeline import history
+from resconv.selection.outcome import Snapshot
 from resconv.train import FitResult, Recipe, evaluate, fit
 
 from .arms import SUITES, Job, arm_named, read_results

@@ -7,7 +7,7 @@ import torch
 
 import resconv
 from resconv import nets
-from resconv.measure import onnx_runner, time_together, torch_runner, torch_threads
+from resconv.latency.timing import onnx_runner, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 
 from .page import stamp, table, write_section

@@ -32,9 +32,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import resconv
-from resconv.convert import relative_error
-from resconv.gates import zeroed
-from resconv.inputs import as_call
+from resconv.analysis.inputs import as_call
+from resconv.nn.gates import zeroed
+from resconv.surgery.verification import relative_error
 from tests.helpers import VARIANCES, randomise, randomise_gates, settle, some_plan
 
 from . import coverage_page

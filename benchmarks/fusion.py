@@ -10,7 +10,7 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.measure import onnx_runner, time_together, torch_runner, torch_threads
+from resconv.latency.timing import onnx_runner, time_together, torch_runner, torch_threads
 from tests.helpers import randomise, randomise_gates
 
 from .page import stamp, table, write_section

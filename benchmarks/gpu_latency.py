@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resconv.measure import time_together, torch_runner
+from resconv.latency.timing import time_together, torch_runner
 
 from .arms import read_results
 from .latency import arms, choices

@@ -21,7 +21,13 @@ from torch.nn.utils import prune as weight_prune
 import resconv
 from resconv import nets
 from resconv.files import write_text
-from resconv.measure import onnx_runner, peak_memory, time_together, torch_runner, torch_threads
+from resconv.latency.timing import (
+    onnx_runner,
+    peak_memory,
+    time_together,
+    torch_runner,
+    torch_threads,
+)
 from resconv.nets.resnet import ResidualBlock, ResNet
 
 from .accuracy import blocks_a_stage, blocks_beyond, without_units

@@ -5,7 +5,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from resconv.measure import machine
+from resconv.latency.timing import machine
 
 __all__ = ["anchor", "stamp", "table", "write_section"]
 

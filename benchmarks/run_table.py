@@ -4,8 +4,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from resconv.report.table import rows
 from resconv.run import Config, RunFolder
+from resconv.run.report.table import rows
 
 from .page import table, write_section
 

@@ -6,7 +6,7 @@ import torch
 
 import resconv
 from resconv import nets
-from resconv.measure import time_together, torch_runner
+from resconv.latency.timing import time_together, torch_runner
 
 from .page import stamp, table, write_section
 

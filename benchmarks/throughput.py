@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import resconv
 from resconv import nets
-from resconv.measure import time_together
+from resconv.latency.timing import time_together
 from resconv.train import RecordedNet
 
 from .page import stamp, table, write_section

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from resconv.trace import record
+from resconv.analysis.recorder import record
 
 from .page import stamp, table, write_section
 from .zoo import build, timm_families

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import resconv
-from resconv.inputs import as_call, evaluating
-from resconv.ops import NORMS
+from resconv.analysis.inputs import as_call, evaluating
+from resconv.analysis.ops import NORMS
 
 __all__ = ["VARIANCES", "randomise", "randomise_gates", "settle", "some_plan"]
 

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 import resconv
 from resconv import run
-from resconv.agree import by_first
 from resconv.cli.app import app
 from resconv.errors import BudgetError, MissingExtraError
+from resconv.selection.processes import by_first
 from resconv.train import fit
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -16,9 +16,9 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.compare import compare
 from resconv.errors import ExportError, LoadError, VerificationError
-from resconv.runtimes import open_file
+from resconv.storage.comparison import compare
+from resconv.storage.runtimes import open_file
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -226,7 +226,7 @@ def test_pt2_loads_without_this_package(small, tmp_path):
 
 def test_a_large_net_has_its_weights_beside_it(small, tmp_path, monkeypatch):
     compact, plan, x = small
-    monkeypatch.setattr(sys.modules["resconv.export"], "_MAX_PROTO", 100)
+    monkeypatch.setattr(sys.modules["resconv.storage.exporting"], "_MAX_PROTO", 100)
     done = resconv.export(compact, tmp_path / "net.onnx", x, plan=plan)
     data = tmp_path / "net.onnx.data"
     assert done.num_bytes == done.path.stat().st_size + data.stat().st_size

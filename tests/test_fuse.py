@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import resconv
-from resconv.gates import gates
+from resconv.nn.gates import gates
 
 from .helpers import randomise, randomise_gates
 

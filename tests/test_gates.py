@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resconv.gates import BranchGate, ResConv
+from resconv.nn.gates import BranchGate, ResConv
 
 
 def layer(norm=True, train=False):

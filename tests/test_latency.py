@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import resconv
-from resconv import latency as latency_module
-from resconv.choose import plan_measured
-from resconv.latency import check_latency, is_met, measure_latency
-from resconv.ledger import ledger
-from resconv.measure import Timing
-from resconv.weighing import design, solve
+from resconv.latency import table as latency_module
+from resconv.latency.least_squares import design, solve
+from resconv.latency.table import check_latency, is_met, measure_latency
+from resconv.latency.timing import Timing
+from resconv.planning.costs import ledger
+from resconv.selection.planner import plan_measured
 
 from .helpers import randomise_gates
 

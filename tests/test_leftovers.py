@@ -9,11 +9,11 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.branches import find_blocks
-from resconv.gates import is_leaf
-from resconv.layers import find_layers
-from resconv.ops import clamp_limits
-from resconv.trace import record
+from resconv.analysis.branches import find_blocks
+from resconv.analysis.layers import find_layers
+from resconv.analysis.ops import clamp_limits
+from resconv.analysis.recorder import record
+from resconv.nn.gates import is_leaf
 
 from .helpers import randomise, randomise_gates, some_plan
 

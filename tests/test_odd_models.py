@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import resconv
-from resconv.convert import relative_error
-from resconv.gates import zeroed
+from resconv.nn.gates import zeroed
+from resconv.surgery.verification import relative_error
 
 from .helpers import randomise, randomise_gates
 
@@ -47,7 +47,7 @@ def prune_all(model, x, *, kept=(), remove=None, tolerance=1e-10, units="all"):
 
 
 def run(model, x):
-    from resconv.inputs import as_call
+    from resconv.analysis.inputs import as_call
 
     args, kwargs = as_call(x)
     with torch.no_grad():

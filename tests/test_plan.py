@@ -5,7 +5,7 @@ import torch
 
 import resconv
 from resconv import nets
-from resconv.ledger import ledger
+from resconv.planning.costs import ledger
 
 from .helpers import randomise, randomise_gates
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import resconv
-from resconv.convert import relative_error
-from resconv.gates import zeroed
-from resconv.ledger import ledger
+from resconv.nn.gates import zeroed
+from resconv.planning.costs import ledger
+from resconv.surgery.verification import relative_error
 
 from .helpers import randomise
 from .random_nets import SIZE, RandomNet, recipes

@@ -6,7 +6,7 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.prune import leftovers
+from resconv.surgery.pruning import leftovers
 
 from .helpers import randomise, randomise_gates, some_plan
 

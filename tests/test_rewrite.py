@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import resconv
-from resconv.edits import apply_edit, apply_edits
 from resconv.errors import PruneError
+from resconv.surgery.edits import apply_edit, apply_edits
 
 from .helpers import randomise, randomise_gates, settle
 

@@ -13,8 +13,8 @@ import resconv
 from resconv import data, nets, run
 from resconv.cli.app import app, run_app
 from resconv.errors import RunError
-from resconv.report.table import rows
 from resconv.run.pipeline import STAGES
+from resconv.run.report.table import rows
 
 SMALL = [
     "--model",

@@ -8,8 +8,8 @@ from torch import nn
 
 import resconv
 from resconv import data, nets
-from resconv.ledger import ledger
-from resconv.steering import Steering
+from resconv.planning.costs import ledger
+from resconv.selection.schedule import Steering
 
 
 def small(seed=0):

@@ -15,7 +15,7 @@ from torch import nn
 import resconv
 from resconv import nets
 from resconv.errors import LoadError, SaveError
-from resconv.header import describe_modules, read_header, seal
+from resconv.storage.schema import describe_modules, read_header, seal
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -205,7 +205,7 @@ def test_hostile_headers_are_refused(saved, change, message):
 
 def test_a_net_of_endless_layers_is_stopped(saved, monkeypatch):
     _, folder = saved
-    monkeypatch.setattr(sys.modules["resconv.store"], "_MAX_CALLS", 2000)
+    monkeypatch.setattr(sys.modules["resconv.storage.store"], "_MAX_CALLS", 2000)
     source = {"name": "timm:convnext_atto", "kwargs": {"depths": [10**4] * 4}}
     edit_header(folder, lambda h: h.update(source=source))
     with pytest.raises(LoadError, match="do not fill"):

@@ -9,7 +9,7 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.gates import zeroed
+from resconv.nn.gates import zeroed
 
 from .helpers import randomise, randomise_gates, settle, some_plan
 

@@ -46,7 +46,7 @@ def compress(
     With other settings of finetuning, pruning and finetuning alone are done anew.
     """
     from resconv import run as runs
-    from resconv.report.table import rows
+    from resconv.run.report.table import rows
 
     config.budget()
     run = runs.begin(out, config, fresh=fresh, say=typer.echo)

@@ -56,8 +56,8 @@ def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
 
     import resconv
     from resconv.errors import ExportError
-    from resconv.signature import make_inputs
-    from resconv.store import read_header
+    from resconv.storage.input_spec import make_inputs
+    from resconv.storage.store import read_header
 
     header = read_header(folder)
     if header["inputs"] is None:

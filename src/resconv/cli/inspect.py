@@ -36,7 +36,7 @@ def inspect(
     import json as json_module
 
     import resconv
-    from resconv.ledger import ledger
+    from resconv.planning.costs import ledger
 
     net, example = example_for(model, image_size)
     found = resconv.units(net, example)

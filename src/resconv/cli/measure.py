@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def measure(run: RunPath) -> None:
     """Measure the dense and the compact net of a run in turn, and write the report."""
     from resconv import run as runs
-    from resconv.report.table import rows
+    from resconv.run.report.table import rows
 
     current = runs.open_run(run, typer.echo)
     runs.run_stage(current, "measure", again=True)

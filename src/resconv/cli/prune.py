@@ -30,7 +30,7 @@ def prune(
 ) -> None:
     """Remove the planned units of a trained run, verify the compact net, and finetune it."""
     from resconv import run as runs
-    from resconv.plan import Plan
+    from resconv.planning.plan import Plan
 
     current = runs.open_run(run, typer.echo)
     if plan is None:

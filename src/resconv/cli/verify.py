@@ -37,7 +37,7 @@ def verify(
     ] = False,
 ) -> None:
     """Run two networks on the same random inputs and compare their outputs."""
-    from resconv.compare import compare
+    from resconv.storage.comparison import compare
 
     result = compare(a, b, shape=shape, tolerance=tolerance, trust_source=trust_source)
     typer.echo(

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from resconv.budget import Budget
 from resconv.errors import MissingExtraError, RunError
-from resconv.sparsify import Sparsifier
+from resconv.planning.budget import Budget
+from resconv.selection.sparsifier import Sparsifier
 
 from .wrapped import find_converted, find_optimizer
 

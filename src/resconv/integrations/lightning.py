@@ -4,9 +4,9 @@ import math
 import warnings
 from typing import Any
 
-from resconv.budget import Budget
 from resconv.errors import MissingExtraError, RunError
-from resconv.sparsify import Sparsifier
+from resconv.planning.budget import Budget
+from resconv.selection.sparsifier import Sparsifier
 
 from .wrapped import find_converted, find_optimizer
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
-from resconv.convert import State
 from resconv.errors import ConversionError
-from resconv.gates import gates
+from resconv.nn.gates import gates
+from resconv.surgery.state import State
 
 __all__ = ["find_converted", "find_optimizer"]
 

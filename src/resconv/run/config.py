@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from resconv.budget import Budget
 from resconv.errors import RunError
+from resconv.planning.budget import Budget
 from resconv.train.mixing import check_mix
 
 __all__ = ["Config"]

@@ -8,11 +8,11 @@ from torch import nn
 
 import resconv
 from resconv.errors import MissingExtraError
-from resconv.latency import LatencyTable, time_nets
-from resconv.measure import machine, onnx_runner, peak_memory, time_together, torch_runner
-from resconv.report import write_report
+from resconv.latency.table import LatencyTable, time_nets
+from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
 from .job import LATENCY, Run
+from .report import write_report
 from .surgery import compact_of
 
 __all__ = ["export", "measure", "report"]

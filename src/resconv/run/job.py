@@ -14,7 +14,7 @@ from resconv import nets
 from resconv.data import ImageData
 from resconv.errors import ModelError, RunError
 from resconv.files import write_atomic
-from resconv.plan import Plan
+from resconv.planning.plan import Plan
 from resconv.train import Ranks, Recipe, choose_precision
 
 from .folder import RunFolder

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from resconv.errors import RunError
-from resconv.latency import require_runtime
-from resconv.outcome import Snapshot
+from resconv.latency.table import require_runtime
+from resconv.selection.outcome import Snapshot
 from resconv.train import join
 
 from . import deployment, surgery, training

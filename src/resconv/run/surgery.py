@@ -8,10 +8,10 @@ from torch import nn
 
 import resconv
 from resconv import nets
-from resconv.choose import plan_measured
 from resconv.data import BatchLoader
-from resconv.plan import Plan
-from resconv.prune import leftovers
+from resconv.planning.plan import Plan
+from resconv.selection.planner import plan_measured
+from resconv.surgery.pruning import leftovers
 from resconv.train import evaluate
 
 from .job import LATENCY, Run

@@ -3,9 +3,9 @@
 from torch import nn
 
 import resconv
-from resconv.latency import LatencyTable
-from resconv.ledger import ledger
-from resconv.sparsify import check_form
+from resconv.latency.table import LatencyTable
+from resconv.planning.costs import ledger
+from resconv.selection.sparsifier import check_form
 
 from .job import LATENCY, Run
 

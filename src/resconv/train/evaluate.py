@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from resconv.analysis.inputs import evaluating
 from resconv.data import BatchLoader, ImageData
-from resconv.inputs import evaluating
 
 __all__ = ["evaluate"]
 

@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from resconv.budget import Budget
 from resconv.data import ImageData
 from resconv.errors import RunError
-from resconv.gates import gates
 from resconv.integrations.lightning import SparsityCallback
-from resconv.latency import LatencyTable
-from resconv.outcome import Snapshot
+from resconv.latency.table import LatencyTable
+from resconv.nn.gates import gates
+from resconv.planning.budget import Budget
+from resconv.selection.outcome import Snapshot
 
 from .module import Classifier
 from .precision import Precision, choose_precision

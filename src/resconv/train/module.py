@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from resconv.data import BatchLoader, ImageData, default_augment
-from resconv.distill import distill, follow
 from resconv.errors import RunError
-from resconv.hints import Watched
+from resconv.recovery.distillation import distill, follow
+from resconv.recovery.hints import Watched
 
 from .mixing import Mixing
 from .recipe import Recipe

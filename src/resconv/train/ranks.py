@@ -15,8 +15,9 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from resconv import agree, errors
+from resconv import errors
 from resconv.errors import ResConvError, RunError
+from resconv.selection import processes
 
 __all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside"]
 
@@ -42,7 +43,7 @@ class Ranks:
 
     def by_first(self, call: Callable[[], T]) -> T:
         """Let the leading process call for all, and give every one what it returned (or its error)."""
-        return agree.by_first(call, self.are_several)
+        return processes.by_first(call, self.are_several)
 
 
 def find_ranks() -> Ranks:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resconv.errors import RunError
-from resconv.gates import gates
+from resconv.nn.gates import gates
 
 __all__ = ["RecordedNet", "check_recording"]
 

@@ -1,0 +1,1 @@
+"""What a forward pass does, which units it has and what they cost in MACs."""

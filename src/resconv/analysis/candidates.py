@@ -1,0 +1,79 @@
+"""A unit, and what stands in the way of replacing a module: what layers.py and branches.py share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..nn.geometry import Reach
+from .graph import Graph
+
+__all__ = [
+    "Candidate",
+    "Unit",
+    "owner_of",
+    "params_behind",
+    "why_untouchable",
+]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A conv layer or a residual branch.
+
+    ``macs`` (at batch size 1) and ``num_params`` are what leaves with it. ``reason`` says why it
+    stays, and is None for a removable unit.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    num_params: int
+    removable: bool
+    reason: str | None = None
+
+
+@dataclass
+class Candidate:
+    """A unit with what the surgery needs to know about it."""
+
+    unit: Unit
+    conv: str = ""
+    norm: str | None = None
+    norm_children: tuple[str, ...] = ()
+    reach: Reach | None = None  # of a conv that stays, but may have a shortcut while training
+    gate: str = ""
+    add: int = -1
+    value: int = -1
+    nodes: frozenset[int] = field(default_factory=frozenset)
+
+
+def owner_of(param: str) -> str:
+    return param.rpartition(".")[0]
+
+
+def why_untouchable(model: nn.Module, graph: Graph, path: str) -> str | None:
+    """Return why the module at ``path`` cannot be replaced by another, or None."""
+    module = model.get_submodule(path)
+    calls = graph.calls_of(path)
+    paths = graph.places(model, module)
+    if not calls:
+        return f"{path} is never called as a module (its parameters are used by other code)"
+    if len(calls) > 1:
+        return f"{path} is called {len(calls)} times in one forward pass"
+    if len(paths) > 1:
+        return f"the same module stands at {len(paths)} places: {', '.join(paths[:3])}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return f"{path} carries a hook, which would be lost"
+    parametrized = getattr(module, "parametrizations", None)
+    if isinstance(parametrized, nn.ModuleDict):
+        return f"{path} is parametrised ({', '.join(parametrized)})"
+    return None
+
+
+def params_behind(graph: Graph, value: int) -> Iterator[str]:
+    if graph.values[value].param is not None:
+        yield graph.values[value].param  # type: ignore[misc]
+    elif graph.values[value].constant and (node := graph.producer(value)) is not None:
+        for v in node.inputs:
+            yield from params_behind(graph, v)

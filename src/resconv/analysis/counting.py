@@ -1,0 +1,33 @@
+"""Multiply-accumulates and parameters of a net."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .inputs import batch_size, unwrap
+from .recorder import record
+
+__all__ = ["Count", "count"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Multiply-accumulates of one forward pass at the example's batch size 1, and parameters."""
+
+    macs: int
+    num_params: int
+
+
+def count(model: nn.Module, example_inputs: Any) -> Count:
+    """Return the MACs of one forward pass and the number of parameters.
+
+    MACs are multiply-accumulates of convolutions and matrix products (torch's own formulas, two
+    FLOPs each), divided by the example's batch size. Elementwise work is not counted.
+    """
+    model = unwrap(model)
+    graph = record(model, example_inputs)
+    return Count(
+        sum(node.macs for node in graph.nodes) // batch_size(example_inputs),
+        sum(p.numel() for p in model.parameters()),
+    )

@@ -1,0 +1,117 @@
+"""The user's model and example inputs, taken as they come: wrappers, arguments, devices, batch size."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import TraceError
+
+__all__ = [
+    "as_batch",
+    "as_call",
+    "batch_size",
+    "evaluating",
+    "tensors_in",
+    "to_device_of",
+    "unwrap",
+]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module inside DataParallel, DDP or ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that ``example_inputs`` stands for.
+
+    A tensor is the one argument, a tuple or list the positional ones, a dict the keyword ones.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TraceError(
+        f"example_inputs is a {type(example_inputs).__name__}; "
+        "give a tensor, a tuple of arguments or a dict of keyword arguments."
+    )
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return every tensor of a nested structure: what pytrees know, and the fields of objects."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(tree: Any) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif isinstance(leaf, type | Enum | nn.Module) or callable(leaf):
+                continue
+            elif hasattr(leaf, "__dict__") and id(leaf) not in seen:
+                seen.add(id(leaf))
+                look(list(vars(leaf).values()))
+
+    look(tree)
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, without gradients, and restore each one's own mode after."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
+    """Move example tensors to the model's device (floats to its dtype when they differ)."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return example_inputs
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else None)
+
+    return tree_map(move, example_inputs)
+
+
+def batch_size(example_inputs: Any) -> int:
+    """Return the first dimension of the first example tensor (1 when it has none)."""
+    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+
+
+def as_batch(example_inputs: Any, size: int) -> Any:
+    """Repeat (or cut) the example tensors to another batch size.
+
+    Those whose first dimension is not the batch stay as they are.
+    """
+    batch = batch_size(example_inputs)
+
+    def repeat(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.ndim or t.shape[0] != batch:
+            return t
+        return t[torch.arange(size) % batch].clone()
+
+    return tree_map(repeat, example_inputs)

@@ -1,0 +1,1 @@
+"""The training form: gates, and the algebra by which they fuse into ordinary layers."""

@@ -1,0 +1,1 @@
+"""Budgets, costs and plans, as plain data."""

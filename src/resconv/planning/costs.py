@@ -1,0 +1,240 @@
+"""What a set of units costs together: nested units are counted once.
+
+The recorded operations are sorted into atoms, sets of operations that only ever leave together: two
+operations are in one atom when the same units hold both. Adding up atoms, and not operations,
+makes asking for a saving cheap enough to try every unit at every step of a plan.
+
+Latency is not a sum over operations, since a runtime fuses them. It is measured by unit (see
+latency.py): each unit has the milliseconds that leave with it beyond those of the units inside it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..analysis.branches import find_blocks
+from ..analysis.candidates import Candidate
+from ..analysis.graph import Graph, Node, Ref
+from ..analysis.inputs import batch_size, unwrap
+from ..analysis.layers import find_layers
+from ..analysis.recorder import record
+from ..nn.gates import Gate, ResConv, gates, is_leaf
+
+__all__ = ["Ledger", "Saving", "excess", "ledger"]
+
+
+class Saving(NamedTuple):
+    """What leaves the net: MACs (at batch size 1), parameters, and predicted milliseconds."""
+
+    macs: int
+    num_params: int
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The costs of a converted model.
+
+    ``latency_ms`` (infinite while nothing was measured) and ``unit_ms`` come from a latency table.
+    """
+
+    macs: int
+    num_params: int
+    names: tuple[str, ...]
+    atoms: dict[str, frozenset[int]]  # unit -> what leaves with it
+    atom_macs: tuple[int, ...]
+    atom_params: tuple[int, ...]  # of parameters that operations of this atom alone read
+    shared_params: tuple[tuple[frozenset[int], int], ...]  # read by several atoms
+    kinds: dict[str, str]  # what each unit computes: units of the same shapes have the same
+    signatures: dict[str, str]  # the kind and the readers: the same text costs the same time
+    inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
+    latency_ms: float = 0.0
+    unit_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Saving:
+        """Return the costs of the net with all its units."""
+        return Saving(self.macs, self.num_params, self.latency_ms)
+
+    def saving(self, remove: Iterable[str]) -> Saving:
+        """Return what leaves with the named units."""
+        dead: set[int] = set()
+        gone: set[str] = set()
+        for name in remove:
+            dead |= self.atoms[name]
+            gone |= self.inner[name]
+            gone.add(name)
+        macs = sum(self.atom_macs[a] for a in dead)
+        num_params = sum(self.atom_params[a] for a in dead)
+        num_params += sum(size for readers, size in self.shared_params if readers <= dead)
+        # In one order, or rounding would tell sets apart that are the same.
+        ms = sum(self.unit_ms[n] for n in self.names if n in gone) if self.unit_ms else 0.0
+        return Saving(macs, num_params, ms)
+
+    def left(self, remove: Iterable[str]) -> Saving:
+        """Return the costs of the net without the named units."""
+        saved = self.saving(remove)
+        return Saving(
+            self.macs - saved.macs,
+            self.num_params - saved.num_params,
+            self.latency_ms - saved.latency_ms,
+        )
+
+    def gone(self, remove: Iterable[str]) -> frozenset[str]:
+        """Return the named units and all units inside them."""
+        return frozenset().union(*({n} | self.inner[n] for n in remove))
+
+    def own_macs(self, name: str) -> int:
+        return sum(self.atom_macs[a] for a in self.atoms[name])
+
+    def own_ms(self, name: str) -> float:
+        return self.saving([name]).latency_ms
+
+    def within(self, inner: str, outer: str) -> bool:
+        """Whether one unit lies inside another."""
+        return inner in self.inner[outer]
+
+    def empties(self, name: str, removed: Iterable[str]) -> bool:
+        """Whether with this unit gone as well, an enclosing branch would have nothing to compute."""
+        gone = self.atoms[name].union(*(self.atoms[r] for r in removed))
+        return any(
+            name in self.inner[outer]
+            and not any(self.atom_macs[a] for a in self.atoms[outer] if a not in gone)
+            for outer in self.names
+        )
+
+    def with_latency(self, latency_ms: float, unit_ms: Mapping[str, float]) -> "Ledger":
+        """Return the same costs with measured milliseconds."""
+        return replace(
+            self, latency_ms=latency_ms, unit_ms={n: unit_ms.get(n, 0.0) for n in self.names}
+        )
+
+
+def excess(left: Saving, whole: Saving, limits: tuple[float, float, float]) -> str:
+    """Say by how much a net is over its limits; empty when it is within all of them."""
+    parts = []
+    for value, of, limit, what in zip(
+        left[:2], whole[:2], limits, ("MACs", "parameters"), strict=False
+    ):
+        if value > limit:
+            parts.append(f"{value:,} of {of:,} {what} (the budget is {int(limit):,})")
+    if left.latency_ms > limits[2]:
+        parts.append(
+            f"about {left.latency_ms:.3g} of {whole.latency_ms:.3g} ms (the budget is "
+            f"{limits[2]:.3g} ms)"
+        )
+    return " and ".join(parts)
+
+
+def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
+    """Return the costs of the units of a converted model.
+
+    The parameters are those of the ordinary layers; the scalars of the gates are not counted.
+    """
+    model = unwrap(model)
+    graph = record(model, example_inputs, leaf=is_leaf)
+    every = gates(model)
+    found = {c.unit.name: c for c in (*find_layers(model, graph), *find_blocks(model, graph))}
+    names = tuple(n for n in every if n in found)
+    held: dict[int, list[str]] = {}
+    for name in names:
+        for index in found[name].nodes:
+            held.setdefault(index, []).append(name)
+    numbers: dict[tuple[str, ...], int] = {}
+    atom_of = {i: numbers.setdefault(tuple(h), len(numbers)) for i, h in sorted(held.items())}
+    batch = batch_size(example_inputs)
+    atom_macs = [0] * len(numbers)
+    for index, atom in atom_of.items():
+        atom_macs[atom] += graph.nodes[index].macs
+    scalars = {
+        id(p)
+        for gate in gates(model, fixed=True).values()
+        for p in (gate.scale, gate.control)
+        if p is not None
+    }
+    sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in scalars}
+    atom_params = [0] * len(numbers)
+    shared: dict[frozenset[int], int] = {}
+    for param, readers in _readers(model, graph).items():
+        # A parameter leaves when everything that reads it does.
+        if param not in sizes or not all(i in atom_of for i in readers):
+            continue
+        atoms = frozenset(atom_of[i] for i in readers)
+        if len(atoms) == 1:
+            atom_params[min(atoms)] += sizes[param]
+        else:
+            shared[atoms] = shared.get(atoms, 0) + sizes[param]
+    kinds = {n: _kind(graph, found[n]) for n in names}
+    return Ledger(
+        macs=sum(n.macs for n in graph.nodes) // batch,
+        num_params=sum(sizes.values()),
+        names=names,
+        atoms={n: frozenset(atom_of[i] for i in found[n].nodes) for n in names},
+        atom_macs=tuple(m // batch for m in atom_macs),
+        atom_params=tuple(atom_params),
+        shared_params=tuple(shared.items()),
+        kinds=kinds,
+        signatures={n: f"{kinds[n]} -> {_readers_of(graph, found[n])}" for n in names},
+        inner={
+            n: frozenset(m for m in names if m != n and found[m].nodes <= found[n].nodes)
+            for n in names
+        },
+    )
+
+
+def _kind(graph: Graph, candidate: Candidate) -> str:
+    """Describe what a unit computes, on which shapes."""
+    parts = [_describe(graph, graph.nodes[i]) for i in sorted(candidate.nodes)]
+    return f"{candidate.unit.kind}: {'; '.join(parts)}"
+
+
+def _readers_of(graph: Graph, candidate: Candidate) -> str:
+    """Describe what reads a unit."""
+    outside = [
+        user
+        for i in sorted(candidate.nodes)
+        for value in graph.nodes[i].outputs
+        for user in graph.users.get(value, [])
+        if user.index not in candidate.nodes
+    ]
+    return ", ".join(sorted({op for user in outside for op in _ops(graph, user)}))
+
+
+def _ops(graph: Graph, node: Node) -> list[str]:
+    """Return what this reader does; a branch's gate does nothing in the net that is deployed."""
+    if node.op != "gate" or isinstance(node.call.module, ResConv):
+        return [node.op]
+    return [op for v in node.outputs for u in graph.users.get(v, []) for op in _ops(graph, u)]
+
+
+def _describe(graph: Graph, node: Node) -> str:
+    shapes = [graph.values[v].shape for v in (*node.inputs, *node.outputs)]
+    module = node.call.module
+    what = f"{module.conv}, {module.norm}" if isinstance(module, ResConv) else ""
+    plain = [a for a in node.args if not isinstance(a, Ref)]
+    return f"{node.op} {what}{plain} {shapes}"
+
+
+def _readers(model: nn.Module, graph: Graph) -> dict[str, set[int]]:
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    readers: dict[str, set[int]] = {}
+    behind: dict[int, set[str]] = {}
+    for value in graph.values:
+        if value.param is not None:
+            behind[value.index] = {value.param}
+    for node in graph.nodes:
+        names = set().union(*(behind.get(v, set()) for v in node.inputs)) if node.inputs else set()
+        constant = all(graph.values[v].constant for v in node.outputs)
+        if constant:
+            for v in node.outputs:
+                behind[v] = names
+            continue
+        if node.op == "gate":
+            module: nn.Module = node.call.module
+            if isinstance(module, Gate):
+                names |= {name_of[id(p)] for p in module.parameters()}
+        for name in names:
+            readers.setdefault(name, set()).add(node.index)
+    return readers

@@ -1,0 +1,110 @@
+"""Which units go: the plan, made by choose.py or written by hand."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..analysis.inputs import unwrap
+from ..errors import PlanError
+from ..files import write_text
+from ..nn.gates import gates
+
+__all__ = ["Plan", "why_not_now"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The units to remove; JSON in and out.
+
+    ``macs`` and ``num_params`` (at batch size 1, norms unfolded) say what is expected before and
+    after; they are None in a plan written by hand. Where the budget limits the latency,
+    ``latency_ms_predicted`` is what the measured table says of the net that is left, and
+    ``latency_ms_after`` what that net, finished, took; ``latency_ms_before`` is the dense net's in
+    the same rounds.
+    """
+
+    remove: tuple[str, ...] = ()
+    macs_before: int | None = None
+    macs_after: int | None = None
+    num_params_before: int | None = None
+    num_params_after: int | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    latency_ms_before: float | None = None
+    latency_ms_predicted: float | None = None
+    latency_ms_after: float | None = None
+
+    def __post_init__(self) -> None:
+        names: Any = self.remove
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise PlanError(f"remove={names!r}: give a list of unit names.")
+        names = tuple(names)
+        if not all(isinstance(n, str) for n in names):
+            raise PlanError(f"remove={names!r}: every entry is a unit's name.")
+        twice = sorted(n for n, times in Counter(names).items() if times > 1)
+        if twice:
+            raise PlanError(f"The plan names {', '.join(map(repr, twice))} more than once.")
+        object.__setattr__(self, "remove", names)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            PlanError: no JSON, or no plan; the fault is named.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"The plan is not JSON: {error}.") from error
+        if not isinstance(content, dict) or "remove" not in content:
+            raise PlanError('A plan is a JSON object with the key "remove", a list of unit names.')
+        unknown = sorted(set(content) - {f.name for f in fields(cls)})
+        if unknown:
+            raise PlanError(f"The plan has unknown keys: {', '.join(unknown)}.")
+        if not isinstance(content["remove"], list):
+            raise PlanError(f"remove={content['remove']!r}: give a list of unit names.")
+        if not isinstance(content.get("scales", {}), dict):
+            raise PlanError('"scales" is an object of unit names and numbers.')
+        for key in ("macs_before", "macs_after", "num_params_before", "num_params_after"):
+            value = content.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise PlanError(f"{key}={value!r} is no whole number.")
+        for key in ("latency_ms_before", "latency_ms_predicted", "latency_ms_after"):
+            value = content.get(key)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise PlanError(f"{key}={value!r} is no number.")
+        return cls(**content)
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
+        return cls.from_json(text)
+
+
+def why_not_now(model: nn.Module, name: str) -> str | None:
+    """Return why a converted unit cannot go as its parameters stand, or None."""
+    gate = gates(unwrap(model))[name]
+    if not math.isfinite(gate.scale.item()):
+        return f"its scale is {gate.scale.item():g}: training diverged"
+    if gate.control is not None:
+        p = gate.control.item()
+        if p == 0 or not math.isfinite(p):
+            return f"its control is {p:g}, so nothing would pass through"
+    return None

@@ -1,0 +1,1 @@
+"""Getting accuracy back: distillation, hints, BatchNorm statistics collected anew."""

@@ -1,0 +1,108 @@
+"""Fill the page's template with the numbers of a run folder."""
+
+import io
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from resconv.errors import MissingExtraError
+from resconv.files import write_text
+
+from .table import rows
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    path: Path,
+    config: Any,
+    metrics: dict[str, Any],
+    plan: dict[str, Any],
+    history: list[Any],
+    latency: dict[str, Any] | None = None,
+) -> Path:
+    """Write the page about a run to ``path``, and return it.
+
+    ``latency`` is the content of the run's ``latency.json``, where its target limits the latency.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError(error.name or "jinja2", "report", "The report") from error
+    matplotlib.use("Agg")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(
+        files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        config=config,
+        metrics=metrics,
+        rows=rows(metrics),
+        units=_units(plan, history, latency),
+        target=metrics.get("latency_target"),
+        plot=_plot(history, plan["remove"], latency),
+        removed=plan["remove"],
+    )
+    write_text(path, page)
+    return path
+
+
+def _units(
+    plan: dict[str, Any], history: list[Any], latency: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    removed = set(plan["remove"])
+    controls = history[-1][2] if history else {}
+    times = (latency or {}).get("unit_ms", {})
+    return [
+        {
+            "name": n,
+            "scale": s,
+            "control": controls.get(n),
+            "ms": times.get(n),
+            "removed": n in removed,
+        }
+        for n, s in plan["scales"].items()
+    ]
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _plot(history: list[Any], removed: list[str], latency: dict[str, Any] | None) -> str:
+    """Draw the scales over training and, on the same steps below, what the zeros leave."""
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    steps = [row[0] for row in history]
+    gone = set(removed)
+    for name in history[-1][1] if history else []:
+        values = [row[1][name] for row in history]
+        color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
+        above.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
+    above.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
+    above.plot([], [], color="#7f8c8d", label="kept")
+    above.set(ylabel="layer scaling factor s")
+    above.set_ylim(bottom=0)
+    below.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
+    if latency is not None and all(len(r) > 4 and r[4] is not None for r in history):
+        shares = [100 * r[4] / latency["latency_ms"] for r in history]
+        below.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
+    below.set(xlabel="optimizer step", ylabel="left by the zeros (%)")
+    below.set_ylim(0, 105)
+    for axes in (above, below):
+        axes.legend(frameon=False, loc="lower left")
+        axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)

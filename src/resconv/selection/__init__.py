@@ -1,0 +1,1 @@
+"""Which units go, and when: sparse training and planning."""

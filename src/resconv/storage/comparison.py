@@ -1,0 +1,114 @@
+"""Compare any two of: run folder, saved network, .onnx, .pt2, .xml."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..analysis.inputs import as_call
+from ..errors import LoadError, VerificationError
+from ..surgery.verification import Verification, compare_outputs
+from .input_spec import make_inputs
+from .runtimes import Opened, first_line, open_file, tensors_of
+from .store import load, read_header
+
+__all__ = ["compare"]
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    shape: str | Sequence[str] | None = None,
+    tolerance: float = 1e-4,
+    trust_source: bool = False,
+) -> Verification:
+    """Run both networks on the same random inputs and compare their outputs.
+
+    The inputs (how many, their shapes and types) are those that the files say they take; ``shape``
+    replaces the shapes: one for each tensor, such as ``"1,3,224,224"``.
+
+    Raises:
+        LoadError: a file is missing or of another kind, or the inputs are not known.
+        VerificationError: they disagree.
+    """
+    if not tolerance > 0:
+        raise LoadError(f"--tolerance {tolerance}: give a number above 0, such as 1e-4.")
+    opened = [_open(Path(p), trust_source) for p in (a, b)]
+    known = [o.inputs for o in opened if o.inputs is not None]
+    shapes = [shape] if isinstance(shape, str) else list(shape or [])
+    signature = _with_shapes(known[0] if known else None, [_parse(s) for s in shapes])
+    if signature is None:
+        raise LoadError("Neither file says its input's shape. Give it: --shape 1,3,224,224.")
+    inputs = make_inputs(signature, torch.Generator().manual_seed(0))
+    outputs = []
+    for path, one in zip((a, b), opened, strict=True):
+        try:
+            outputs.append(one.run(inputs))
+        except LoadError:
+            raise
+        except Exception as error:
+            sizes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
+            raise LoadError(
+                f"{path} does not run on inputs of shape {sizes}: {first_line(error)}. Are both "
+                "files of one network? Another shape can be given with --shape."
+            ) from error
+    try:
+        return compare_outputs(outputs[0], outputs[1], tolerance=tolerance)
+    except VerificationError as error:
+        raise VerificationError(f"{a} and {b}: {error}") from error
+
+
+def _parse(shape: str) -> list[int]:
+    try:
+        numbers = [int(n) for n in shape.replace("x", ",").split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise LoadError(f"--shape {shape}: give whole numbers, such as 1,3,224,224.")
+    return numbers
+
+
+def _with_shapes(signature: dict[str, Any] | None, shapes: list[list[int]]) -> Any:
+    """Return the signature with other shapes, or one made of shapes alone (float tensors)."""
+    if not shapes:
+        return signature
+    if signature is None:
+        return {"tuple": [{"shape": s, "dtype": "float32"} for s in shapes]}
+    left = list(shapes)
+
+    def replace(spec: dict[str, Any]) -> dict[str, Any]:
+        if "shape" in spec:
+            return {**spec, "shape": left.pop(0) if left else None}
+        for key in ("tuple", "list"):
+            if key in spec:
+                return {key: [replace(s) for s in spec[key]]}
+        if "dict" in spec:
+            return {"dict": {k: replace(s) for k, s in spec["dict"].items()}}
+        return spec
+
+    def count(spec: dict[str, Any]) -> int:
+        inner = spec.get("tuple") or spec.get("list") or list((spec.get("dict") or {}).values())
+        return int("shape" in spec) + sum(count(s) for s in inner)
+
+    if count(signature) != len(shapes):
+        raise LoadError(
+            f"The network takes {count(signature)} tensors, --shape was given {len(shapes)} times. "
+            "Give it once for each, in order."
+        )
+    return replace(signature)
+
+
+def _open(path: Path, trust_source: bool) -> Opened:
+    if not path.is_dir():
+        return open_file(path)
+    header = read_header(path)
+    model = load(path, trust_source=trust_source)
+
+    def run(inputs: Any) -> list[torch.Tensor]:
+        args, kwargs = as_call(inputs)
+        with torch.no_grad():
+            return tensors_of(model(*args, **kwargs))
+
+    return Opened(run, header["inputs"])

@@ -1,0 +1,393 @@
+"""A network in a folder: ``model.safetensors`` for the numbers, ``model.json`` for everything else.
+
+The JSON (see header.py) names the source of the architecture and the structural edits that made
+the net compact; loading builds the one, replays the other, and copies the numbers in. Nothing is
+unpickled, and no code comes from the folder: a source outside resconv, timm and torchvision is
+built only when the caller says so, or hands in the model.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..analysis.inputs import unwrap
+from ..errors import LoadError, ResConvError, SaveError
+from ..files import write_together
+from ..nn.gates import Gate
+from ..planning.plan import Plan
+from ..surgery.edits import apply_edits
+from ..version import __version__
+from .input_spec import describe_inputs
+from .schema import (
+    FORMAT_VERSION,
+    check_source,
+    describe_modules,
+    differing_modules,
+    read_header,
+    seal,
+)
+
+__all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
+
+_MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def save(
+    model: nn.Module, path: str | Path, *, plan: Plan | None = None, example_inputs: Any = None
+) -> Path:
+    """Write an ordinary (pruned, fused or dense) network into the folder ``path``.
+
+    Every parameter and buffer keeps its dtype, ``requires_grad``, channels-last layout and sharing;
+    other files in the folder stay. Both files are written beside and moved into place: a crash
+    leaves the old net or none, never half of one. ``example_inputs`` (a tensor, tuple or dict)
+    give the input signature that is saved. Returns the folder; ``model`` is left as it was.
+
+    Raises:
+        SaveError: the model has gates left, holds what plain tensors cannot, or the folder cannot
+            be written.
+    """
+    model = unwrap(model)
+    gated = [n for n, m in model.named_modules() if isinstance(m, Gate)]
+    if gated:
+        raise SaveError(
+            f"The model has {len(gated)} gates left ({', '.join(gated[:3])}...). Call "
+            "resconv.prune or resconv.fuse first; a gated net in training is saved with "
+            "torch.save(model.state_dict())."
+        )
+    folder = Path(path)
+    if folder.is_file():
+        raise SaveError(f"{folder} is a file; a network is saved into a folder.")
+    tensors, shared = _tensors(model)
+    header = _header(model, plan, example_inputs, shared)
+
+    def write(files: Any) -> None:
+        weights, description = files
+        save_file(tensors, weights)
+        header["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        header["num_bytes"] = weights.stat().st_size
+        description.write_text(json.dumps(seal(header), indent=2) + "\n", encoding="utf-8")
+
+    try:
+        write_together([folder / "model.safetensors", folder / "model.json"], write)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"{folder} cannot be written: {error}. A network saved there before is untouched."
+        ) from error
+    return folder
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    trust_source: bool = False,
+) -> nn.Module:
+    """Return the network saved in the folder ``path``, on the CPU and in eval mode.
+
+    Args:
+        path: what :func:`save` wrote.
+        model: the net as it was before pruning, or a function that makes it. Needed where the
+            file names no source; it is copied.
+        trust_source: allow a source ``package.module:factory``, which imports and runs that
+            package of this machine. Built-in, timm and torchvision nets need no permission.
+
+    Raises:
+        LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
+            not fit the model; all faults found are listed.
+    """
+    folder = Path(path)
+    header = read_header(folder)
+    tensors = _read_weights(folder / "model.safetensors", header)
+    try:
+        net = _build(header, folder, tensors, model, trust_source)
+        _check_structure(net, header, folder)
+        _fill(net, tensors, header, folder)
+    except LoadError:
+        raise
+    except ResConvError as error:
+        raise LoadError(f"{folder / 'model.json'} does not fit its source: {error}") from error
+    except Exception as error:  # whatever a hostile file may set off in torch is its own fault
+        raise LoadError(
+            f"{folder / 'model.json'} cannot be carried out: {type(error).__name__}: "
+            f"{str(error)[:200]}"
+        ) from error
+    net.resconv_record = {"source": header["source"], "edits": header["edits"]}  # type: ignore[assignment]
+    return net.eval()
+
+
+def _header(
+    model: nn.Module, plan: Plan | None, example_inputs: Any, shared: dict[str, str]
+) -> dict[str, Any]:
+    state = model.state_dict(keep_vars=True)
+    record = getattr(model, "resconv_record", None) or {}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "resconv_version": __version__,
+        "torch_version": str(torch.__version__),
+        "source": record.get("source") or getattr(model, "resconv_source", None),
+        "edits": record.get("edits") or [],
+        "plan": None if plan is None else json.loads(plan.to_json()),
+        "inputs": describe_inputs(example_inputs),
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "modules": describe_modules(model),
+        "shared": shared,
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "channels_last": [n for n, t in state.items() if _layout(t) is not None],
+        # Buffers that are made by the constructor: only their type has to be kept.
+        "unsaved": {n: _word(b.dtype) for n, b in model.named_buffers() if n not in state},
+    }
+    try:
+        json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SaveError(f"The network's description cannot be written as JSON: {error}.") from error
+    return header
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _layout(tensor: Tensor) -> torch.memory_format | None:
+    """Return the channels-last layout that the tensor has and a plain one has not."""
+    if tensor.is_contiguous():
+        return None
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.ndim)
+    return wanted if wanted and tensor.is_contiguous(memory_format=wanted) else None
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return each tensor once, and the names under which a tensor stands again."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state":
+            raise SaveError(
+                f"{name} is extra state of {type(model).__name__} that is no parameter or buffer; "
+                "it would be lost. Take it out of the model, or keep it elsewhere."
+            )
+        if type(value.detach()) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise SaveError(
+                f"{name} is a {type(value).__name__} ({value.dtype}, {value.layout}), no plain "
+                "tensor. Save the network before it is quantised or sharded."
+            )
+        key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype)
+        if value.numel() and not value.is_meta and key in seen:
+            shared[name] = seen[key]
+            continue
+        seen[key] = name
+        try:
+            tensors[name] = value.detach().cpu().contiguous().clone()
+        except (RuntimeError, NotImplementedError) as error:
+            raise SaveError(f"{name} has no values to save: {str(error)[:200]}") from error
+    return tensors, shared
+
+
+def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the file once, so that what is checked is what is used."""
+    if not weights.is_file():
+        raise LoadError(f"{weights} is missing.")
+    size = weights.stat().st_size
+    if size != header["num_bytes"]:
+        raise LoadError(
+            f"{weights} has {size:,} bytes, {header['num_bytes']:,} were written: it is truncated "
+            "or was changed. Copy the folder again."
+        )
+    try:
+        content = weights.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise LoadError(f"{weights} cannot be read: {error}.") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != header["sha256"]:
+        raise LoadError(
+            f"{weights} was changed after it was saved (SHA-256 {digest[:12]}..., "
+            f"{header['sha256'][:12]}... is written in model.json). Copy the folder again."
+        )
+    try:
+        return load_bytes(content)
+    except Exception as error:  # safetensors has several for a wrong header
+        raise LoadError(
+            f"{weights} is not a readable safetensors file: {type(error).__name__}: "
+            f"{str(error)[:200]}."
+        ) from error
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to make more numbers than a network of this file's size can need."""
+
+    def __init__(self, held: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # A dense net is at most so many times the compact one that was saved.
+        self.left: int = 64 * held + 2**28
+        self.calls: int = _MAX_CALLS
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if args else None
+        self.calls -= 1
+        if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size):
+            self.left -= math.prod(size)
+        elif isinstance(size, int | float):  # arange, linspace, eye
+            self.left -= max(abs(int(a)) for a in args if isinstance(a, int | float))
+        if self.left < 0 or self.calls < 0:
+            raise LoadError(
+                "model.json asks for a network that the weights do not fill, by far: building it "
+                "was stopped."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _build(
+    header: dict[str, Any],
+    folder: Path,
+    tensors: dict[str, Tensor],
+    model: nn.Module | Callable[[], nn.Module] | None,
+    trust_source: bool,
+) -> nn.Module:
+    edits = copy.deepcopy(header["edits"])
+    bounded = _Bounded(sum(t.numel() for t in tensors.values()))
+    # The random weights of the new layers are overwritten; the caller's seed stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(model, nn.Module):
+            base = copy.deepcopy(unwrap(model)).cpu()
+        elif model is not None:
+            base = unwrap(model()).cpu()
+        else:
+            base = _from_source(header["source"], folder, trust_source, bounded)
+        with bounded:
+            return apply_edits(base, edits)
+
+
+def _from_source(
+    source: dict[str, Any] | None, folder: Path, trust_source: bool, bounded: _Bounded
+) -> nn.Module:
+    from ..nets import create, runs_user_code
+
+    if source is None:
+        raise LoadError(
+            f"{folder} does not say which network it was made from (it was not built by "
+            "resconv.nets.create). Give the unpruned net: resconv.load(path, model=your_net)."
+        )
+    name: str = source["name"]
+    try:
+        if runs_user_code(name):
+            if not trust_source:
+                raise LoadError(
+                    f"{folder} was made from {name[:120]!r}, code that is in neither resconv, timm "
+                    "nor torchvision. If you trust it: resconv.load(path, trust_source=True), or "
+                    "give the net itself: resconv.load(path, model=your_net)."
+                )
+            return create(name, **source["kwargs"])
+        fault = check_source(source)
+        if fault:
+            raise LoadError(
+                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. Give the unpruned "
+                "net: resconv.load(path, model=your_net)."
+            )
+        with bounded:
+            return create(name, **source["kwargs"])
+    except LoadError:
+        raise
+    except ResConvError as error:
+        raise LoadError(f"{folder}: its source cannot be built. {error}") from error
+
+
+def _check_structure(net: nn.Module, header: dict[str, Any], folder: Path) -> None:
+    faults = differing_modules(header["modules"], describe_modules(net))
+    if faults:
+        raise LoadError(
+            f"{folder}: the net that is built is not the one that was saved: {'; '.join(faults[:4])}"
+            f"{f'; and {len(faults) - 4} more' if len(faults) > 4 else ''}. Was it changed by hand "
+            "after it was made, or does it come from another version of its library? It was saved "
+            f"with torch {header['torch_version'][:40]}."
+        )
+
+
+def _fill(net: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any], folder: Path) -> None:
+    """Copy the numbers in, each tensor in the type it was saved in; every misfit is named."""
+    shared = header["shared"]
+    faults = [
+        f"shared tensor {alias!r} has no original"
+        for alias, first in shared.items()
+        if first not in tensors or alias in tensors
+    ]
+    tensors = {**tensors, **{a: tensors[f] for a, f in shared.items() if f in tensors}}
+    own = dict(net.state_dict(keep_vars=True))
+    faults += [f"{k} is missing" for k in own if k not in tensors]
+    faults += [f"{k} belongs nowhere" for k in tensors if k not in own]
+    both = [k for k in own if k in tensors]
+    faults += [
+        f"{k} has shape {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}"
+        for k in both
+        if tensors[k].shape != own[k].shape
+    ]
+    faults += [
+        f"{k} is {_word(tensors[k].dtype)}, not {_word(own[k].dtype)}"
+        for k in both
+        if not _same_kind(tensors[k].dtype, own[k].dtype)
+    ]
+    # A tensor that the net holds once cannot take two values.
+    places: dict[int, str] = {}
+    for k in both:
+        first = places.setdefault(id(own[k]), k)
+        if shared.get(k, k) != shared.get(first, first):
+            faults.append(f"{k} and {first} are one tensor in the net, two in the file")
+    names = {**dict(net.named_parameters(remove_duplicate=False)), **own}
+    faults += [f"{n!r} to freeze is not there" for n in header["frozen"] if n not in names]
+    faults += [f"{n!r} is not there" for n in header["channels_last"] if n not in own]
+    buffers = dict(net.named_buffers())
+    unsaved = {n: b for n, b in buffers.items() if n not in own}
+    for n, b in unsaved.items():
+        dtype = getattr(torch, header["unsaved"].get(n, _word(b.dtype)), None)
+        if not isinstance(dtype, torch.dtype) or not _same_kind(dtype, b.dtype):
+            faults.append(f"buffer {n} is {_word(b.dtype)}, not {header['unsaved'][n][:40]!r}")
+        elif not faults:
+            b.data = b.data.to(dtype)
+    if faults:
+        raise LoadError(
+            f"{folder} does not fit its network: {len(faults)} faults ({'; '.join(faults[:6])}"
+            f"{'; ...' if len(faults) > 6 else ''}). Was the source's version another one?"
+        )
+    frozen, laid_out = set(header["frozen"]), set(header["channels_last"])
+    with torch.no_grad():
+        for k in both:
+            target = own[k]
+            if target.dtype != tensors[k].dtype:
+                target.data = target.data.to(tensors[k].dtype)
+            if k in laid_out and target.ndim in (4, 5):
+                layout = torch.channels_last if target.ndim == 4 else torch.channels_last_3d
+                target.data = target.data.to(memory_format=layout)
+            target.copy_(tensors[k])
+    for n, p in net.named_parameters():
+        p.requires_grad_(n not in frozen)
+    _tie(net, own, shared)
+
+
+def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:
+    return a == b or (a in _FLOATS and b in _FLOATS)
+
+
+def _tie(net: nn.Module, own: dict[str, Tensor], shared: dict[str, str]) -> None:
+    """Share again what was shared when it was saved."""
+    for alias, first in shared.items():
+        if own[alias] is own[first]:
+            continue
+        path, _, name = alias.rpartition(".")
+        owner = net.get_submodule(path)
+        original = own[first]
+        if name in owner._parameters and isinstance(original, nn.Parameter):
+            owner._parameters[name] = original
+        elif name in owner._buffers:
+            owner._buffers[name] = original

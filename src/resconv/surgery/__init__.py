@@ -1,0 +1,1 @@
+"""Putting gates in and taking units out, exactly."""

@@ -1,0 +1,162 @@
+"""A gated model and a plan in, a plain shallower net out.
+
+Removal sets ``s = 0``. What is left, ``y = p * x`` for a layer and ``y = x`` for a block, costs
+nothing: the unit's value becomes its input's value, activations that no longer change anything go
+with it, and the factors travel into linear layers (see potentials.py). The tree of modules is then
+edited: a module that only passes its input on becomes an identity, and where a module's own forward
+has to change (two branches in one block, a functional activation) that forward is rewritten.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..analysis.graph import Graph
+from ..analysis.inputs import unwrap
+from ..analysis.recorder import record
+from ..errors import PlanError, PruneError
+from ..nn.gates import BranchGate, Gate, gates, is_leaf
+from ..planning.plan import Plan
+from .decisions import MustStayError, Surgery, original_path
+from .edits import apply_edits, indexed_containers
+from .factors import Kernel, absorb, tie_factors
+from .folding import conv_edit, fill_convs
+from .removal import decide
+from .rewriting import tree_edits
+from .state import State, require_finite, set_submodule, state_of
+
+__all__ = ["leftovers", "operate", "prune"]
+
+
+def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
+    """Return the net without the planned units; ``model`` is left as it was.
+
+    With ``fuse=True`` no resconv module is left in it. With ``fuse=False`` the units that stay keep
+    their training form, to be trained further and fused later.
+
+    Raises:
+        PlanError: the plan is empty, or names a unit that the model does not have.
+        PruneError: a unit cannot be removed exactly; the reason is in the message. Or the model
+            holds NaN or infinite numbers.
+    """
+    every = gates(unwrap(model))
+    if not plan.remove:
+        raise PlanError(
+            "The plan removes nothing. Train longer, raise the strength or the threshold, or call "
+            "resconv.fuse(model) to get the whole net back."
+        )
+    for name, gate in gates(unwrap(model), fixed=True).items():
+        if name in plan.remove and gate.reason is not None:
+            raise PlanError(
+                f"{name} cannot be removed: {gate.reason}. It has a shortcut to train with; leave it "
+                "out of the plan."
+            )
+    unknown = [name for name in plan.remove if name not in every]
+    if unknown:
+        raise PlanError(
+            f"The model has no removable unit named {', '.join(map(repr, unknown[:5]))}. It has "
+            f"{len(every)}: {', '.join(list(every)[:8])}{' ...' if len(every) > 8 else ''}. "
+            "`resconv.units(model, example_inputs)` lists why other layers are kept."
+        )
+    return operate(model, tuple(plan.remove), fuse=fuse)
+
+
+def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
+    """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
+    model = unwrap(model)
+    state = state_of(model)
+    require_finite(model, PruneError)
+    model = copy.deepcopy(model)
+    for gate in gates(model, fixed=True).values():
+        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
+    state = copy.copy(state)
+    state.edits = list(state.edits)
+    with indexed_containers() as indexed:
+        graph = record(model, state.example_inputs, leaf=is_leaf)
+    if fuse:
+        # A branch that counts nothing need not be computed, whether it was planned or not.
+        remove += tuple(
+            name
+            for name, gate in gates(model).items()
+            if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
+        )
+    todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
+    absorb(model, todo, fuse)
+    convs: list[dict[str, Any]] = []
+    kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for path, (weight, bias, like) in kept.items():
+        original = original_path(model, path)
+        convs.append(conv_edit(original, like, bias is not None))
+        kernels[original] = (weight, bias)
+    model = _without_gates(model, everything=fuse, removed=remove)
+    if not fuse:
+        structure = [_gated_path(model, e) for e in structure]
+    # Kernels first: what is put behind a conv later gives it another path.
+    model = apply_edits(model, convs)
+    fill_convs(model, kernels)
+    model = apply_edits(model, structure)
+    state.edits += [_original_edit(e) for e in (*convs, *structure)]
+    _label(model, state, fuse)
+    return model
+
+
+def _decide(
+    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, indexed: set[int]
+) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
+    """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
+    keep: frozenset[int] = frozenset()
+    while True:
+        try:
+            todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
+            kept = tie_factors(model, todo, fuse)
+            return todo, kept, tree_edits(model, todo)
+        except MustStayError as again:
+            keep |= again.nodes  # grows each time: what is kept is not passed by again
+
+
+def _label(model: nn.Module, state: State, fuse: bool) -> None:
+    if fuse:
+        model.__dict__.pop("resconv_state", None)
+        model.resconv_record = {"source": state.source, "edits": state.edits}  # type: ignore[assignment]
+    else:
+        model.resconv_state = state  # type: ignore[assignment]
+
+
+def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:
+    """Put the layers that gates hold back in their places (in place)."""
+    for path, module in list(model.named_modules())[::-1]:
+        if not isinstance(module, Gate) or not (everything or module.unit in removed):
+            continue
+        inner: Any = module.module if isinstance(module, BranchGate) else module.conv
+        set_submodule(model, path, inner)
+    return model
+
+
+def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
+    """Point an edit at the same module of a model that keeps some gates."""
+    module: nn.Module = model
+    path = []
+    for part in edit["path"].split(".") if edit["path"] else []:
+        if isinstance(module, BranchGate):
+            path.append("module")
+            module = module.module
+        path.append(part)
+        module = getattr(module, part)
+    # Edits speak of the original layers, which stand inside the gates that stay.
+    while isinstance(module, BranchGate):
+        path.append("module")
+        module = module.module
+    return {**edit, "path": ".".join(path), "_original": edit["path"]}
+
+
+def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
+    edit = dict(edit)
+    edit["path"] = edit.pop("_original", edit["path"])
+    return edit
+
+
+def leftovers(compact: nn.Module) -> dict[str, float]:
+    """Return the factors that no layer could absorb, by the path of the multiply."""
+    edits = (getattr(compact, "resconv_record", None) or {}).get("edits", [])
+    return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append")}

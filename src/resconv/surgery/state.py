@@ -1,0 +1,55 @@
+"""What a converted model knows about where it came from, and what every surgery asks of a model."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..analysis.inputs import unwrap
+from ..errors import ConversionError, ResConvError
+
+__all__ = ["State", "require_finite", "set_submodule", "state_of"]
+
+
+@dataclass
+class State:
+    """What a converted model knows about where it came from; plain data on ``resconv_state``."""
+
+    example_inputs: Any
+    source: dict[str, Any] | None = None
+    edits: list[dict[str, Any]] = field(default_factory=list)
+
+
+def state_of(model: nn.Module) -> State:
+    """Return the conversion state.
+
+    Raises:
+        ConversionError: the model was not converted.
+    """
+    state = getattr(unwrap(model), "resconv_state", None)
+    if not isinstance(state, State):
+        raise ConversionError(
+            f"{type(model).__name__} is not a converted model. "
+            "Call resconv.convert(model, example_inputs) first."
+        )
+    return state
+
+
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
+    """Raise ``error`` where a weight, scale or control is NaN or infinite: nothing can be compared.
+
+    Buffers may hold infinities (a mask of them is sound), but no NaN.
+    """
+    bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad += [n for n, b in model.named_buffers() if bool(b.isnan().any())]
+    if bad:
+        raise error(
+            f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} of {type(model).__name__} hold "
+            "NaN or infinite numbers, so no outputs can be compared. If it was trained like "
+            "this, the training diverged: lower the learning rate. Else load sound weights first."
+        )
