@@ -1,30 +1,80 @@
 """Make trained convolutional networks shallower.
 
 convert -> train with a Sparsifier -> plan -> prune -> verify -> save and export.
+
+Names are loaded when they are first used, so that ``import resconv`` (and the help of the command line) does not
+wait for torch. Folders (``resconv.nets``, ``resconv.recovery`` ...) are loaded in the same way.
 """
 
-from .analysis.counting import count as count
-from .analysis.listing import units as units
-from .errors import ResConvError as ResConvError
-from .latency.table import LatencyTable as LatencyTable
-from .latency.table import measure_latency as measure_latency
-from .nn.gates import copy_zeros as copy_zeros
-from .nn.gates import gates as gates
-from .planning.budget import Budget as Budget
-from .planning.plan import Plan as Plan
-from .recovery.distillation import distill as distill
-from .recovery.distillation import follow as follow
-from .recovery.hints import Watched as Watched
-from .recovery.hints import skeleton as skeleton
-from .recovery.recalibration import recalibrate as recalibrate
-from .selection.planner import plan as plan
-from .selection.sparsifier import Sparsifier as Sparsifier
-from .storage.exporting import export as export
-from .storage.store import load as load
-from .storage.store import save as save
-from .surgery.conversion import convert as convert
-from .surgery.fusion import fuse as fuse
-from .surgery.pruning import leftovers as leftovers
-from .surgery.pruning import prune as prune
-from .surgery.verification import verify as verify
-from .version import __version__ as __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analysis.counting import count as count
+    from .analysis.listing import units as units
+    from .errors import ResConvError as ResConvError
+    from .latency.table import LatencyTable as LatencyTable
+    from .latency.table import measure_latency as measure_latency
+    from .nn.gates import copy_zeros as copy_zeros
+    from .nn.gates import gates as gates
+    from .planning.budget import Budget as Budget
+    from .planning.plan import Plan as Plan
+    from .recovery.distillation import distill as distill
+    from .recovery.distillation import follow as follow
+    from .recovery.hints import Watched as Watched
+    from .recovery.hints import skeleton as skeleton
+    from .recovery.recalibration import recalibrate as recalibrate
+    from .selection.planner import plan as plan
+    from .selection.sparsifier import Sparsifier as Sparsifier
+    from .storage.exporting import export as export
+    from .storage.store import load as load
+    from .storage.store import save as save
+    from .surgery.conversion import convert as convert
+    from .surgery.fusion import fuse as fuse
+    from .surgery.pruning import leftovers as leftovers
+    from .surgery.pruning import prune as prune
+    from .surgery.verification import verify as verify
+    from .version import __version__ as __version__
+
+# The same, for the interpreter; a test holds the two lists together.
+_HOMES = {
+    "analysis.counting": ("count",),
+    "analysis.listing": ("units",),
+    "errors": ("ResConvError",),
+    "latency.table": ("LatencyTable", "measure_latency"),
+    "nn.gates": ("copy_zeros", "gates"),
+    "planning.budget": ("Budget",),
+    "planning.plan": ("Plan",),
+    "recovery.distillation": ("distill", "follow"),
+    "recovery.hints": ("Watched", "skeleton"),
+    "recovery.recalibration": ("recalibrate",),
+    "selection.planner": ("plan",),
+    "selection.sparsifier": ("Sparsifier",),
+    "storage.exporting": ("export",),
+    "storage.store": ("load", "save"),
+    "surgery.conversion": ("convert",),
+    "surgery.fusion": ("fuse",),
+    "surgery.pruning": ("leftovers", "prune"),
+    "surgery.verification": ("verify",),
+    "version": ("__version__",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f".{name}", __name__)  # a folder
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
 """Training by Lightning: dense nets, converted nets under a Sparsifier, and finetuning."""
 
-from .evaluate import evaluate
-from .fit import FitResult, Recipe, fit
+from .evaluation import evaluate
+from .fitting import FitResult, Recipe, fit
 from .precision import Precision, choose_precision
 from .ranks import Ranks, join
 from .recorded import RecordedNet
