@@ -1,0 +1,343 @@
+"""What the coverage sweep tries on one net. A fault is a row's entry, not the end of the sweep.
+
+For each net, in float32, with random weights and random BatchNorm statistics that are kept near
+each norm's own input (tests/helpers.py says why):
+
+    convert   units="all", outputs against the model's
+    prune     a random half of the units, every scale and control random in [0.5, 1.5]; the compact
+              net against the gated one with those scales at 0
+    units     all of them in one plan, then one after the other (SINGLES at most, EACH_SECONDS long)
+    backward  one pass in training mode of the gated, the open and the compact net; every parameter
+              that the dense net's pass reaches gets a finite gradient
+    pickle    gated, open and compact net: torch.save, torch.load in a new process, same outputs
+    save      resconv.save and resconv.load of the compact net, same outputs
+    ONNX      resconv.export of the compact net; the file in ONNX Runtime against the compact net
+    power     how far the output moves when one unit's scale is 0.5 off: the least of six units. An
+              error has to move it further than the tolerance to be seen.
+"""
+
+import copy
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import resconv
+from resconv.convert import relative_error
+from resconv.gates import zeroed
+from resconv.inputs import as_call, tensors_in
+from tests.helpers import randomise, randomise_gates, settle, some_plan
+
+__all__ = ["one", "torch_pruning"]
+
+TOLERANCE = 1e-4
+SINGLES, EACH_SECONDS = 64, 15
+LOAD = """
+import sys, torch
+from torch.utils._pytree import tree_map
+inputs, outputs = torch.load(sys.argv[1], weights_only=False)
+for path in sys.argv[2:]:
+    try:
+        net = torch.load(path, weights_only=False).eval()
+        with torch.no_grad():
+            torch.save(net(*inputs[0], **inputs[1]), path + ".out")
+    except Exception as error:
+        print(path, type(error).__name__, " ".join(str(error).split())[:300], sep="\\t")
+"""
+
+Row = dict[str, Any]
+Build = Callable[[str], tuple[nn.Module, Any]]
+
+
+def one(name: str, build: Build, onnx: bool, send: Callable[[Row], None]) -> Row:
+    """Return the row of one net; ``send`` gets it after each step, in case the next one crashes."""
+    start = time.perf_counter()
+    row: Row = {"model": name, "faults": {}, "step": "build"}
+    send(row)
+    try:
+        for found in _steps(name, build, onnx, row["faults"]):
+            row |= found
+            send(row)
+    except resconv.errors.VerificationError as error:
+        row |= {"outcome": "wrong", "reason": str(error)}
+    except resconv.ResConvError as error:
+        before = row["step"] in ("build", "convert")
+        row |= {"outcome": "refused" if before else "refused by prune", "reason": str(error)}
+        row["nothing"] = "Nothing to convert" in row["reason"]
+    except Exception as error:
+        row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
+    if "reason" in row:
+        row["reason"] = _line(row["reason"])
+    row["total_seconds"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    return row
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:400]
+
+
+def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
+    torch.manual_seed(0)
+    model, example = build(name)
+    model = randomise(model, 0, example)
+    yield {"step": "convert", "input": _shape(example)}
+    start = time.perf_counter()
+    gated = resconv.convert(model, _copy(example), units="all")
+    converted = time.perf_counter() - start
+    error = relative_error(_outputs(gated, example), _outputs(model, example))
+    yield {"step": "prune", "convert_error": error, "units": len(resconv.gates(gated))}
+    if error > TOLERANCE:
+        raise resconv.errors.VerificationError("convert changed the outputs")
+    gated = randomise_gates(gated)
+    plan = some_plan(gated, 1)
+    with zeroed(gated, plan.remove):
+        settle(gated, _copy(example), 2)
+    start = time.perf_counter()
+    compact = resconv.prune(gated, plan)
+    seconds = round(converted + time.perf_counter() - start, 1)
+    yield {"step": "run", "removed": len(plan.remove), "seconds": seconds}
+    try:
+        checked = resconv.verify(gated, compact, _copy(example), plan=plan, tolerance=TOLERANCE)
+        yield {"prune_error": checked.max_rel_error, "outcome": "pruned"}
+    except resconv.errors.VerificationError as error:
+        yield {"outcome": "unstable", "reason": _in_double(gated, plan, example, error)}
+    if onnx:
+        if row := _write_onnx(compact, model, example, plan):
+            yield {"outcome": "complete", "step": "ONNX"} | row
+        return
+    yield {"step": "power", "power": _power(gated, plan, example)}
+    yield {"step": "units"} | _each_unit(gated, example, faults)
+    nets = {"gated": gated, "compact": compact}
+    with _fault(faults, "prune open"):
+        nets["open"] = resconv.prune(gated, plan, fuse=False)
+    yield {"step": "backward"}
+    reached, trouble = _gradients(model, example)
+    if trouble:  # neither does the dense net, then
+        yield {"note": f"the dense net has no backward pass here: {trouble}"}
+    for kind, net in nets.items() if not trouble else ():
+        got, trouble = _gradients(net, example)
+        own = {n for n, _ in net.named_parameters()}
+        lost = sorted((reached & own) - got)
+        if trouble or lost:
+            faults[f"backward {kind}"] = trouble or f"no gradient: {', '.join(lost[:5])}"
+    yield {"step": "pickle"}
+    _pickle(nets, example, faults)
+    yield {"step": "save"}
+    with _fault(faults, "save"), tempfile.TemporaryDirectory() as folder:
+        resconv.save(compact, folder, plan=plan, example_inputs=_copy(example))
+        _require_same(resconv.load(folder, model=model), compact, example)
+    yield {"step": ""}
+
+
+class _fault:  # noqa: N801  (a context manager, used as one)
+    """Notes an exception under a name and goes on."""
+
+    def __init__(self, faults: dict[str, str], kind: str) -> None:
+        self.faults, self.kind = faults, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.faults.setdefault(self.kind, _line(f"{type(error).__name__}: {error}"))
+        return True
+
+
+def _copy(example: Any) -> Any:
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, example)
+
+
+def _outputs(model: nn.Module, example: Any) -> Any:
+    args, kwargs = as_call(_copy(example))  # some nets write into their input
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _require_same(net: nn.Module, wanted: nn.Module, example: Any) -> None:
+    error = relative_error(_outputs(net.eval(), example), _outputs(wanted.eval(), example))
+    if not error <= TOLERANCE:
+        raise ValueError(f"the outputs are {error:.0e} off")
+
+
+def _shape(example: Any) -> str:
+    every = [t for t in tensors_in(example) if t.ndim > 1]
+    return " and ".join("x".join(map(str, t.shape[1:])) for t in every)
+
+
+def _in_double(gated: nn.Module, plan: resconv.Plan, example: Any, error: Exception) -> str:
+    """Return why this is no fault of the surgery, or raise: double precision tells."""
+    wide = tree_map(lambda t: t.double() if t.is_floating_point() else t, _copy(example))
+    gated = copy.deepcopy(gated).double()
+    exact = resconv.verify(gated, resconv.prune(gated, plan), wide, plan=plan)
+    return (
+        f"right in float64 ({exact.max_rel_error:.0e}), so the net magnifies the rounding of float32 "
+        f"under these statistics. {error}"
+    )
+
+
+def _power(gated: nn.Module, plan: resconv.Plan, example: Any) -> float:
+    """Return the least change of the output when the scale of one of six units is 0.5 off.
+
+    Units inside a removed branch do not count: nothing depends on them.
+    """
+    gates = list(resconv.gates(gated).values())
+    moved: list[float] = []
+    with zeroed(gated, plan.remove), torch.no_grad():
+        before = _outputs(gated, example)
+        for i in torch.randperm(len(gates), generator=torch.Generator().manual_seed(0)).tolist():
+            scale = gates[i].scale.clone()
+            gates[i].scale.add_(0.5)
+            change = relative_error(_outputs(gated, example), before)
+            gates[i].scale.copy_(scale)
+            moved += [change] if change else []
+            if len(moved) == 6:
+                break
+    return min(moved, default=0.0)
+
+
+def _each_unit(gated: nn.Module, example: Any, faults: dict[str, str]) -> Row:
+    """Remove all units in one plan, then each alone, in random order; count what is refused."""
+    names = list(resconv.gates(gated))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    plans = {"prune all": tuple(names)} | {f"prune {names[i]}": (names[i],) for i in order[:SINGLES]}
+    tried, end = 0, time.monotonic() + EACH_SECONDS
+    bad: dict[str, str] = {}
+    for kind, remove in plans.items():
+        if tried and time.monotonic() > end:
+            break
+        tried += 1
+        with _fault(bad, kind):
+            compact = resconv.prune(gated, resconv.Plan(remove))
+            wanted = None
+            with zeroed(gated, remove):
+                wanted = _outputs(gated, example)
+            off = relative_error(_outputs(compact, example), wanted)
+            if not off <= TOLERANCE and len(remove) == 1:  # without any unit a net may vanish
+                raise ValueError(f"the outputs are {off:.0e} off")
+    all_units, singles = bad.pop("prune all", None), list(bad.items())
+    if all_units:
+        faults["prune all"] = all_units
+    if singles:
+        faults["prune one"] = "; ".join(f"{k[6:]}: {v[:160]}" for k, v in singles[:3])
+    return {"singles": tried - 1, "singles_bad": len(singles)}
+
+
+def _gradients(net: nn.Module, example: Any) -> tuple[set[str], str]:
+    """Return which parameters one training pass on two examples reaches, and what went wrong."""
+    net = copy.deepcopy(net).train().requires_grad_(True)
+    twice = tree_map(
+        lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, _copy(example)
+    )
+    try:
+        torch.manual_seed(0)
+        args, kwargs = as_call(twice)
+        found = [t for t in tensors_in(net(*args, **kwargs)) if t.requires_grad]
+        sum(t.float().square().mean() for t in found).backward()
+    except Exception as error:
+        return set(), _line(f"{type(error).__name__}: {error}")
+    grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    infinite = [n for n, g in grads.items() if not bool(g.isfinite().all())]
+    return set(grads), f"not finite: {', '.join(infinite[:5])}" if infinite else ""
+
+
+def _pickle(nets: dict[str, nn.Module], example: Any, faults: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        given = f"{folder}/example"
+        torch.save((as_call(example), None), given)
+        paths = {}
+        for kind, net in nets.items():
+            with _fault(faults, f"pickle {kind}"):
+                torch.save(net.eval(), f"{folder}/{kind}")
+                paths[f"{folder}/{kind}"] = kind
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, given, *paths], capture_output=True, text=True, check=False
+        )
+        for line in done.stdout.splitlines():
+            path, _, reason = line.partition("\t")
+            if path in paths:
+                faults[f"pickle {paths[path]}"] = reason.replace("\t", ": ")
+        for path, kind in paths.items():
+            if f"pickle {kind}" not in faults:
+                with _fault(faults, f"pickle {kind}"):
+                    if not Path(path + ".out").is_file():
+                        raise ValueError(f"the process ended: {done.stderr[-200:]}")
+                    made = torch.load(path + ".out", weights_only=False)
+                    if not relative_error(made, _outputs(nets[kind], example)) <= TOLERANCE:
+                        raise ValueError("the loaded net computes something else")
+
+
+def _write_onnx(compact: nn.Module, model: nn.Module, example: Any, plan: resconv.Plan) -> Row:
+    """Export and check; where torch cannot write the file, see whether it can write the dense net."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = resconv.export(compact, Path(folder) / "compact.onnx", _copy(example), plan=plan)
+            row: Row = {"onnx_error": made.verification.max_rel_error}
+            if not made.dynamic_batch:
+                row["note"] = "fixed batch"
+        except resconv.ResConvError as error:
+            row = {"reason": f"ONNX: {error}"}
+            try:
+                resconv.export(model, Path(folder) / "dense.onnx", _copy(example))
+                wrong = isinstance(error, resconv.errors.VerificationError)
+                row["outcome"] = "wrong" if wrong else "refused"
+            except resconv.ResConvError as dense:
+                row = {"outcome": "no ONNX from torch", "reason": f"dense net: {dense}"}
+    return row | {"onnx_seconds": round(time.perf_counter() - start, 1)}
+
+
+def torch_pruning(name: str, build: Build) -> Row:
+    """Return what Torch-Pruning does with the same net: half of the channels, the outputs kept.
+
+    Its documented way, by magnitude: the layer that ends the net keeps its channels.
+    """
+    import torch_pruning as tp
+
+    torch.manual_seed(0)
+    model, example = build(name)
+    model = randomise(model, 0, example)
+    before, last = sum(p.numel() for p in model.parameters()), _last_layer(model, example)
+    row: Row = {"tp": "no graph"}
+    try:
+        pruner = tp.pruner.BasePruner(
+            model,
+            _copy(example),
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=0.5,
+            ignored_layers=last,
+        )
+        row["tp"] = "not pruned"
+        pruner.step()
+        row["tp_kept"] = round(sum(p.numel() for p in model.parameters()) / before, 3)
+        row["tp"] = "does not run"
+        _outputs(model, example)
+        row["tp"] = "nothing pruned" if row["tp_kept"] == 1 else "runs"
+    except Exception as error:
+        row["tp_reason"] = _line(f"{type(error).__name__}: {error}")[:200]
+    return row
+
+
+def _last_layer(model: nn.Module, example: Any) -> list[nn.Module]:
+    """Return the convolution or linear layer that runs last."""
+    ran: list[nn.Module] = []
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    hooks = [
+        m.register_forward_hook(lambda m, *_: ran.append(m))
+        for m in model.modules()
+        if isinstance(m, kinds)
+    ]
+    _outputs(model, example)
+    for hook in hooks:
+        hook.remove()
+    return ran[-1:]
