@@ -74,12 +74,15 @@ def apart(name: str, build: Build, onnx: bool) -> Row:
         pass
     process.kill()
     process.join()
-    step = row.pop("step")
-    why = f"no end within {SECONDS} s" if time.monotonic() >= end else "the process ended"
-    if step == "torch-pruning":
-        row |= {"tp": "crashed", "tp_reason": why}
-    elif step != "ended":
-        row |= {"outcome": "crashed", "reason": f"{step}: {why}"}
+    why = f"no end within {SECONDS} s" if time.monotonic() >= end else "the process died"
+    match row.pop("step"):
+        case "torch-pruning":
+            why += f" (it had {TORCH_PRUNING_SECONDS} s)"
+            row |= {"tp": "hangs or crashes", "tp_reason": why}
+        case "ended":
+            pass
+        case step:
+            row |= {"outcome": "crashed", "reason": f"{step}: {why}", "reached": step}
     return row
 
 
@@ -132,8 +135,16 @@ def main() -> None:
             last[label] = found
             with log.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            print(found["outcome"], found["model"], found.get("reason", ""), found["faults"], found.get("tp", ""), flush=True)
-    if 0: coverage_page.write(last, [label for label, _ in jobs], others=others)
+            print(
+                found["outcome"],
+                found["model"],
+                found.get("reason", ""),
+                found["faults"],
+                found.get("tp", ""),
+                flush=True,
+            )
+    write = coverage_page.write_others if others else coverage_page.write
+    write(list(last.values()), [label for label, _ in jobs])
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from collections import Counter
 from .page import stamp, table, write_section
 from .zoo import TORCH_PRUNING, torch_pruning_names
 
-__all__ = ["write"]
+__all__ = ["write", "write_others"]
 
 OUTCOMES = ("complete", "pruned", "no ONNX from torch", "unstable", "refused", "wrong", "crashed")
 PAGE = "coverage.md"
-COLUMNS = ("model", "input", "units", "removed", "convert", "prune", "ONNX error", "power")
-COLUMNS += ("surgery", "ONNX", "outcome")
+COLUMNS = ("model", "input", "units", "removed", "alone", "convert", "prune", "ONNX error", "power")
+COLUMNS += ("backward", "pickle", "save", "Torch-Pruning", "surgery", "ONNX", "outcome")
+SURGERY_RIGHT = ("complete", "pruned", "no ONNX from torch")
 
 
 def _size(error: float | None) -> str:
@@ -24,7 +25,7 @@ def _zoo(row: dict) -> str:
 def _summary(title: str, rows: list[dict], labels: list[str]) -> list[str]:
     mine = [r for r in rows if r["job"] in labels]
     counts = Counter(r["outcome"] for r in mine)
-    pruned = sum(counts[k] for k in ("complete", "pruned", "no ONNX from torch"))
+    pruned = sum(counts[k] for k in SURGERY_RIGHT)
     tried = pruned - counts["pruned"]
     return [
         title,
@@ -34,6 +35,77 @@ def _summary(title: str, rows: list[dict], labels: list[str]) -> list[str]:
         f"{pruned} of {len(mine)} ({100 * pruned / max(1, len(mine)):.1f} %)",
         f"{counts['complete']} of {tried} ({100 * counts['complete'] / max(1, tried):.1f} %)",
     ]
+
+
+def write_others(rows: list[dict], labels: list[str]) -> None:
+    """Write what became of the nets of other packages; ``labels`` are all that there are."""
+    rows = sorted((r for r in rows if r["job"] in labels), key=lambda r: r["job"].lower())
+    kinds = Counter(kind for r in rows for kind in _kinds(r))
+    theirs = Counter(r.get("tp", "not run") for r in rows)
+    done = sum(not _kinds(r) for r in rows)
+    commits = Counter(r["commit"] for r in rows)
+    lines = [
+        ["done: all steps right", str(done)],
+        *([name, str(kinds[name])] for name in (*KINDS, *sorted(set(kinds) - set(KINDS)))),
+        *([f"Torch-Pruning 1.6.1: {name}", str(n)] for name, n in theirs.most_common()),
+    ]
+    write_section(
+        "Other packages",
+        f"{stamp(command='python -m benchmarks.coverage others')} "
+        + "; ".join(f"{n} nets at commit {c}" for c, n in commits.most_common())
+        + f". {len(rows)} of {len(labels)} nets, of {len({r['job'].split(':')[0] for r in rows})} "
+        "packages; a net can be in several lines.\n\n"
+        + table(["", f"nets of {len(rows)}"], lines)
+        + "\n\n`refused by convert`: no unit, with the reason, before any training. `refused by "
+        "prune`: a unit that convert gave a gate cannot be removed, in half of the units, all or one "
+        "alone. `does not run`, `wrong`: the pruned net. `not trained`: a training pass of the gated, "
+        "open or pruned net fails where the dense net's does not. `not loaded`: pickle in a new "
+        "process, or resconv.load. Torch-Pruning removes half of the channels by magnitude; `runs` "
+        "says that the result runs, not what it computes.",
+        page=PAGE,
+    )
+    reasons = [
+        [r["model"], kind, _cell(reason)] for r in rows for kind, reason in _kinds(r).items()
+    ]
+    write_section("Other packages: not done", table(["net", "what", "reason"], reasons), page=PAGE)
+    write_section(
+        "Other packages: every net",
+        "A random half of the units removed; `alone`: units that were removed one by one, of those "
+        "tried; backward, pickle: the nets that fail.\n\n"
+        + table(list(COLUMNS), [_line(r) for r in rows]),
+        page=PAGE,
+    )
+
+
+KINDS = (
+    "refused by convert", "refused by prune", "does not run", "wrong", "not trained", "not loaded",
+    "unstable", "no ONNX", "crashed",
+)  # fmt: skip
+
+
+def _kinds(row: dict) -> dict[str, str]:
+    """Return every way in which a net is not done, with the reason."""
+    found: dict[str, str] = {}
+    reason = row.get("reason", "")
+    match row["outcome"]:
+        case "refused" if reason.startswith("ONNX"):
+            found["no ONNX"] = reason
+        case "refused":
+            found["refused by convert"] = reason
+        case "crashed" if row.get("reached") == "run":
+            found["does not run"] = reason
+        case outcome if outcome not in SURGERY_RIGHT:
+            found[outcome] = reason
+    names = {"prune": "refused by prune", "backward": "not trained"}
+    names |= {"pickle": "not loaded", "save": "not loaded"}
+    for kind, why in row.get("faults", {}).items():
+        name = names[kind.split()[0]]
+        if name == "refused by prune" and "Error" in why.partition(":")[0] and "Prune" not in why:
+            name = "does not run"
+        if name == "refused by prune" and " are " in why and " off" in why:
+            name = "wrong"
+        found[name] = f"{found[name]}; {kind}: {why}" if name in found else f"{kind}: {why}"
+    return found
 
 
 def write(rows: list[dict], labels: list[str]) -> None:
@@ -114,13 +186,22 @@ def _cell(text: str) -> str:
 
 
 def _line(row: dict) -> list[str]:
-    numbers = ("units", "removed")
     errors = ("convert_error", "prune_error", "onnx_error", "power")
+    alone = f"{row['singles'] - row['singles_bad']}/{row['singles']}" if "singles" in row else ""
     return [
-        row["model"].partition(":")[2],
+        row["model"].removeprefix("timm:").removeprefix("torchvision:"),
         row.get("input", ""),
-        *(str(row.get(k, "")) for k in numbers),
+        *(str(row.get(k, "")) for k in ("units", "removed")),
+        alone,
         *(_size(row.get(k)) for k in errors),
+        *(_step(row, kind) for kind in ("backward", "pickle", "save")),
+        row.get("tp", ""),
         *(str(row.get(k, "")) for k in ("seconds", "onnx_seconds")),
-        row["outcome"] + (f" ({row['note']})" if "note" in row else ""),
+        row["outcome"] + (f" ({_cell(row['note'])[:90]})" if "note" in row else ""),
     ]
+
+
+def _step(row: dict, kind: str) -> str:
+    """Return which nets failed in a step, or that none did."""
+    failed = [k.partition(" ")[2] or "no" for k in row.get("faults", {}) if k.split()[0] == kind]
+    return " ".join(failed) or ("yes" if row.get("reached") == "end" else "")

@@ -69,13 +69,14 @@ def one(name: str, build: Build, onnx: bool, send: Callable[[Row], None]) -> Row
     except resconv.errors.VerificationError as error:
         row |= {"outcome": "wrong", "reason": str(error)}
     except resconv.ResConvError as error:
-        before = row["step"] in ("build", "convert")
-        row |= {"outcome": "refused" if before else "refused by prune", "reason": str(error)}
+        early = row["step"] in ("build", "convert")
+        row |= {"outcome": "refused" if early else "refused by prune", "reason": str(error)}
         row["nothing"] = "Nothing to convert" in row["reason"]
     except Exception as error:
         row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
     if "reason" in row:
         row["reason"] = _line(row["reason"])
+    row["reached"] = row["step"]
     row["total_seconds"] = round(time.perf_counter() - start, 1)
     gc.collect()
     return row
@@ -102,7 +103,14 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     with zeroed(gated, plan.remove):
         settle(gated, _copy(example), 2)
     start = time.perf_counter()
-    compact = resconv.prune(gated, plan)
+    try:
+        compact = resconv.prune(gated, plan)
+    except resconv.ResConvError as refusal:  # then with units that go alone, to see the other steps
+        faults["prune half"] = _line(refusal)
+        row, alone = _each_unit(gated, example, faults)
+        plan = resconv.Plan(alone[::2])
+        yield {"step": "prune"} | row
+        compact = resconv.prune(gated, plan)
     seconds = round(converted + time.perf_counter() - start, 1)
     yield {"step": "run", "removed": len(plan.remove), "seconds": seconds}
     try:
@@ -115,7 +123,8 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
             yield {"outcome": "complete", "step": "ONNX"} | row
         return
     yield {"step": "power", "power": _power(gated, plan, example)}
-    yield {"step": "units"} | _each_unit(gated, example, faults)
+    if "prune half" not in faults:
+        yield {"step": "units"} | _each_unit(gated, example, faults)[0]
     nets = {"gated": gated, "compact": compact}
     with _fault(faults, "prune open"):
         nets["open"] = resconv.prune(gated, plan, fuse=False)
@@ -135,7 +144,7 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     with _fault(faults, "save"), tempfile.TemporaryDirectory() as folder:
         resconv.save(compact, folder, plan=plan, example_inputs=_copy(example))
         _require_same(resconv.load(folder, model=model), compact, example)
-    yield {"step": ""}
+    yield {"step": "end"}
 
 
 class _fault:  # noqa: N801  (a context manager, used as one)
@@ -206,20 +215,26 @@ def _power(gated: nn.Module, plan: resconv.Plan, example: Any) -> float:
     return min(moved, default=0.0)
 
 
-def _each_unit(gated: nn.Module, example: Any, faults: dict[str, str]) -> Row:
-    """Remove all units in one plan, then each alone, in random order; count what is refused."""
+def _each_unit(
+    gated: nn.Module, example: Any, faults: dict[str, str]
+) -> tuple[Row, tuple[str, ...]]:
+    """Remove all units in one plan, then each alone, in random order.
+
+    Returns how many were tried alone and how many of them failed, and the names of those that went.
+    """
     names = list(resconv.gates(gated))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    plans = {"prune all": tuple(names)} | {f"prune {names[i]}": (names[i],) for i in order[:SINGLES]}
+    plans = {"prune all": tuple(names)} | {
+        f"prune {names[i]}": (names[i],) for i in order[:SINGLES]
+    }
     tried, end = 0, time.monotonic() + EACH_SECONDS
-    bad: dict[str, str] = {}
+    bad: dict[str, str] = {}  # by plan
     for kind, remove in plans.items():
         if tried and time.monotonic() > end:
             break
         tried += 1
         with _fault(bad, kind):
             compact = resconv.prune(gated, resconv.Plan(remove))
-            wanted = None
             with zeroed(gated, remove):
                 wanted = _outputs(gated, example)
             off = relative_error(_outputs(compact, example), wanted)
@@ -230,7 +245,8 @@ def _each_unit(gated: nn.Module, example: Any, faults: dict[str, str]) -> Row:
         faults["prune all"] = all_units
     if singles:
         faults["prune one"] = "; ".join(f"{k[6:]}: {v[:160]}" for k, v in singles[:3])
-    return {"singles": tried - 1, "singles_bad": len(singles)}
+    went = tuple(r[0] for k, r in list(plans.items())[1:tried] if k not in dict(singles))
+    return {"singles": tried - 1, "singles_bad": len(singles)}, went
 
 
 def _gradients(net: nn.Module, example: Any) -> tuple[set[str], str]:
