@@ -9,7 +9,8 @@ each norm's own input (tests/helpers.py says why):
     units     all of them in one plan, then one after the other (SINGLES at most, EACH_SECONDS long)
     backward  one pass in training mode of the gated, the open and the compact net; every parameter
               that the dense net's pass reaches gets a finite gradient
-    pickle    gated, open and compact net, where the dense one can: torch.save, torch.load in a new process, same outputs
+    pickle    gated, open and compact net, where the dense one can: torch.save, torch.load in a new
+              process, same outputs
     save      resconv.save and resconv.load of the compact net, same outputs
     ONNX      resconv.export of the compact net; the file in ONNX Runtime against the compact net
     power     how far the output moves when one unit's scale is 0.5 off: the least of six units. An
