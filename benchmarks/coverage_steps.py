@@ -245,7 +245,7 @@ def _each_unit(
                 wanted = _outputs(gated, example)
             off = relative_error(_outputs(compact, example), wanted)
             if not off <= TOLERANCE and len(remove) == 1:  # without any unit a net may vanish
-                raise ValueError(f"the outputs are {off:.0e} off")
+                _in_double(gated, resconv.Plan(remove), example, ValueError(f"{off:.0e} off"))
     all_units, singles = bad.pop("prune all", None), list(bad.items())
     if all_units:
         faults["prune all"] = all_units
