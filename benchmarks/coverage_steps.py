@@ -40,7 +40,7 @@ from tests.helpers import randomise, randomise_gates, settle, some_plan
 __all__ = ["one", "torch_pruning"]
 
 TOLERANCE = 1e-4
-SINGLES, EACH_SECONDS = 64, 15
+SINGLES, EACH_SECONDS = 64, 10
 LOAD = """
 import sys, torch
 from torch.utils._pytree import tree_map

@@ -111,7 +111,7 @@ EEG = {"n_chans": 8, "n_outputs": 4, "n_times": 512, "sfreq": 128}
 OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     "ultralytics": {
         **each(
-            "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-ghost yolov8n-p2 yolov9t yolov10n yolo11n yolo12n yolo26n",
+            "yolov3-tiny yolov5n yolov6n yolov8n yolov8n-ghost yolov9t yolov10n yolo11n yolo12n yolo26n",
             lambda n: (Lazy("ultralytics.nn.tasks").DetectionModel(f"{n}.yaml", verbose=False), image(64)),
         ),
         **each(
@@ -128,7 +128,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     "segmentation_models_pytorch": each(
         "Unet/resnet18 UnetPlusPlus/resnet18 FPN/resnet34 DeepLabV3/resnet18 DeepLabV3Plus/mobilenet_v2 "
         "Linknet/efficientnet-b0 PSPNet/resnet34 MAnet/resnet18 PAN/resnet34 UPerNet/timm-regnetx_002 "
-        "Segformer/mit_b0 Unet/densenet121 Unet/vgg11_bn FPN/se_resnet50 Unet/mobileone_s0",
+        "Segformer/mit_b0 Unet/densenet121 Unet/mobileone_s0",
         smp,
     ),
     "monai": {
@@ -137,18 +137,15 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "DynUNet": lambda: dyn_unet(2, res_block=True),
         "DynUNet-3d": lambda: dyn_unet(3),
         "SegResNet": lambda: (monai.SegResNet(2, 8, 1, 2), x(1, 32, 32)),
-        "SegResNetDS": lambda: (monai.SegResNetDS(3, 8, 1, 2), x(1, 32, 32, 32)),
         "DenseNet121": lambda: (monai.DenseNet121(2, 1, 2), x(1, 64, 64)),
         "AttentionUnet": lambda: (monai.AttentionUnet(2, 1, 2, (8, 16, 32), (2, 2)), x(1, 32, 32)),
         "BasicUNet": lambda: (monai.BasicUNet(2, 1, 2, (8, 8, 16, 32, 32, 8)), x(1, 32, 32)),
-        "BasicUNetPlusPlus": lambda: (monai.BasicUNetPlusPlus(2, 1, 2, (8, 8, 16, 32, 32, 8)), x(1, 32, 32)),
         "VNet": lambda: (monai.VNet(2, 1, 1, dropout_dim=2), x(1, 32, 32)),
         "HighResNet": lambda: (monai.HighResNet(3, 1, 2), x(1, 16, 16, 16)),
         "resnet18-3d": lambda: (monai.resnet18(spatial_dims=3, n_input_channels=1, num_classes=2), x(1, 32, 32, 32)),
         "FlexibleUNet": lambda: (monai.FlexibleUNet(3, 2, "efficientnet-b0"), image(64)),
         "MedNeXtS": lambda: (monai.MedNeXtS(spatial_dims=2, in_channels=1, out_channels=2), x(1, 32, 32)),
         "VQVAE": lambda: (monai.VQVAE(2, 1, 1, (16, 32), 2, (16, 32), [(2, 4, 1, 1)] * 2, [(2, 4, 1, 1, 0)] * 2), x(1, 32, 32)),
-        "RegUNet": lambda: (monai.RegUNet(2, 1, 8, 3, out_channels=2), x(1, 32, 32)),
         "AutoEncoder": lambda: (monai.AutoEncoder(2, 1, 1, (8, 16), (2, 2), num_res_units=2, inter_channels=[16, 16]), x(1, 32, 32)),
     },
     "transformers": {
@@ -203,17 +200,15 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "pytorchcv": {
         **each(
-            "preresnet10 seresnet10 diaresnet10 bam_resnet18 cbam_resnet18 ibn_resnet50 airnet50_1x64d_r16 resattnet56 drnd22 hardnet39ds "
-            "peleenet dla34 dicenet_wd2 menet108_8x1_g3 igcv3_wd4 selecsls42 octresnet10_ad2 ghostnet hrnet_w18_small_v1 scnet50 sharesnet18 "
-            "diracnet18v2 revnet38 fishnet99 isqrtcovresnet18 spnasnet",
+            "preresnet10 diaresnet10 bam_resnet18 cbam_resnet18 ibn_resnet50 airnet50_1x64d_r16 resattnet56 peleenet dla34 "
+            "dicenet_wd2 menet108_8x1_g3 octresnet10_ad2 ghostnet hrnet_w18_small_v1 scnet50 sharesnet18 diracnet18v2 revnet38 fishnet99",
             cv(image(224)),
         ),
         **each(
-            "fractalnet_cifar10 shakeshakeresnet20_2x16d_cifar10 ror3_56_cifar10 rir_cifar10 pyramidnet110_a48_cifar10 "
-            "resdropresnet20_cifar10 nin_cifar10",
+            "fractalnet_cifar10 shakeshakeresnet20_2x16d_cifar10 ror3_56_cifar10 rir_cifar10 resdropresnet20_cifar10 nin_cifar10",
             cv(image(32)),
         ),
-        **each("fastscnn_cityscapes erfnet_cityscapes cgnet_cityscapes edanet_cityscapes", cv(x(3, 64, 128))),
+        **each("fastscnn_cityscapes erfnet_cityscapes cgnet_cityscapes", cv(x(3, 64, 128))),
         **each("lffd20x5s320v2_widerface simplepose_resnet18_coco", cv(image(128))),
     },
     "torchaudio": {
@@ -253,12 +248,11 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "SCUNet": lambda: spandrel("SCUNet.SCUNet.SCUNet", image(64), config=[1] * 7),
     },
     "tsai": {
-        **each("FCN ResNet ResCNN ResNetPlus FCNPlus xresnet1d18 XceptionTime InceptionTime TCN", lambda n: (getattr(tsai, n)(3, 4), series)),
-        **each("InceptionTimePlus XCM OmniScaleCNN mWDN LSTM_FCN", lambda n: (getattr(tsai, n)(3, 4, 128), series)),
+        **each("ResNet FCN ResCNN xresnet1d18 XceptionTime InceptionTime TCN", lambda n: (getattr(tsai, n)(3, 4), series)),
+        **each("InceptionTimePlus OmniScaleCNN mWDN", lambda n: (getattr(tsai, n)(3, 4, 128), series)),
     },
     "braindecode": each(
-        "EEGNet Deep4Net ShallowFBCSPNet EEGNeX EEGSimpleConv ATCNet BDTCN EEGITNet EEGInceptionERP EEGTCNet TIDNet TSception SPARCNet ContraWR "
-        "USleep BrainModule EEGInceptionMI",
+        "EEGNet Deep4Net EEGSimpleConv BDTCN EEGInceptionERP SPARCNet ContraWR USleep BrainModule EEGInceptionMI",
         lambda n: (getattr(eeg, n)(**EEG), x(8, 512)),
     ),
     "kornia": {
