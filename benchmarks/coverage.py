@@ -31,6 +31,7 @@ from .zoo_others import OTHERS, build_other
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = {False: RESULTS / "coverage.jsonl", True: RESULTS / "coverage_others.jsonl"}
+FIRST_PASS = ("faults", "reached", "total_seconds")
 MEMORY_BYTES, SECONDS, TORCH_PRUNING_SECONDS = 10 * 2**30, 300, 60
 
 
@@ -115,13 +116,11 @@ def main() -> None:
     begun, at = time.monotonic(), commit()
     for onnx in (True,) if "onnx" in wanted else (False, True):
         for label, names in jobs:
-            row = last.get(label)
-            if again:
-                if not again & {label, label.partition(":")[0], *names}:
-                    continue
-            elif row and not (onnx and row["outcome"] == "pruned"):
+            row = last.get(label, {"outcome": ""})
+            if again and not again & {label, label.partition(":")[0], *names}:
                 continue
-            if onnx and not (row and row["outcome"] in ("pruned", "complete")):
+            due = row["outcome"] == "pruned" if onnx else again or not row["outcome"]
+            if not due:
                 continue
             if time.monotonic() - begun > limit:
                 break
@@ -130,8 +129,8 @@ def main() -> None:
                 found |= {"job": label, "commit": at, "variances": VARIANCES}
                 if not found.pop("nothing", False):
                     break
-            if onnx and row:  # what the first pass found stays
-                found = row | {k: v for k, v in found.items() if k != "faults"}
+            if onnx:  # what the first pass found stays
+                found = row | {k: v for k, v in found.items() if k not in FIRST_PASS}
             last[label] = found
             with log.open("a") as file:
                 file.write(json.dumps(found) + "\n")

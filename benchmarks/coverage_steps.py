@@ -230,29 +230,38 @@ def _each_unit(
     """
     names = list(resconv.gates(gated))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    plans = {"prune all": tuple(names)} | {
-        f"prune {names[i]}": (names[i],) for i in order[:SINGLES]
-    }
-    tried, end = 0, time.monotonic() + EACH_SECONDS
-    bad: dict[str, str] = {}  # by plan
-    for kind, remove in plans.items():
+    _try_plan(gated, tuple(names), example, faults, "all")
+    end = time.monotonic() + EACH_SECONDS
+    went, tried = [], 0
+    for i in order[:SINGLES]:
         if tried and time.monotonic() > end:
             break
         tried += 1
-        with _fault(bad, kind):
-            compact = resconv.prune(gated, resconv.Plan(remove))
-            with zeroed(gated, remove):
-                wanted = _outputs(gated, example)
-            off = relative_error(_outputs(compact, example), wanted)
-            if not off <= TOLERANCE and len(remove) == 1:  # without any unit a net may vanish
-                _in_double(gated, resconv.Plan(remove), example, ValueError(f"{off:.0e} off"))
-    all_units, singles = bad.pop("prune all", None), list(bad.items())
-    if all_units:
-        faults["prune all"] = all_units
-    if singles:
-        faults["prune one"] = "; ".join(f"{k[6:]}: {v[:160]}" for k, v in singles[:3])
-    went = tuple(r[0] for k, r in list(plans.items())[1:tried] if k not in dict(singles))
-    return {"singles": tried - 1, "singles_bad": len(singles)}, went
+        if _try_plan(gated, (names[i],), example, faults, "one"):
+            went.append(names[i])
+    return {"singles": tried, "singles_bad": tried - len(went)}, tuple(went)
+
+
+def _try_plan(
+    gated: nn.Module, remove: tuple[str, ...], example: Any, faults: dict[str, str], which: str
+) -> bool:
+    plan = resconv.Plan(remove)
+    try:
+        compact = resconv.prune(gated, plan)
+        with zeroed(gated, remove):
+            wanted = _outputs(gated, example)
+        off = relative_error(_outputs(compact, example), wanted)
+        if not off <= TOLERANCE:
+            _in_double(gated, plan, example, ValueError(f"{off:.0e} off"))
+    except Exception as error:
+        kinds = {"wrong": resconv.errors.VerificationError, "prune": resconv.ResConvError}
+        kind = next((k for k, t in kinds.items() if isinstance(error, t)), "run")
+        known, why = faults.get(f"{kind} {which}", ""), _line(f"{type(error).__name__}: {error}")
+        why = f"{remove[0]}: {why[:160]}" if which == "one" else why
+        if known.count("; ") < 2:  # three examples say enough
+            faults[f"{kind} {which}"] = f"{known}; {why}" if known else why
+        return False
+    return True
 
 
 def _gradients(net: nn.Module, example: Any) -> tuple[set[str], str]:
@@ -327,8 +336,10 @@ def torch_pruning(name: str, build: Build) -> Row:
 
     Its documented way, by magnitude: the layer that ends the net keeps its channels.
     """
-    import torch_pruning as tp
-
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        return {"tp": "not installed"}
     torch.manual_seed(0)
     model, example = build(name)
     model = randomise(model, 0, example)
