@@ -25,7 +25,8 @@ from pathlib import Path
 from tests.helpers import VARIANCES
 
 from . import coverage_page
-from .coverage_steps import Build, Row, one, torch_pruning
+from .coverage_steps import Build, Row, one
+from .coverage_torch_pruning import torch_pruning
 from .zoo import build, timm_families, torchvision_sizes
 from .zoo_others import OTHERS, build_other
 

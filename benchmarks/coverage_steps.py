@@ -37,7 +37,7 @@ from resconv.gates import zeroed
 from resconv.inputs import as_call, tensors_in
 from tests.helpers import randomise, randomise_gates, settle, some_plan
 
-__all__ = ["one", "torch_pruning"]
+__all__ = ["Build", "Row", "copied", "one", "one_line", "outputs"]
 
 TOLERANCE = 1e-4
 SINGLES, EACH_SECONDS = 64, 10
@@ -77,14 +77,14 @@ def one(name: str, build: Build, onnx: bool, send: Callable[[Row], None]) -> Row
     except Exception as error:
         row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
     if "reason" in row:
-        row["reason"] = _line(row["reason"])
+        row["reason"] = one_line(row["reason"])
     row["reached"] = row["step"]
     row["total_seconds"] = round(time.perf_counter() - start, 1)
     gc.collect()
     return row
 
 
-def _line(text: object) -> str:
+def one_line(text: object) -> str:
     return " ".join(str(text).split())[:400]
 
 
@@ -94,21 +94,21 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     model = randomise(model, 0, example)
     yield {"step": "convert", "input": _shape(example)}
     start = time.perf_counter()
-    gated = resconv.convert(model, _copy(example), units="all")
+    gated = resconv.convert(model, copied(example), units="all")
     converted = time.perf_counter() - start
-    error = relative_error(_outputs(gated, example), _outputs(model, example))
+    error = relative_error(outputs(gated, example), outputs(model, example))
     yield {"step": "prune", "convert_error": error, "units": len(resconv.gates(gated))}
     if error > TOLERANCE:
         raise resconv.errors.VerificationError("convert changed the outputs")
     gated = randomise_gates(gated)
     plan = some_plan(gated, 1)
     with zeroed(gated, plan.remove):
-        settle(gated, _copy(example), 2)
+        settle(gated, copied(example), 2)
     start = time.perf_counter()
     try:
         compact = resconv.prune(gated, plan)
     except resconv.ResConvError as refusal:  # then with units that go alone, to see the other steps
-        faults["prune half"] = _line(refusal)
+        faults["prune half"] = one_line(refusal)
         row, alone = _each_unit(gated, example, faults)
         plan = resconv.Plan(alone[::2])
         yield {"step": "prune"} | row
@@ -116,7 +116,7 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     seconds = round(converted + time.perf_counter() - start, 1)
     yield {"step": "run", "removed": len(plan.remove), "seconds": seconds}
     try:
-        checked = resconv.verify(gated, compact, _copy(example), plan=plan, tolerance=TOLERANCE)
+        checked = resconv.verify(gated, compact, copied(example), plan=plan, tolerance=TOLERANCE)
         yield {"prune_error": checked.max_rel_error, "outcome": "pruned"}
     except resconv.errors.VerificationError as error:
         yield {"outcome": "unstable", "reason": _in_double(gated, plan, example, error)}
@@ -148,7 +148,7 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
         faults.update(found)
     yield {"step": "save"}
     with _fault(faults, "save"), tempfile.TemporaryDirectory() as folder:
-        resconv.save(compact, folder, plan=plan, example_inputs=_copy(example))
+        resconv.save(compact, folder, plan=plan, example_inputs=copied(example))
         _require_same(resconv.load(folder, model=model), compact, example)
     yield {"step": "end"}
 
@@ -165,22 +165,22 @@ class _fault:  # noqa: N801  (a context manager, used as one)
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        self.faults.setdefault(self.kind, _line(f"{type(error).__name__}: {error}"))
+        self.faults.setdefault(self.kind, one_line(f"{type(error).__name__}: {error}"))
         return True
 
 
-def _copy(example: Any) -> Any:
+def copied(example: Any) -> Any:
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, example)
 
 
-def _outputs(model: nn.Module, example: Any) -> Any:
-    args, kwargs = as_call(_copy(example))  # some nets write into their input
+def outputs(model: nn.Module, example: Any) -> Any:
+    args, kwargs = as_call(copied(example))  # some nets write into their input
     with torch.no_grad():
         return model(*args, **kwargs)
 
 
 def _require_same(net: nn.Module, wanted: nn.Module, example: Any) -> None:
-    error = relative_error(_outputs(net.eval(), example), _outputs(wanted.eval(), example))
+    error = relative_error(outputs(net.eval(), example), outputs(wanted.eval(), example))
     if not error <= TOLERANCE:
         raise ValueError(f"the outputs are {error:.0e} off")
 
@@ -192,7 +192,7 @@ def _shape(example: Any) -> str:
 
 def _in_double(gated: nn.Module, plan: resconv.Plan, example: Any, error: Exception) -> str:
     """Return why this is no fault of the surgery, or raise: double precision tells."""
-    wide = tree_map(lambda t: t.double() if t.is_floating_point() else t, _copy(example))
+    wide = tree_map(lambda t: t.double() if t.is_floating_point() else t, copied(example))
     gated = copy.deepcopy(gated).double()
     exact = resconv.verify(gated, resconv.prune(gated, plan), wide, plan=plan)
     return (
@@ -209,11 +209,11 @@ def _power(gated: nn.Module, plan: resconv.Plan, example: Any) -> float:
     gates = list(resconv.gates(gated).values())
     moved: list[float] = []
     with zeroed(gated, plan.remove), torch.no_grad():
-        before = _outputs(gated, example)
+        before = outputs(gated, example)
         for i in torch.randperm(len(gates), generator=torch.Generator().manual_seed(0)).tolist():
             scale = gates[i].scale.clone()
             gates[i].scale.add_(0.5)
-            change = relative_error(_outputs(gated, example), before)
+            change = relative_error(outputs(gated, example), before)
             gates[i].scale.copy_(scale)
             moved += [change] if change else []
             if len(moved) == 6:
@@ -249,14 +249,14 @@ def _try_plan(
     try:
         compact = resconv.prune(gated, plan)
         with zeroed(gated, remove):
-            wanted = _outputs(gated, example)
-        off = relative_error(_outputs(compact, example), wanted)
+            wanted = outputs(gated, example)
+        off = relative_error(outputs(compact, example), wanted)
         if not off <= TOLERANCE:
             _in_double(gated, plan, example, ValueError(f"{off:.0e} off"))
     except Exception as error:
         kinds = {"wrong": resconv.errors.VerificationError, "prune": resconv.ResConvError}
         kind = next((k for k, t in kinds.items() if isinstance(error, t)), "run")
-        known, why = faults.get(f"{kind} {which}", ""), _line(f"{type(error).__name__}: {error}")
+        known, why = faults.get(f"{kind} {which}", ""), one_line(f"{type(error).__name__}: {error}")
         why = f"{remove[0]}: {why[:160]}" if which == "one" else why
         if known.count("; ") < 2:  # three examples say enough
             faults[f"{kind} {which}"] = f"{known}; {why}" if known else why
@@ -268,7 +268,7 @@ def _gradients(net: nn.Module, example: Any) -> tuple[set[str], str]:
     """Return which parameters one training pass on two examples reaches, and what went wrong."""
     net = copy.deepcopy(net).train().requires_grad_(True)
     twice = tree_map(
-        lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, _copy(example)
+        lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t, copied(example)
     )
     try:
         torch.manual_seed(0)
@@ -276,7 +276,7 @@ def _gradients(net: nn.Module, example: Any) -> tuple[set[str], str]:
         found = [t for t in tensors_in(net(*args, **kwargs)) if t.requires_grad]
         sum(t.float().square().mean() for t in found).backward()
     except Exception as error:
-        return set(), _line(f"{type(error).__name__}: {error}")
+        return set(), one_line(f"{type(error).__name__}: {error}")
     grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
     infinite = [n for n, g in grads.items() if not bool(g.isfinite().all())]
     return set(grads), f"not finite: {', '.join(infinite[:5])}" if infinite else ""
@@ -306,7 +306,7 @@ def _pickle(nets: dict[str, nn.Module], example: Any) -> dict[str, str]:
                     if not Path(path + ".out").is_file():
                         raise ValueError(f"the process ended: {done.stderr[-200:]}")
                     made = torch.load(path + ".out", weights_only=False)
-                    if not relative_error(made, _outputs(nets[kind], example)) <= TOLERANCE:
+                    if not relative_error(made, outputs(nets[kind], example)) <= TOLERANCE:
                         raise ValueError("the loaded net computes something else")
     return faults
 
@@ -316,64 +316,18 @@ def _write_onnx(compact: nn.Module, model: nn.Module, example: Any, plan: rescon
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = resconv.export(compact, Path(folder) / "compact.onnx", _copy(example), plan=plan)
+            made = resconv.export(
+                compact, Path(folder) / "compact.onnx", copied(example), plan=plan
+            )
             row: Row = {"onnx_error": made.verification.max_rel_error}
             if not made.dynamic_batch:
                 row["note"] = "fixed batch"
         except resconv.ResConvError as error:
             row = {"reason": f"ONNX: {error}"}
             try:
-                resconv.export(model, Path(folder) / "dense.onnx", _copy(example))
+                resconv.export(model, Path(folder) / "dense.onnx", copied(example))
                 wrong = isinstance(error, resconv.errors.VerificationError)
                 row["outcome"] = "wrong" if wrong else "refused"
             except resconv.ResConvError as dense:
                 row = {"outcome": "no ONNX from torch", "reason": f"dense net: {dense}"}
     return row | {"onnx_seconds": round(time.perf_counter() - start, 1)}
-
-
-def torch_pruning(name: str, build: Build) -> Row:
-    """Return what Torch-Pruning does with the same net: half of the channels, the outputs kept.
-
-    Its documented way, by magnitude: the layer that ends the net keeps its channels.
-    """
-    try:
-        import torch_pruning as tp
-    except ImportError:
-        return {"tp": "not installed"}
-    torch.manual_seed(0)
-    model, example = build(name)
-    model = randomise(model, 0, example)
-    before, last = sum(p.numel() for p in model.parameters()), _last_layer(model, example)
-    row: Row = {"tp": "no graph"}
-    try:
-        pruner = tp.pruner.BasePruner(
-            model,
-            _copy(example),
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=0.5,
-            ignored_layers=last,
-        )
-        row["tp"] = "not pruned"
-        pruner.step()
-        row["tp_kept"] = round(sum(p.numel() for p in model.parameters()) / before, 3)
-        row["tp"] = "does not run"
-        _outputs(model, example)
-        row["tp"] = "nothing pruned" if row["tp_kept"] == 1 else "runs"
-    except Exception as error:
-        row["tp_reason"] = _line(f"{type(error).__name__}: {error}")[:200]
-    return row
-
-
-def _last_layer(model: nn.Module, example: Any) -> list[nn.Module]:
-    """Return the convolution or linear layer that runs last."""
-    ran: list[nn.Module] = []
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    hooks = [
-        m.register_forward_hook(lambda m, *_: ran.append(m))
-        for m in model.modules()
-        if isinstance(m, kinds)
-    ]
-    _outputs(model, example)
-    for hook in hooks:
-        hook.remove()
-    return ran[-1:]

@@ -213,7 +213,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "torchaudio": {
         "ConvTasNet": lambda: (audio.ConvTasNet(2, 16, 32, 3, 16, 32, 3, 2), x(1, 800)),
-        "Conformer": lambda: (audio.Conformer(16, 2, 32, 2, 7), (x(20, 16), torch.tensor([20]))),
+        "Wav2Vec2": lambda: (audio.wav2vec2_model("layer_norm", [(32, 10, 5)] + [(32, 3, 2)] * 4, True, 32, 0.0, 16, 2, 2, 2, 0.0, 32, 0.0, 0.0, True, 0.0, None), x(2000)),
         "WaveRNN": lambda: (audio.WaveRNN([2, 2, 2], 16, 8, 3, 16, 16, 5, 16, 16, 16), (x(1, 48), x(1, 10, 16).mT)),
         "Wav2Letter": lambda: (audio.Wav2Letter(10, "mfcc", 16), x(16, 100)),
         "HDemucs": lambda: (audio.HDemucs(["a", "b"], channels=4), x(2, 16384)),
