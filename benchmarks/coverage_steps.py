@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,13 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     except resconv.errors.VerificationError as error:
         yield {"outcome": "unstable", "reason": _in_double(gated, plan, example, error)}
     if onnx:
-        if row := _write_onnx(compact, model, example, plan):
-            yield {"outcome": "complete", "step": "ONNX"} | row
+        yield {"outcome": "complete", "step": "ONNX"} | _write_onnx(compact, model, example, plan)
         return
     yield {"step": "power", "power": _power(gated, plan, example)}
     if "prune half" not in faults:
         yield {"step": "units"} | _each_unit(gated, example, faults)[0]
     nets = {"gated": gated, "compact": compact}
-    with _fault(faults, "prune open"):
+    with _noting(faults, "prune open"):
         nets["open"] = resconv.prune(gated, plan, fuse=False)
     yield {"step": "backward"}
     reached, trouble = _gradients(model, example)
@@ -147,26 +147,18 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     else:
         faults.update(found)
     yield {"step": "save"}
-    with _fault(faults, "save"), tempfile.TemporaryDirectory() as folder:
+    with _noting(faults, "save"), tempfile.TemporaryDirectory() as folder:
         resconv.save(compact, folder, plan=plan, example_inputs=copied(example))
         _require_same(resconv.load(folder, model=model), compact, example)
     yield {"step": "end"}
 
 
-class _fault:  # noqa: N801  (a context manager, used as one)
-    """Notes an exception under a name and goes on."""
-
-    def __init__(self, faults: dict[str, str], kind: str) -> None:
-        self.faults, self.kind = faults, kind
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.faults.setdefault(self.kind, one_line(f"{type(error).__name__}: {error}"))
-        return True
+@contextmanager
+def _noting(faults: dict[str, str], step: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        faults.setdefault(step, one_line(f"{type(error).__name__}: {error}"))
 
 
 def copied(example: Any) -> Any:
@@ -290,7 +282,7 @@ def _pickle(nets: dict[str, nn.Module], example: Any) -> dict[str, str]:
         torch.save(as_call(example), given)
         paths = {}
         for kind, net in nets.items():
-            with _fault(faults, f"pickle {kind}"):
+            with _noting(faults, f"pickle {kind}"):
                 torch.save(net.eval(), f"{folder}/{kind}")
                 paths[f"{folder}/{kind}"] = kind
         done = subprocess.run(
@@ -302,7 +294,7 @@ def _pickle(nets: dict[str, nn.Module], example: Any) -> dict[str, str]:
                 faults[f"pickle {paths[path]}"] = reason.replace("\t", ": ")
         for path, kind in paths.items():
             if f"pickle {kind}" not in faults:
-                with _fault(faults, f"pickle {kind}"):
+                with _noting(faults, f"pickle {kind}"):
                     if not Path(path + ".out").is_file():
                         raise ValueError(f"the process ended: {done.stderr[-200:]}")
                     made = torch.load(path + ".out", weights_only=False)
