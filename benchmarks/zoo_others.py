@@ -162,7 +162,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "MobileViTV2": lambda: hf("MobileViTV2ForImageClassification", image(64), width_multiplier=0.5),
         "Bit": lambda: hf("BitForImageClassification", image(64), hidden_sizes=[128, 128, 256, 256], depths=[2, 2, 2, 2]),
         "LeViT": lambda: hf("LevitForImageClassification", image(64), image_size=64),
-        "CvT": lambda: hf("CvtForImageClassification", image(64), embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], drop_path_rate=[0.0, 0.0, 0.0]),
+        "CvT": lambda: hf("CvtForImageClassification", image(64), embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]),
         "PoolFormer": lambda: hf("PoolFormerForImageClassification", image(64), hidden_sizes=[16, 32, 48, 64]),
         "PvtV2": lambda: hf("PvtV2ForImageClassification", image(64)),
         "Swiftformer": lambda: hf("SwiftFormerForImageClassification", image(64)),
