@@ -1,155 +1,39 @@
-"""Convert, prune and export one small variant of every family of timm, and all of torchvision.
+"""Convert, prune, train, save and export nets of other packages: which ones work.
 
-    python -m benchmarks.coverage [SECONDS] [onnx] [MODEL ...]
+    python -m benchmarks.coverage [others] [SECONDS] [onnx] [MODEL ...]
 
-Appends to benchmarks/results/coverage.jsonl, goes on where it stopped (SECONDS bounds one call; named models are
-done again), and writes docs/coverage.md from the log. A first pass prunes every model, the smallest
-first, a second one (with ``onnx`` the only one) writes the files, which takes ten times as long.
+One small variant of every family of timm and all of torchvision; with ``others``, the nets of
+benchmarks/zoo_others.py. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes
+on where it stopped (SECONDS bounds one call; named models or packages are done again), and writes
+docs/coverage.md from the logs. A first pass does all but the ONNX files, a second one (with ``onnx`` the only
+one) writes these, which takes ten times as long. benchmarks/coverage_steps.py says what is tried.
 
-For each model, in float32, with random weights and random BatchNorm statistics that are kept near
-each norm's own input (tests/helpers.py says why):
-
-    convert  units="all", outputs against the model's
-    prune    a random half of the units, every scale and control random in [0.5, 1.5]; the compact
-             net against the gated one with those scales at 0
-    ONNX     resconv.export of the compact net; the file in ONNX Runtime against the compact net
-    power    how far the output moves when one unit's scale is 0.5 off: the least of six units. An
-             error has to move it further than the tolerance to be seen.
+A net has a process of its own, with limits of memory and CPU time: a crash or a hang is a row.
 """
 
-import gc
 import json
+import multiprocessing
+import resource
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from torch.utils._pytree import tree_map
-
-import resconv
-from resconv.analysis.inputs import as_call
-from resconv.nn.gates import zeroed
-from resconv.surgery.verification import relative_error
-from tests.helpers import VARIANCES, randomise, randomise_gates, settle, some_plan
+from tests.helpers import VARIANCES
 
 from . import coverage_page
+from .coverage_steps import Build, Row, one
+from .coverage_torch_pruning import torch_pruning
 from .zoo import build, timm_families, torchvision_sizes
+from .zoo_others import OTHERS, build_other
 
-LOG = Path(__file__).parent / "results" / "coverage.jsonl"
-TOLERANCE = 1e-4
-
-
-def outputs(model: nn.Module, example: Any) -> Any:
-    args, kwargs = as_call(example)
-    with torch.no_grad():
-        return model(*args, **kwargs)
-
-
-def power(gated: nn.Module, plan: resconv.Plan, example: Any) -> float:
-    """Return the least change of the output when the scale of one of six units is 0.5 off.
-
-    Units inside a removed branch do not count: nothing depends on them.
-    """
-    gates = list(resconv.gates(gated).values())
-    moved: list[float] = []
-    with zeroed(gated, plan.remove), torch.no_grad():
-        before = outputs(gated, example)
-        for i in torch.randperm(len(gates), generator=torch.Generator().manual_seed(0)).tolist():
-            scale = gates[i].scale.clone()
-            gates[i].scale.add_(0.5)
-            change = relative_error(outputs(gated, example), before)
-            gates[i].scale.copy_(scale)
-            moved += [change] if change else []
-            if len(moved) == 6:
-                break
-    return min(moved, default=0.0)
-
-
-def shape_of(example: Any) -> str:
-    first = example[0] if isinstance(example, tuple) else example
-    return ("2 of " if isinstance(example, tuple) else "") + "x".join(map(str, first.shape[1:]))
-
-
-def write_onnx(compact: nn.Module, model: nn.Module, example: Any, plan: resconv.Plan) -> dict:
-    """Export and check; where torch cannot write the file, see whether it can write the dense net."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            made = resconv.export(compact, Path(folder) / "compact.onnx", example, plan=plan)
-            row: dict = {"onnx_error": made.verification.max_rel_error}
-            if not made.dynamic_batch:
-                row["note"] = "fixed batch"
-        except resconv.ResConvError as error:
-            row = {"reason": f"ONNX: {error}"}
-            try:
-                resconv.export(model, Path(folder) / "dense.onnx", example)
-                wrong = isinstance(error, resconv.errors.VerificationError)
-                row["outcome"] = "wrong" if wrong else "refused"
-            except resconv.ResConvError as dense:
-                row = {"outcome": "no ONNX from torch", "reason": f"dense net: {dense}"}
-    return row | {"onnx_seconds": round(time.perf_counter() - start, 1)}
-
-
-def surgery(name: str, onnx: bool) -> dict:
-    torch.manual_seed(0)
-    row: dict = {"model": name}
-    model, example = build(name)
-    row["input"] = shape_of(example)
-    model = randomise(model, 0, example)
-    start = time.perf_counter()
-    gated = resconv.convert(model, example, units="all")
-    converted = time.perf_counter() - start
-    row["convert_error"] = relative_error(outputs(gated, example), outputs(model, example))
-    if row["convert_error"] > TOLERANCE:
-        return row | {"outcome": "wrong", "reason": "convert changed the outputs"}
-    gated = randomise_gates(gated)
-    plan = some_plan(gated, 1)
-    row |= {"units": len(resconv.gates(gated)), "removed": len(plan.remove)}
-    with zeroed(gated, plan.remove):
-        settle(gated, example, 2)
-    start = time.perf_counter()
-    compact = resconv.prune(gated, plan)
-    row["seconds"] = round(converted + time.perf_counter() - start, 1)
-    try:
-        row["prune_error"] = resconv.verify(
-            gated, compact, example, plan=plan, tolerance=TOLERANCE
-        ).max_rel_error
-    except resconv.errors.VerificationError as error:
-        # Wrong, or a net that magnifies float32's rounding? Double precision tells.
-        gated, wide = gated.double(), tree_map(lambda t: t.double(), example)
-        exact = resconv.verify(gated, resconv.prune(gated, plan), wide, plan=plan)
-        return row | {
-            "outcome": "unstable",
-            "reason": f"right in float64 ({exact.max_rel_error:.0e}), so the net magnifies the "
-            f"rounding of float32 under these statistics. {error}",
-        }
-    row["power"] = power(gated, plan, example)
-    del gated
-    if not onnx:
-        return row | {"outcome": "pruned"}
-    return row | {"outcome": "complete"} | write_onnx(compact, model, example, plan)
-
-
-def one(name: str, onnx: bool) -> dict:
-    start = time.perf_counter()
-    row: dict = {"model": name}
-    try:
-        row |= surgery(name, onnx)
-    except resconv.ResConvError as error:
-        wrong = isinstance(error, resconv.errors.VerificationError)
-        row |= {"outcome": "wrong" if wrong else "refused", "reason": str(error)}
-        row["nothing"] = "Nothing to convert" in str(error)
-    except Exception as error:
-        row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
-    if "reason" in row:
-        row["reason"] = " ".join(row["reason"].split())[:400]
-    gc.collect()
-    return row | {"total_seconds": round(time.perf_counter() - start, 1)}
+RESULTS = Path(__file__).parent / "results"
+LOGS = {False: RESULTS / "coverage.jsonl", True: RESULTS / "coverage_others.jsonl"}
+FIRST_PASS = ("faults", "reached", "total_seconds")
+MEMORY_BYTES, SECONDS, TORCH_PRUNING_SECONDS = 10 * 2**30, 300, 60
 
 
 def commit() -> str:
@@ -159,7 +43,7 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def jobs() -> list[tuple[str, list[str]]]:
+def zoo_jobs() -> list[tuple[str, list[str]]]:
     """Return (label, variants), the smallest first.
 
     The next variant of a family is for one whose smaller variants have nothing to remove.
@@ -169,34 +53,99 @@ def jobs() -> list[tuple[str, list[str]]]:
     return [(label, names) for _, label, names in sorted(found)]
 
 
+def other_jobs() -> list[tuple[str, list[str]]]:
+    """Return the other packages' nets, the first of each package first."""
+    found = [(i, f"{p}:{n}") for p, nets in OTHERS.items() for i, n in enumerate(nets)]
+    return [(name, [name]) for _, name in sorted(found, key=lambda f: f[0])]
+
+
+def apart(name: str, build: Build, onnx: bool) -> Row:
+    """Return the row of one net from a process of its own, what it had sent if that ends early."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(send, name, build, onnx)
+    )
+    process.start()
+    send.close()
+    row: Row = {}
+    end = time.monotonic() + 4 * SECONDS  # a process that only waits spends no time of its own
+    try:
+        while row.get("step") != "ended" and receive.poll(max(0.0, end - time.monotonic())):
+            row = receive.recv()
+    except EOFError:
+        pass
+    process.kill()
+    process.join()
+    why = f"the process died, or took more than {SECONDS} s of CPU time"
+    match row.pop("step"):
+        case "torch-pruning":
+            why = why.replace(str(SECONDS), str(TORCH_PRUNING_SECONDS))
+            row |= {"tp": "hangs or crashes", "tp_reason": why}
+        case "ended":
+            pass
+        case step:
+            row |= {"outcome": "crashed", "reason": f"{step}: {why}", "reached": step}
+    return row
+
+
+def _child(pipe: Connection, name: str, build: Build, onnx: bool) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    row = one(name, build, onnx, pipe.send)
+    if not onnx:
+        pipe.send(row | {"step": "torch-pruning"})
+        signal.setitimer(signal.ITIMER_VIRTUAL, TORCH_PRUNING_SECONDS)
+        row |= torch_pruning(name, build)
+    pipe.send(row | {"step": "ended"})
+
+
+def read(log: Path) -> dict[str, Row]:
+    """Return the newest row of each job."""
+    rows = [json.loads(s) for s in log.read_text().splitlines()] if log.is_file() else []
+    return {r["job"]: r for r in rows}
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     wanted = set(sys.argv[1:])
+    others = "others" in wanted
+    jobs, build_net = (other_jobs(), build_other) if others else (zoo_jobs(), build)
     limit = next((float(a) for a in wanted if a.replace(".", "").isdigit()), float("inf"))
-    again = {a for a in wanted if ":" in a}
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(s) for s in LOG.read_text().splitlines()] if LOG.is_file() else []
-    last = {r["job"]: r for r in rows}
+    again = {a for a in wanted if ":" in a or a in OTHERS}
+    log = LOGS[others]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last = read(log)
     begun, at = time.monotonic(), commit()
-    for onnx in (True,) if again or "onnx" in wanted else (False, True):
-        for label, names in jobs():
-            if again:
-                if not again & {label, *names}:
-                    continue
-            elif label in last and not (onnx and last[label]["outcome"] == "pruned"):
+    for onnx in (True,) if "onnx" in wanted else (False, True):
+        for label, names in jobs:
+            row = last.get(label, {"outcome": ""})
+            if again and not again & {label, label.partition(":")[0], *names}:
+                continue
+            due = row["outcome"] == "pruned" if onnx else again or not row["outcome"]
+            if not due:
                 continue
             if time.monotonic() - begun > limit:
                 break
             for name in names[:4]:
-                row = one(name, onnx) | {"job": label, "commit": at, "variances": VARIANCES}
-                if not row.pop("nothing", False):
+                found = apart(name, build_net, onnx)
+                found |= {"job": label, "commit": at, "variances": VARIANCES}
+                if not found.pop("nothing", False):
                     break
-            last[label] = row
-            with LOG.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            figure = row.get("onnx_error", row.get("prune_error"))
-            print(row["outcome"], row["model"], row.get("reason", figure), flush=True)
-    coverage_page.write(list(last.values()), [label for label, _ in jobs()])
+            if onnx:  # what the first pass found stays
+                found = row | {k: v for k, v in found.items() if k not in FIRST_PASS}
+            last[label] = found
+            with log.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(
+                found["outcome"],
+                found["model"],
+                found.get("reason", ""),
+                found["faults"],
+                found.get("tp", ""),
+                flush=True,
+            )
+    write = coverage_page.write_others if others else coverage_page.write
+    write(list(last.values()), [label for label, _ in jobs])
 
 
 if __name__ == "__main__":
