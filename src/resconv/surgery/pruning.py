@@ -10,6 +10,7 @@ has to change (two branches in one block, a functional activation) that forward 
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..analysis.graph import Graph
@@ -22,6 +23,7 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
 from .folding import conv_edit, fill_convs
+from .proof import Witness
 from .removal import decide
 from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
@@ -39,6 +41,7 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
         PlanError: the plan is empty, or names a unit that the model does not have.
         PruneError: a unit cannot be removed exactly; the reason is in the message. Or the model
             holds NaN or infinite numbers.
+        VerificationError: the result, run once, does not compute what the gated net computes.
     """
     every = gates(unwrap(model))
     if not plan.remove:
@@ -72,6 +75,10 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
     state = copy.copy(state)
     state.edits = list(state.edits)
+    with torch.no_grad():
+        for name in remove:
+            gates(model)[name].scale.zero_()
+    witness = Witness(model, state.example_inputs)
     with indexed_containers() as indexed:
         graph = record(model, state.example_inputs, leaf=is_leaf)
     if fuse:
@@ -81,7 +88,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
+    with torch.random.fork_rng(devices=[]):  # modules are tried on random numbers
+        todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -97,6 +105,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     fill_convs(model, kernels)
     model = apply_edits(model, structure)
     state.edits += [_original_edit(e) for e in (*convs, *structure)]
+    witness.require_same(model)
     _label(model, state, fuse)
     return model
 

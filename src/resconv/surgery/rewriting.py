@@ -24,6 +24,7 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
 from .inplace import unsafe_writes
 from .modes import both_modes
+from .proof import trains_as_identity
 from .rewritten import of_user
 from .tracing import Trace, encode, leaves, template, trace_forward
 
@@ -54,6 +55,8 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         if not inside or todo.resolve(call.output.value) != todo.resolve(read.value):
             continue
         if times[call.path] > 1 or names[id(module)] > 1 or _has_hooks(module):
+            continue
+        if not trains_as_identity(module, _fill(graph, read, _device(module))):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -248,7 +251,7 @@ class _Form:
         self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
     ) -> None:
         self.module, self.constants = module, constants
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        device = _device(module)
         shapes = template(inspect.signature(module.forward), constants)
         with torch.random.fork_rng(devices=[]):
             self.values = [
@@ -291,6 +294,10 @@ class _Form:
             for name in self.trace.made:
                 delattr(self.module, name)
         return [(n.op, n.tag) for n in seen.nodes]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _fill(graph: Graph, leaf: Any, device: torch.device) -> Any:
