@@ -20,7 +20,7 @@ from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of
 from ..errors import VerificationError
 from .verification import relative_error
 
-__all__ = ["Witness", "trains_as_identity"]
+__all__ = ["TrainingDiffersError", "Witness", "trains_as_identity"]
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output; else 5e-2
@@ -99,6 +99,10 @@ def _in_training(model: nn.Module, example_inputs: Any, seed: int) -> Any:
         return None  # a training forward may ask for targets
 
 
+class TrainingDiffersError(VerificationError):
+    """Two nets agree in eval mode, and in training mode they do not."""
+
+
 class Witness:
     """Keeps what a net computes, to be compared with the net that a surgery makes of it."""
 
@@ -135,7 +139,7 @@ class Witness:
             with _as_in_training(made):
                 after = _run(made, self.example_inputs)
         except Exception as error:
-            raise VerificationError(
+            raise TrainingDiffersError(
                 "In training mode the net without these units does not run "
                 f"({type(error).__name__}: {error}), and the gated net does. Leave what was removed "
                 "there out of the plan."
@@ -148,7 +152,7 @@ class Witness:
         allowed = _TOLERANCE.get(dtype, 5e-2) if dtype is not None else 0.0
         if found <= allowed or found <= _MARGIN * self._rounding():
             return
-        raise VerificationError(
+        raise (TrainingDiffersError if where else VerificationError)(
             f"{where}the net without these units would compute something else than the gated net "
             f"with their scales at 0: {found:.2e} of the largest output apart, allowed is "
             f"{allowed:.0e}. The record does not show all that the model's code does; leave the "

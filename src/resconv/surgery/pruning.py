@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.graph import Graph
+from ..analysis.graph import Graph, Node
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
@@ -23,7 +23,7 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
 from .folding import conv_edit, fill_convs
-from .proof import Witness
+from .proof import TrainingDiffersError, Witness
 from .removal import decide
 from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
@@ -68,19 +68,14 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
 def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
-    state = state_of(model)
+    state = copy.copy(state_of(model))
     require_finite(model, PruneError)
     model = copy.deepcopy(model)
     for gate in gates(model, fixed=True).values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
-    state = copy.copy(state)
-    state.edits = list(state.edits)
     with torch.no_grad():
         for name in remove:
             gates(model)[name].scale.zero_()
-    witness = Witness(model, state.example_inputs)
-    with indexed_containers() as indexed:
-        graph = record(model, state.example_inputs, leaf=is_leaf)
     if fuse:
         # A branch that counts nothing need not be computed, whether it was planned or not.
         remove += tuple(
@@ -88,8 +83,37 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
+    witness = Witness(model, state.example_inputs)
+    keep: frozenset[int] = frozenset()
+    # What a removal makes redundant in eval mode may count in training (dropout in a branch): sums
+    # stay first, then activations as well.
+    for kinds in (("add", "add_"), None, ()):
+        made, edits, optional = _operated(copy.deepcopy(model), state, remove, fuse, keep)
+        try:
+            witness.require_same(made)
+            break
+        except TrainingDiffersError:
+            stay = {n.index for n in optional if kinds is None or n.op in kinds} - keep
+            if kinds == () or (not stay and kinds is None):
+                raise
+            keep |= stay
+    state.edits = [*state.edits, *edits]
+    _label(made, state, fuse)
+    return made
+
+
+def _operated(
+    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, keep: frozenset[int]
+) -> tuple[nn.Module, list[dict[str, Any]], list[Node]]:
+    """Carry the surgery out on ``model``; ``keep`` names operations that stay though they could go.
+
+    Return the net, the edits that made it, and the operations that went and might have stayed.
+    """
+    with indexed_containers() as indexed:
+        graph = record(model, state.example_inputs, leaf=is_leaf)
     with torch.random.fork_rng(devices=[]):  # modules are tried on random numbers
-        todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
+        todo, kept, structure = _decide(model, graph, remove, fuse, indexed, keep)
+    optional = [graph.nodes[i] for i in sorted(todo.optional) if i in todo.bypassed]
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -104,17 +128,18 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
     model = apply_edits(model, structure)
-    state.edits += [_original_edit(e) for e in (*convs, *structure)]
-    witness.require_same(model)
-    _label(model, state, fuse)
-    return model
+    return model, [_original_edit(e) for e in (*convs, *structure)], optional
 
 
 def _decide(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, indexed: set[int]
+    model: nn.Module,
+    graph: Graph,
+    remove: tuple[str, ...],
+    fuse: bool,
+    indexed: set[int],
+    keep: frozenset[int],
 ) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
     """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
-    keep: frozenset[int] = frozenset()
     while True:
         try:
             todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)

@@ -111,10 +111,12 @@ def rewrite_forward(
             # torch is put in by name; what else the code names comes along.
             names |= {k: v for k, v in written.globals.items() if k in written.src and k != "torch"}
     lines, given = _unpacking(arguments, base.__qualname__)
-    call = ", ".join(["self", *given])
-    head, defaults = _header(inspect.signature(base.forward))
+    signature = inspect.signature(base.forward)
+    itself = next(iter(signature.parameters))
+    call = ", ".join([itself, *given])
+    head, defaults = _header(signature)
     if training is not None:
-        lines += ["if self.training:", f"    return _forward_in_training({call})"]
+        lines += [f"if {itself}.training:", f"    return _forward_in_training({call})"]
     lines.append(f"return _forward({call})")
     parts.append(f"def forward({head}):\n" + "\n".join(f"    {line}" for line in lines))
     source = "\n\n\n".join(parts) + "\n"
