@@ -6,6 +6,7 @@ act on both nets alike.
 """
 
 import copy
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..analysis.graph import Graph, Ref
 from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of
 from ..errors import VerificationError
 from .verification import relative_error
 
-__all__ = ["TrainingDiffersError", "Witness", "trains_as_identity"]
+__all__ = ["TrainingDiffersError", "Witness", "trains_as_identity", "values_in_training_code"]
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output; else 5e-2
@@ -189,3 +191,24 @@ def _is_multiple(y: Any, x: Tensor) -> bool:
         return False
     factor = float((y * x).sum() / (x * x).sum())
     return bool((y - factor * x).abs().max() <= 1e-3 * x.abs().max())
+
+
+def values_in_training_code(graph: Graph) -> set[int]:
+    """Return the values that are at hand in a forward whose code names ``training``."""
+    asking = {c.index for c in graph.calls if _names_training(type(c.module).forward)}
+    seen: list[Any] = [(c.args, c.kwargs, c.output) for c in graph.calls if c.index in asking]
+    seen += [
+        (c.args, c.kwargs, c.output)
+        for c in graph.calls
+        if c.parent is not None and c.parent.index in asking
+    ]
+    found = {leaf.value for leaf in tree_leaves(seen) if isinstance(leaf, Ref)}
+    for node in graph.nodes:
+        if node.call.index in asking:
+            found.update((*node.inputs, *node.outputs))
+    return {v for v in found if not graph.values[v].constant}
+
+
+def _names_training(forward: Any) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is None or "training" in code.co_names

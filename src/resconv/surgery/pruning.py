@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.graph import Graph, Node
+from ..analysis.graph import Graph
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
@@ -23,12 +23,17 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
 from .folding import conv_edit, fill_convs
-from .proof import TrainingDiffersError, Witness
+from .proof import TrainingDiffersError, Witness, values_in_training_code
 from .removal import decide
 from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
 
 __all__ = ["leftovers", "operate", "prune"]
+
+# What a removal makes redundant in eval mode may count in training mode (dropout in a branch, an
+# auxiliary head). Where it does, sums stay that could go; at last all operations, and no factor
+# enters what code can read that asks for the mode.
+_FAITHFUL: tuple[tuple[str, ...] | None, ...] = ((), ("add", "add_"), None)
 
 
 def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
@@ -84,36 +89,29 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
     witness = Witness(model, state.example_inputs)
-    keep: frozenset[int] = frozenset()
-    # What a removal makes redundant in eval mode may count in training (dropout in a branch): sums
-    # stay first, then activations as well.
-    for kinds in (("add", "add_"), None, ()):
-        made, edits, optional = _operated(copy.deepcopy(model), state, remove, fuse, keep)
+    faithful = 0
+    while True:
+        made, edits = _operated(copy.deepcopy(model), state, remove, fuse, faithful)
         try:
             witness.require_same(made)
             break
         except TrainingDiffersError:
-            stay = {n.index for n in optional if kinds is None or n.op in kinds} - keep
-            if kinds == () or (not stay and kinds is None):
+            if faithful == len(_FAITHFUL) - 1:
                 raise
-            keep |= stay
+            faithful += 1
     state.edits = [*state.edits, *edits]
     _label(made, state, fuse)
     return made
 
 
 def _operated(
-    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, keep: frozenset[int]
-) -> tuple[nn.Module, list[dict[str, Any]], list[Node]]:
-    """Carry the surgery out on ``model``; ``keep`` names operations that stay though they could go.
-
-    Return the net, the edits that made it, and the operations that went and might have stayed.
-    """
+    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, faithful: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Carry the surgery out on ``model``, and return the net with the edits that made it."""
     with indexed_containers() as indexed:
         graph = record(model, state.example_inputs, leaf=is_leaf)
     with torch.random.fork_rng(devices=[]):  # modules are tried on random numbers
-        todo, kept, structure = _decide(model, graph, remove, fuse, indexed, keep)
-    optional = [graph.nodes[i] for i in sorted(todo.optional) if i in todo.bypassed]
+        todo, kept, structure = _decide(model, graph, remove, fuse, indexed, faithful)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -128,7 +126,7 @@ def _operated(
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
     model = apply_edits(model, structure)
-    return model, [_original_edit(e) for e in (*convs, *structure)], optional
+    return model, [_original_edit(e) for e in (*convs, *structure)]
 
 
 def _decide(
@@ -137,12 +135,18 @@ def _decide(
     remove: tuple[str, ...],
     fuse: bool,
     indexed: set[int],
-    keep: frozenset[int],
+    faithful: int,
 ) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
     """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
+    ops = _FAITHFUL[faithful]
+    keep = frozenset(
+        n.index for n in graph.nodes if n.op != "gate" and (ops is None or n.op in ops)
+    )
+    pinned = values_in_training_code(graph) if ops is None else set()
     while True:
         try:
             todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
+            todo.pinned = pinned
             kept = tie_factors(model, todo, fuse)
             return todo, kept, tree_edits(model, todo)
         except MustStayError as again:

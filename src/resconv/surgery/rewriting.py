@@ -343,15 +343,20 @@ def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
         elif node.op == "call_module":
             called = module.get_submodule(str(node.target))
             known[node] = type(called).__call__(called, *args, **kwargs)
-        elif node.op == "call_method":
-            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            assert callable(node.target)
-            known[node] = node.target(*args, **kwargs)
+            with _NoNumbers():
+                known[node] = _result(node, args, kwargs)
         return known[node]
 
-    with torch.random.fork_rng(devices=[]), evaluating(module), _NoNumbers():
+    with torch.random.fork_rng(devices=[]), evaluating(module):
         found = value(condition)
     if not isinstance(found, bool | int | float):
         raise TraceError(f"it branches on the numbers in a {type(found).__name__}")
     return found
+
+
+def _result(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
