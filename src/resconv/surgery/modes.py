@@ -76,7 +76,6 @@ def _counterpart(running: Trace, training: Trace, name: str, argument: int) -> A
         for position in range(min(2, len(other.args)))
         if branch and _branch(other, position) == branch
     ]
-    # An operation on the sum, and not the sum itself, has the same modules in no branch.
     return found[0] if len(found) == 1 else None
 
 
@@ -86,11 +85,11 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 def _branch(node: fx.Node, position: int) -> set[str]:
     """Return the modules that run between the argument at ``position`` and the other one."""
-    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if len(node.args) != 2 or len(operands) != 2:
         return set()
-    stop, start = node.args[position], node.args[1 - position]
-    assert isinstance(start, fx.Node)
-    seen, todo = {stop}, [start]
+    stop, todo = operands[position], [operands[1 - position]]
+    seen = {stop}
     while todo:
         each = todo.pop()
         if each not in seen:
@@ -99,4 +98,4 @@ def _branch(node: fx.Node, position: int) -> set[str]:
     seen.discard(stop)
     if any(n.op == "placeholder" for n in seen):
         return set()
-    return {str(n.target) for n in seen if isinstance(n, fx.Node) and n.op == "call_module"}
+    return {str(n.target) for n in seen if n.op == "call_module"}

@@ -70,7 +70,7 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
             m.training = False
     state = random.getstate()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Patterned():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Patterned():  # type: ignore[no-untyped-call]
             yield
     finally:
         random.setstate(state)

@@ -193,7 +193,7 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         nodes.append([name, todo.bypassed[index]])
         if index in todo.optional:
             optional.add(name)
-    edit = {
+    edit: dict[str, Any] = {
         "op": "bypass",
         "path": original_path(model, path),
         "constants": form.constants,
@@ -344,7 +344,7 @@ def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
             called = module.get_submodule(str(node.target))
             known[node] = type(called).__call__(called, *args, **kwargs)
         else:
-            with _NoNumbers():
+            with _NoNumbers():  # type: ignore[no-untyped-call]
                 known[node] = _result(node, args, kwargs)
         return known[node]
 

@@ -103,7 +103,8 @@ def rewrite_forward(
     ``arguments`` says, for each parameter, which parts of it the placeholders stand for.
     """
     base = own_class(module)
-    parts, names = [], {}
+    parts: list[str] = []
+    names: dict[str, Any] = {}
     for name, each in (("_forward", graph), ("_forward_in_training", training)):
         if each is not None:
             written = each.python_code("self")
@@ -139,7 +140,8 @@ def _header(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
             kinds.VAR_POSITIONAL,
         ):
             parts.append("*")
-        stars = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}.get(p.kind, "")
+        stars = "*" if p.kind is kinds.VAR_POSITIONAL else ""
+        stars = "**" if p.kind is kinds.VAR_KEYWORD else stars
         default = ""
         if p.default is not kinds.empty:
             defaults[f"_default_{name}"] = p.default
@@ -250,7 +252,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
             standard |= set(getattr(cls, "__annotations__", ()))
             standard |= set(cls.__dict__.get("__constants__", ()))
             if cls.__module__.startswith("torch.nn.modules"):
-                standard |= set(inspect.signature(cls.__init__).parameters)
+                standard |= set(inspect.signature(cls).parameters)
     return {
         name: value
         for name, value in vars(module).items()

@@ -146,7 +146,7 @@ class _Sized(fx.Proxy):
         return _SizedAttribute(self, name)
 
 
-class _SizedAttribute(fx.proxy.Attribute, _Sized):  # type: ignore[misc]
+class _SizedAttribute(fx.proxy.Attribute, _Sized):
     pass
 
 
