@@ -91,7 +91,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     witness = Witness(model, state.example_inputs)
     faithful = 0
     while True:
-        made, edits = _operated(copy.deepcopy(model), state, remove, fuse, faithful)
+        with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
+            made, edits = _operated(copy.deepcopy(model), state, remove, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -110,8 +111,7 @@ def _operated(
     """Carry the surgery out on ``model``, and return the net with the edits that made it."""
     with indexed_containers() as indexed:
         graph = record(model, state.example_inputs, leaf=is_leaf)
-    with torch.random.fork_rng(devices=[]):  # modules are tried on random numbers
-        todo, kept, structure = _decide(model, graph, remove, fuse, indexed, faithful)
+    todo, kept, structure = _decide(model, graph, remove, fuse, indexed, faithful)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
