@@ -499,3 +499,11 @@ def test_prune_leaves_the_random_numbers_of_the_user_alone():
     resconv.prune(gated, resconv.Plan(("block/a.1",)))
     assert torch.equal(torch.rand(3), wanted[0])
     assert random.random() == wanted[1]
+
+
+def test_a_net_that_does_not_run_is_no_verified_net():
+    gated, x = converted(Two())
+    compact = resconv.fuse(gated)
+    del compact.head
+    with pytest.raises(VerificationError, match=r"does not run .*head"):
+        resconv.verify(gated, compact, x)
