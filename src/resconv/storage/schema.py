@@ -77,6 +77,8 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
 def _describe_module(module: nn.Module) -> str:
     kind = type(module)
     name = kind.__name__
+    if isinstance(module, nn.Identity):  # with what attributes it is, is no setting of the net
+        return "Identity()"
     if isinstance(module, fx.GraphModule):
         name = "torch.fx.GraphModule"
     elif not kind.__module__.startswith("torch.nn."):
@@ -250,6 +252,19 @@ def _argument(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | type(None))
 
 
+def _passed_by(value: Any) -> bool:
+    """Whether these are names of operations, each with the position of what it passes on."""
+    return isinstance(value, list) and all(
+        isinstance(n, list) and len(n) == 2 and isinstance(n[0], str) and _count(n[1], 0)
+        for n in value
+    )
+
+
+def _decisions(value: Any) -> bool:
+    """Whether these are branches that were taken, and numbers of items."""
+    return isinstance(value, list) and all(isinstance(n, bool) or _count(n, 0) for n in value)
+
+
 def _check_edit(edit: Any) -> str | None:
     """Return what is wrong with an edit's fields; whether it fits a model, ``edits.py`` says."""
     if not isinstance(edit, dict):
@@ -258,7 +273,7 @@ def _check_edit(edit: Any) -> str | None:
         good = True
         if key in ("op", "path", "code", "type"):
             good = isinstance(value, str)
-        elif key == "names":
+        elif key in ("names", "removed"):
             good = _names(value)
         elif key == "factor":
             good = isinstance(value, int | float) and math.isfinite(value)
@@ -268,9 +283,16 @@ def _check_edit(edit: Any) -> str | None:
                 k.isidentifier() and _argument(v) for k, v in value.items()
             )
         elif key == "nodes":
-            good = isinstance(value, list) and all(
-                isinstance(n, list) and len(n) == 2 and isinstance(n[0], str) and _count(n[1], 0)
-                for n in value
+            good = _passed_by(value)
+        elif key == "branches":
+            good = _decisions(value)
+        elif key == "training":
+            good = (
+                isinstance(value, dict)
+                and set(value) - {"branches"} == {"nodes", "code"}
+                and isinstance(value["code"], str)
+                and _passed_by(value["nodes"])
+                and _decisions(value.get("branches", []))
             )
         elif key == "args":
             return _check_conv(value)

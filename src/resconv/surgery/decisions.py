@@ -22,6 +22,7 @@ class Surgery:
     multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
     dead: set[int] = field(default_factory=set)
     indexed: set[int] = field(default_factory=set)  # ids of containers that code indexes
+    pinned: set[int] = field(default_factory=set)  # values that no factor may enter
     slices: Slices | None = None
     potentials: Potentials = field(default_factory=Potentials)
 

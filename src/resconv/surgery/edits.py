@@ -8,34 +8,35 @@
     outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
-              arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward, with
-              the branches on sizes taken as they were (``branches``)
+              arguments (``training``: the same for its forward in training mode, where that is
+              another), with the branches on sizes taken as they were (``branches``); what is
+              ``removed`` with them gives way to identities. See rewritten.py
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
 
 Replaying runs nothing but this file and the constructors named in it.
 """
 
-import hashlib
-import operator
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..analysis.graph import Graph, Ref
+from ..analysis.graph import Graph
 from ..errors import PruneError
+from .earlier import as_graph_module
+from .rewritten import Clone, Factor, rewrite_forward, stand_in
+from .tracing import digest, pass_by, template, trace_forward
 
 __all__ = [
     "CONV_GEOMETRY",
     "apply_edit",
     "apply_edits",
     "droppable",
-    "encode",
     "indexed_containers",
-    "trace_forward",
 ]
 
 _CONVS: dict[str, type[nn.Module]] = {
@@ -54,7 +55,7 @@ _FIELDS = {
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
 }
-_OPTIONAL = {"_original", "branches"}
+_OPTIONAL = {"_original", "branches", "training", "removed"}
 CONV_GEOMETRY = (
     "in_channels",
     "out_channels",
@@ -65,92 +66,6 @@ CONV_GEOMETRY = (
     "groups",
     "padding_mode",
 )
-
-
-_OTHER_BRANCH = (
-    "This forward was rewritten by resconv for its example's size, and branches on it: convert and "
-    "prune with an example of the size that you run."
-)
-
-
-class _OwnForward(fx.Tracer):
-    """Traces one module's own forward; every module it calls stays a call.
-
-    A branch on a size is decided by ``decide``, and the decision is asserted in the graph: on an
-    input for which it would fall the other way, the rewritten forward stops.
-    """
-
-    def __init__(self, decide: Callable[[fx.Node], bool]) -> None:
-        super().__init__()
-        self.decide = decide
-        self.branches: list[bool] = []
-
-    def to_bool(self, obj: Any) -> bool:
-        chosen = self.decide(obj.node)
-        self.branches.append(chosen)
-        held = obj if chosen else self.create_proxy("call_function", operator.not_, (obj,), {})
-        self.create_proxy("call_function", torch._assert, (held, _OTHER_BRANCH), {})
-        return chosen
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def encode(value: Any, free: bool) -> Any:
-    """Return an argument as plain data for an edit; with ``free`` its numbers are not fixed.
-
-    Raises:
-        TypeError: it holds something that is neither a value of the record nor a plain one.
-    """
-    if isinstance(value, Ref):
-        return {"free": True}
-    if isinstance(value, tuple | torch.Size) and not hasattr(value, "_fields"):
-        return {"tuple": [encode(v, free) for v in value]}
-    if isinstance(value, list):
-        return [encode(v, free) for v in value]
-    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {"dict": {k: encode(v, free) for k, v in value.items()}}
-    if isinstance(value, bool | int | float | str | type(None)):
-        return {"free": True} if free else value
-    raise TypeError(f"a {type(value).__name__} is no plain value")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    if isinstance(value, dict):
-        if value == {"free": True}:
-            return fx.PH  # type: ignore[attr-defined]
-        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
-            return tuple(_decode(v) for v in value["tuple"])
-        if set(value) == {"dict"} and isinstance(value["dict"], dict):
-            return {k: _decode(v) for k, v in value["dict"].items()}
-        raise PruneError(f"Not an argument: {str(value)[:100]}")
-    return value
-
-
-def trace_forward(
-    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool]
-) -> tuple[fx.Graph, list[bool]]:
-    """Return the graph of the module's own forward, and the branches it took.
-
-    Arguments in ``constants`` (encoded) are fixed; ``decide`` says which way a branch goes.
-    """
-    constants = {name: _decode(value) for name, value in constants.items()}
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    tracer = _OwnForward(decide)
-    try:
-        return tracer.trace(module, concrete_args=constants or None), tracer.branches
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-def digest(graph: fx.Graph) -> str:
-    """Return a checksum of the operations in a graph."""
-    lines = [f"{n.op} {n.name} {n.target if n.op == 'call_module' else ''}" for n in graph.nodes]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def apply_edits(model: nn.Module, edits: list[dict[str, Any]]) -> nn.Module:
@@ -235,7 +150,7 @@ def droppable(model: nn.Module, graph: Graph, path: str, indexed: set[int]) -> b
 def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     op, path = edit["op"], edit["path"]
     if op == "identity":
-        return nn.Identity()
+        return stand_in(module)
     if op == "drop":
         return module
     if op == "outplace":
@@ -244,9 +159,7 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         module.inplace = False  # type: ignore[assignment]
         return module
     if op == "clone":
-        copying = fx.Graph()
-        copying.output(copying.call_method("clone", (copying.placeholder("x"),)))
-        return fx.GraphModule(nn.Module(), copying, "Clone")
+        return Clone()
     if op == "conv":
         args = edit["args"]
         if (
@@ -282,42 +195,62 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         factor = edit["factor"]
         if not isinstance(factor, float | int) or isinstance(factor, bool):
             raise PruneError(f"The factor at {path!r} is no number: {factor!r}")
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        graph.output(graph.call_function(operator.mul, (x, float(factor))))
-        multiply = fx.GraphModule(nn.Module(), graph, "Multiply")
+        multiply = Factor(float(factor))
         return multiply if op == "multiply" else nn.Sequential(module, multiply)
     return _bypassed(module, edit)
 
 
 def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
+    path, removed, training = edit["path"], edit.get("removed"), edit.get("training")
+    if removed is None:
+        return as_graph_module(module, edit)
+    graph = _replayed(module, edit, edit, training=False)
+    in_training = None
+    if training is not None:
+        if set(training) - {"branches"} != {"nodes", "code"}:
+            raise PruneError(f"Not a rewritten forward of {path!r}: {str(training)[:200]}")
+        in_training = _replayed(module, edit, training, training=True)
+    arguments = template(inspect.signature(module.forward), edit["constants"])
+    _remove(module, removed, path)
+    rewrite_forward(module, arguments, graph, in_training)
+    return module
+
+
+def _replayed(
+    module: nn.Module, edit: dict[str, Any], form: dict[str, Any], *, training: bool
+) -> fx.Graph:
+    """Return the graph of the module's forward without the operations that ``form`` passes by."""
     path = edit["path"]
-    branches = list(edit.get("branches", ()))
+    branches = list(form.get("branches", ()))
     try:
-        graph, _ = trace_forward(module, edit["constants"], lambda node: bool(branches.pop(0)))
+        trace = trace_forward(
+            module, edit["constants"], lambda node: branches.pop(0), training=training
+        )
+    except PruneError:
+        raise
     except Exception as error:
         raise PruneError(f"The forward of {path!r} cannot be rewritten: {error}") from error
-    if digest(graph) != edit["code"]:
+    if digest(trace.graph) != form["code"]:
         raise PruneError(
             f"The forward of {path!r} ({type(module).__name__}) differs from the one that was "
             "pruned. Use the same version of the library the model comes from."
         )
-    by_name = {n.name: n for n in graph.nodes}
-    read = {n for n in graph.nodes if n.users}
-    for name, argument in edit["nodes"]:
-        node = by_name.get(name)
-        if node is None or not isinstance(argument, int) or len(node.args) <= argument:
-            raise PruneError(f"The forward of {path!r} has no operation {name!r} to pass by.")
-        replacement = node.args[argument]
-        if not isinstance(replacement, fx.Node):
-            raise PruneError(f"Operation {name!r} of {path!r} does not pass a value on.")
-        node.replace_all_uses_with(replacement)
-        graph.erase_node(node)
-    # An operation nobody read from the start writes in place, or checks something: it stays.
-    for node in reversed(list(graph.nodes)):
-        if node in read and not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
-    graph.lint()
-    new = fx.GraphModule(module, graph, type(module).__name__)
-    new.train(module.training)
-    return new
+    pass_by(trace.graph, form["nodes"], path)
+    return trace.graph
+
+
+def _remove(module: nn.Module, names: Any, path: str) -> None:
+    """Let identities and ``None`` stand for the children and parameters of the given paths."""
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise PruneError(f"Not the removed parts of {path!r}: {str(names)[:200]}")
+    for name in names:
+        owner_path, _, own = name.rpartition(".")
+        try:
+            owner = module.get_submodule(owner_path)
+            part = getattr(owner, own)
+        except AttributeError:
+            raise PruneError(f"{path!r} has no {name!r} to remove.") from None
+        if isinstance(part, nn.Module):
+            setattr(owner, own, stand_in(part))
+        elif own in owner._parameters or own in owner._buffers:
+            setattr(owner, own, None)

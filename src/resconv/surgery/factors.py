@@ -22,7 +22,7 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
     """Tie the factors of all values, and return the kernels of the ResConvs that stay."""
     graph, ties = todo.graph, todo.potentials
     demands: list[tuple[Node, int, float]] = []
-    for value in (*graph.inputs, *graph.outputs):
+    for value in (*graph.inputs, *graph.outputs, *todo.pinned):
         ties.pin(value)
     uses = _param_uses(graph, todo.dead)
     slices = todo.slices = Slices(graph, ties)

@@ -10,6 +10,7 @@ has to change (two branches in one block, a functional activation) that forward 
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..analysis.graph import Graph
@@ -22,11 +23,17 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
 from .folding import conv_edit, fill_convs
+from .proof import TrainingDiffersError, Witness, values_in_training_code
 from .removal import decide
 from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
 
 __all__ = ["leftovers", "operate", "prune"]
+
+# What a removal makes redundant in eval mode may count in training mode (dropout in a branch, an
+# auxiliary head). Where it does, sums stay that could go; at last all operations, and no factor
+# enters what code can read that asks for the mode.
+_FAITHFUL: tuple[tuple[str, ...] | None, ...] = ((), ("add", "add_"), None)
 
 
 def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
@@ -39,6 +46,7 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
         PlanError: the plan is empty, or names a unit that the model does not have.
         PruneError: a unit cannot be removed exactly; the reason is in the message. Or the model
             holds NaN or infinite numbers.
+        VerificationError: the result, run once, does not compute what the gated net computes.
     """
     every = gates(unwrap(model))
     if not plan.remove:
@@ -65,15 +73,14 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
 def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
-    state = state_of(model)
+    state = copy.copy(state_of(model))
     require_finite(model, PruneError)
     model = copy.deepcopy(model)
     for gate in gates(model, fixed=True).values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
-    state = copy.copy(state)
-    state.edits = list(state.edits)
-    with indexed_containers() as indexed:
-        graph = record(model, state.example_inputs, leaf=is_leaf)
+    with torch.no_grad():
+        for name in remove:
+            gates(model)[name].scale.zero_()
     if fuse:
         # A branch that counts nothing need not be computed, whether it was planned or not.
         remove += tuple(
@@ -81,7 +88,30 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
+    witness = Witness(model, state.example_inputs)
+    faithful = 0
+    while True:
+        with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
+            made, edits = _operated(copy.deepcopy(model), state, remove, fuse, faithful)
+        try:
+            witness.require_same(made)
+            break
+        except TrainingDiffersError:
+            if faithful == len(_FAITHFUL) - 1:
+                raise
+            faithful += 1
+    state.edits = [*state.edits, *edits]
+    _label(made, state, fuse)
+    return made
+
+
+def _operated(
+    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, faithful: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Carry the surgery out on ``model``, and return the net with the edits that made it."""
+    with indexed_containers() as indexed:
+        graph = record(model, state.example_inputs, leaf=is_leaf)
+    todo, kept, structure = _decide(model, graph, remove, fuse, indexed, faithful)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -96,19 +126,27 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
     model = apply_edits(model, structure)
-    state.edits += [_original_edit(e) for e in (*convs, *structure)]
-    _label(model, state, fuse)
-    return model
+    return model, [_original_edit(e) for e in (*convs, *structure)]
 
 
 def _decide(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, indexed: set[int]
+    model: nn.Module,
+    graph: Graph,
+    remove: tuple[str, ...],
+    fuse: bool,
+    indexed: set[int],
+    faithful: int,
 ) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
     """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
-    keep: frozenset[int] = frozenset()
+    ops = _FAITHFUL[faithful]
+    keep = frozenset(
+        n.index for n in graph.nodes if n.op != "gate" and (ops is None or n.op in ops)
+    )
+    pinned = values_in_training_code(graph) if ops is None else set()
     while True:
         try:
             todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
+            todo.pinned = pinned
             kept = tie_factors(model, todo, fuse)
             return todo, kept, tree_edits(model, todo)
         except MustStayError as again:

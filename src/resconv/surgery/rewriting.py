@@ -2,26 +2,31 @@
 
 A module that only passes its input on becomes an identity. Where a module's own forward has to
 change (two branches in one block, a functional activation), that forward is traced by torch.fx with
-every child as one call, and the operations are passed by; the trace is matched with the record by
-running it once.
+every child as one call, in eval and in training mode, and the operations are passed by; the trace in
+eval mode is matched with the record by running it once.
 """
 
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..analysis.graph import Graph, Ref
+from ..analysis.graph import Call, Graph, Ref
 from ..analysis.inputs import evaluating
 from ..analysis.recorder import record
 from ..errors import PruneError, TraceError
 from ..nn.gates import BranchGate, ResConv, is_leaf
 from .decisions import MustStayError, Surgery, original_path
-from .edits import digest, droppable, encode, trace_forward
+from .edits import droppable
 from .inplace import unsafe_writes
+from .modes import both_modes
+from .proof import trains_as_identity
+from .rewritten import of_user
+from .tracing import Trace, encode, leaves, template, trace_forward
 
 __all__ = ["tree_edits"]
 
@@ -42,15 +47,16 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         if any(call.path == p for p in identities):
             continue
-        if not isinstance(call.output, Ref) or len(call.args) != 1 or call.kwargs:
-            continue
-        if not isinstance(call.args[0], Ref) or call.output == call.args[0]:
+        module = call.module
+        read = _passed_on(call)
+        if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
         inside = [i for i in todo.bypassed if call.start <= i < call.end]
-        if not inside or todo.resolve(call.output.value) != todo.resolve(call.args[0].value):
+        if not inside or todo.resolve(call.output.value) != todo.resolve(read.value):
             continue
-        module = call.module
         if times[call.path] > 1 or names[id(module)] > 1 or _has_hooks(module):
+            continue
+        if not trains_as_identity(module, _fill(graph, read, _device(module))):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -106,6 +112,16 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     return edits + rewritten + appended
 
 
+def _passed_on(call: Call) -> Ref | None:
+    """Return the argument that an identity in the place of this call would return."""
+    if len(call.args) + len(call.kwargs) > 1 and not of_user(call.module):
+        return None
+    first: Any = call.args[0] if call.args else None
+    if not call.args and call.kwargs:
+        first = call.kwargs.get(next(iter(inspect.signature(call.module.forward).parameters)))
+    return first if isinstance(first, Ref) else None
+
+
 def _whole(graph: Graph, call: Any, index: int) -> bool:
     """Whether the call does nothing but this one operation."""
     nodes = [n for n in graph.nodes[call.start : call.end] if n.op != "empty"]
@@ -136,43 +152,36 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         raise refuse(f"it is called {len(calls)} times in one pass")
     if _has_hooks(module):
         raise refuse("it carries hooks")
+    if getattr(vars(module).get("forward"), "__self__", module) is not module:
+        raise refuse("its forward belongs to another object")
     call = calls[0]
     mine = graph.nodes[call.start : call.end]
     try:
         bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
-        given = set(bound.arguments)
-        bound.apply_defaults()
-        signature = dict(bound.arguments)
-        nested = {k for k, v in signature.items() if isinstance(v, tuple | list | dict) and v}
-        kinds = {k: p.kind for k, p in bound.signature.parameters.items()}
-        for k in nested:
-            if kinds[k] in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise refuse(f"it takes any number of arguments ({k})")
-        plain = {
-            k: encode(v, False)
-            for k, v in signature.items()
-            if k not in nested and not isinstance(v, Ref) and (k in given or v not in ((), {}))
-        }
-    except TypeError as error:
-        raise refuse(f"its arguments are not plain: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise refuse(f"its arguments do not fit its signature: {error}") from error
+    bound.apply_defaults()
+    given = dict(bound.arguments)
     why, found = "", None
-    # A size handed on as a tuple should stay free; where the forward decides by it, it is fixed.
-    for free in (True, False) if nested else (False,):
+    # A size that is handed on should stay free; where the code needs to know it, it is fixed.
+    for free in (True, False):
         try:
-            constants = plain | {k: encode(signature[k], free) for k in nested}
-            gm, branches, tags = _tagged(graph, module, signature, constants, nested)
+            constants = _constants(given, free)
+            form = _Form(graph, module, given, constants)
+            ran = form.ran()
         except Exception as error:
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
-        if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in tags]:
-            found = constants, gm, branches, tags
+        if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in ran]:
+            found = form, ran
             break
         why = why or "it does other things when it is traced"
     if found is None:
         raise refuse(why)
-    constants, gm, branches, tags = found
-    nodes = []
+    form, tags = found
+    nodes: list[list[Any]] = []
+    optional: set[str] = set()
     for index in indices:
         name = tags[index - call.start][1]
         if name is None:
@@ -182,14 +191,49 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
         nodes.append([name, todo.bypassed[index]])
-    edit = {
+        if index in todo.optional:
+            optional.add(name)
+    edit: dict[str, Any] = {
         "op": "bypass",
         "path": original_path(model, path),
-        "constants": constants,
+        "constants": form.constants,
         "nodes": nodes,
-        "code": digest(gm.graph),
     }
-    return edit | {"branches": branches} if branches else edit
+    try:
+        edit |= both_modes(form.trace, form.traced(training=True), nodes, optional)
+    except Exception as error:
+        line = str(error).partition(chr(10))[0][:160]
+        raise refuse(
+            "what it does in training mode cannot be kept "
+            f"({'' if isinstance(error, TraceError) else type(error).__name__ + ': '}{line})"
+        ) from error
+    edit["removed"] = _outermost(module, graph, call, edit["removed"])
+    return edit
+
+
+def _constants(given: dict[str, Any], free: bool) -> dict[str, Any]:
+    """Return the arguments that are no single free value, as plain data."""
+    every = {name: encode(value, free) for name, value in given.items()}
+    return {name: value for name, value in every.items() if value != {"free": True}}
+
+
+def _outermost(module: nn.Module, graph: Graph, call: Call, names: list[str]) -> list[str]:
+    """Return what of the named parts nobody else uses, with all its names within the module."""
+    prefix = f"{call.path}." if call.path else ""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    gone: list[str] = []
+    for name in names:
+        elsewhere = [
+            c
+            for c in graph.calls
+            if f"{c.path}.".startswith(f"{prefix}{name}.")
+            and not (call.start <= c.start and c.end <= call.end)
+        ]
+        if not elsewhere:
+            part = parts.get(name)
+            gone.append(name)
+            gone += [n for n, m in parts.items() if part is not None and m is part and n != name]
+    return [n for n in gone if not any(n.startswith(f"{other}.") for other in gone)]
 
 
 class _Tagging(fx.Interpreter):
@@ -200,73 +244,119 @@ class _Tagging(fx.Interpreter):
         return super().run_node(n)
 
 
-def _tagged(
-    graph: Graph,
-    module: nn.Module,
-    signature: dict[str, Any],
-    constants: dict[str, Any],
-    nested: set[str],
-) -> tuple[fx.GraphModule, list[bool], list[tuple[str, str | None]]]:
-    """Trace the module's own forward, and say which traced node ran each recorded operation."""
+class _Form:
+    """A module's own forward, traced with some of its arguments fixed."""
 
-    def fill(ref: Any, device: torch.device) -> Any:
-        if not isinstance(ref, Ref):
-            return ref
-        value = graph.values[ref.value]
-        # In memory as it was recorded: whether reshape copies, and which product Linear takes,
-        # depends on that.
-        size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
-        some = torch.rand(max(size, 1), device=device).to(value.dtype)
-        return some.as_strided(value.shape, value.stride)
+    def __init__(
+        self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
+        self.module, self.constants = module, constants
+        device = _device(module)
+        shapes = template(inspect.signature(module.forward), constants)
+        with torch.random.fork_rng(devices=[]):
+            self.values = [
+                _fill(graph, leaf, device)
+                for name, shape in shapes.items()
+                for leaf in leaves(shape, given.get(name, ()))
+            ]
+        self.trace = self.traced(training=False)
 
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    filled = {n: tree_map(lambda r: fill(r, device), v) for n, v in signature.items()}
-    ordered = list(filled.values())
-    known = {n: v for n, v in filled.items() if n not in nested}
-    for n in nested:
-        known |= {f"{n}_{i}": v for i, v in enumerate(tree_leaves(filled[n]), 1)}
-    traced, branches = trace_forward(module, constants, lambda node: _decide(module, node, known))
-    gm = fx.GraphModule(module, traced)
-    names = [n.target for n in traced.nodes if n.op == "placeholder"]
-    count = sum(len(tree_leaves(v)) if n in nested else 1 for n, v in signature.items())
-    if len(names) != count:
-        ordered = [t for t, n in zip(ordered, signature, strict=True) if n not in constants]
-    interpreter = _Tagging(gm)
+    def traced(self, *, training: bool) -> Trace:
+        return trace_forward(
+            self.module,
+            self.constants,
+            lambda node: _decide(self.module, node, self.values),
+            training=training,
+            keep=False,
+        )
 
-    class Runner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gm = gm
+    def ran(self) -> list[tuple[str, str | None]]:
+        """Return the operations that the trace runs, each with the name of its traced node."""
+        vars(self.module).update(self.trace.made)
+        interpreter = _Tagging(self.module, graph=self.trace.graph)
 
-        def forward(self, *args: Any) -> Any:
-            return interpreter.run(*args)
+        class Runner(nn.Module):
+            def __init__(self, module: nn.Module) -> None:
+                super().__init__()
+                self.module = module
 
-    seen = record(Runner(), tuple(ordered), leaf=is_leaf, tag=lambda: interpreter.current)
-    return gm, branches, [(n.op, n.tag) for n in seen.nodes]
+            def forward(self, *args: Any) -> Any:
+                return interpreter.run(*args)
+
+        try:
+            seen = record(
+                Runner(self.module),
+                tuple(self.values),
+                leaf=is_leaf,
+                tag=lambda: interpreter.current,
+            )
+        finally:
+            for name in self.trace.made:
+                delattr(self.module, name)
+        return [(n.op, n.tag) for n in seen.nodes]
 
 
-def _decide(module: nn.Module, condition: fx.Node, known: dict[str, Any]) -> bool:
-    """Return what a condition comes to on the recorded shapes.
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _fill(graph: Graph, leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Ref):
+        return leaf
+    value = graph.values[leaf.value]
+    # In memory as it was recorded: whether reshape copies, and which product Linear takes,
+    # depends on that.
+    size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
+    some = torch.rand(max(size, 1), device=device).to(value.dtype)
+    return some.as_strided(value.shape, value.stride)
+
+
+_NUMBERS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+
+
+class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to hand out a tensor's numbers, which the next input may not share."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.name.split("::")[-1] in _NUMBERS:
+            raise TraceError("it branches on the numbers in a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
+    """Return what a condition or a length comes to on the recorded shapes.
 
     Raises:
         TraceError: it depends on a tensor's numbers, which the next input may not share.
     """
+    places = [n for n in condition.graph.nodes if n.op == "placeholder"]
+    known = dict(zip(places, values, strict=True))
 
     def value(node: fx.Node) -> Any:
+        if node in known:
+            return known[node]
         args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-        if node.op == "placeholder":
-            return known[str(node.target)]
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(module)
-        if node.op == "call_module":
-            return module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+            known[node] = operator.attrgetter(str(node.target))(module)
+        elif node.op == "call_module":
+            called = module.get_submodule(str(node.target))
+            known[node] = type(called).__call__(called, *args, **kwargs)
+        else:
+            with _NoNumbers():  # type: ignore[no-untyped-call]
+                known[node] = _result(node, args, kwargs)
+        return known[node]
 
-    with evaluating(module):
+    with torch.random.fork_rng(devices=[]), evaluating(module):
         found = value(condition)
     if not isinstance(found, bool | int | float):
         raise TraceError(f"it branches on the numbers in a {type(found).__name__}")
-    return bool(found)
+    return found
+
+
+def _result(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

@@ -41,7 +41,7 @@ def verify(
     1e-10 for float64 nets, 1e-4 for float32, 5e-2 for half precision. Both are left as they were.
 
     Raises:
-        VerificationError: they disagree; the numbers are in the message.
+        VerificationError: they disagree (the numbers are in the message), or ``compact`` does not run.
         PlanError: the plan names a unit that ``model`` does not have.
     """
     model, compact = unwrap(model), unwrap(compact)
@@ -51,7 +51,12 @@ def verify(
         raise PlanError(f"The gated model has no unit named {', '.join(map(repr, unknown[:5]))}.")
     with zeroed(model, names):
         before = _outputs(model, example_inputs)
-    after = _outputs(compact, example_inputs)
+    try:
+        after = _outputs(compact, example_inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"The compact net does not run on these inputs ({type(error).__name__}: {error})."
+        ) from error
     return compare_outputs(before, after, tolerance=tolerance)
 
 

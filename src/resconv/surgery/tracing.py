@@ -1,0 +1,352 @@
+"""One module's own forward as a ``torch.fx`` graph, every module it calls being one call.
+
+What fx cannot know from the code alone (which way a branch on a size goes, how many items a tuple
+has) is decided by the caller, and the decision is asserted in the graph. Arguments are written as
+plain data: constants, and ``{"free": True}`` for what the next call may change.
+"""
+
+import hashlib
+import inspect
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import PruneError, TraceError
+
+__all__ = [
+    "FREE",
+    "OTHER_BRANCH",
+    "Trace",
+    "decode",
+    "digest",
+    "encode",
+    "leaves",
+    "pass_by",
+    "template",
+    "trace_forward",
+    "used",
+]
+
+Decide = Callable[[fx.Node], Any]
+FREE = object()  # a place in an argument that the next call fills
+OTHER_BRANCH = (
+    "This forward was rewritten by resconv for its example's size, and branches on it: convert and "
+    "prune with an example of the size that you run."
+)
+_RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "normal")
+_FACTORIES = (*_RANDOM, "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tensor")
+# While fx traces, it patches nn.Module; older versions of torch have no way to lift that meanwhile.
+_unpatched = getattr(fx._symbolic_trace, "_maybe_revert_all_patches", nullcontext)
+_FX = str(Path(fx.__file__).parent)
+
+
+@dataclass
+class Trace:
+    """A traced forward: ``decisions`` it took, and where in the code each operation stands."""
+
+    graph: fx.Graph
+    decisions: list[bool | int] = field(default_factory=list)
+    places: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)  # tensors that the code makes itself
+
+
+def encode(value: Any, free: bool) -> Any:
+    """Return an argument as plain data; with ``free`` its numbers are not fixed.
+
+    Whatever is neither plain nor a container of plain values is handed on as it comes.
+    """
+    if isinstance(value, tuple | torch.Size) and not hasattr(value, "_fields"):
+        return {"tuple": [encode(v, free) for v in value]}
+    if type(value) is list:
+        return [encode(v, free) for v in value]
+    if type(value) is dict and all(isinstance(k, str) and k.isidentifier() for k in value):
+        return {"dict": {k: encode(v, free) for k, v in value.items()}}
+    if isinstance(value, bool | str | type(None)):
+        return value
+    if isinstance(value, int | float) and not free:
+        return value
+    return {"free": True}
+
+
+def decode(value: Any) -> Any:
+    """Return what :func:`encode` wrote, with ``FREE`` where a value is to be filled in.
+
+    Raises:
+        PruneError: it is nothing that was written so.
+    """
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if isinstance(value, dict):
+        if value == {"free": True}:
+            return FREE
+        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
+            return tuple(decode(v) for v in value["tuple"])
+        if set(value) == {"dict"} and isinstance(value["dict"], dict):
+            return {k: decode(v) for k, v in value["dict"].items()}
+        raise PruneError(f"Not an argument: {str(value)[:100]}")
+    return value
+
+
+def template(signature: inspect.Signature, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return each parameter's argument: a tree of constants and ``FREE``.
+
+    Raises:
+        PruneError: a constant is malformed, or belongs to no parameter.
+    """
+    unknown = [name for name in constants if name not in signature.parameters]
+    if unknown:
+        raise PruneError(f"The forward takes no argument {unknown[0]!r}.")
+    absent: dict[Any, Any] = {
+        inspect.Parameter.VAR_POSITIONAL: (),
+        inspect.Parameter.VAR_KEYWORD: {},
+    }
+    return {
+        name: decode(constants[name]) if name in constants else absent.get(p.kind, FREE)
+        for name, p in signature.parameters.items()
+    }
+
+
+def leaves(shape: Any, value: Any) -> Iterator[Any]:
+    """Yield the parts of ``value`` that stand where ``shape`` is ``FREE``, in order."""
+    if shape is FREE:
+        yield value
+    elif isinstance(shape, tuple | list):
+        for s, v in zip(shape, value, strict=True):
+            yield from leaves(s, v)
+    elif isinstance(shape, dict):
+        for key, s in shape.items():
+            yield from leaves(s, value[key])
+
+
+def _filled(shape: Any, values: Iterator[Any]) -> Any:
+    if shape is FREE:
+        return next(values)
+    if isinstance(shape, tuple | list):
+        return type(shape)(_filled(s, values) for s in shape)
+    if isinstance(shape, dict):
+        return {k: _filled(s, values) for k, s in shape.items()}
+    return shape
+
+
+class _Sized(fx.Proxy):
+    """A proxy whose number of items may be asked for: it is decided, and asserted in the graph."""
+
+    def __len__(self) -> int:
+        return self.tracer.count(self)  # type: ignore[attr-defined, no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        return _SizedAttribute(self, name)
+
+
+class _SizedAttribute(fx.proxy.Attribute, _Sized):
+    pass
+
+
+class _OwnForward(fx.Tracer):
+    def __init__(self, arguments: dict[str, Any], decide: Decide) -> None:
+        super().__init__()
+        self.arguments, self.decide = arguments, decide
+        self.decisions: list[bool | int] = []
+        self.places: dict[str, tuple[Any, ...]] = {}
+        self.seen: dict[tuple[Any, ...], int] = {}
+        self.deciding = False
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        signature = inspect.signature(self.root.forward)
+        flat: list[Any] = []
+        bound = signature.bind_partial()
+        for name, shape in self.arguments.items():
+            count = sum(1 for _ in leaves(shape, _filled(shape, iter(lambda: None, 0))))
+            nested = shape is not FREE
+            names = [f"{name}_{i}" if nested else name for i in range(1, count + 1)]
+            proxies = [self.create_proxy("placeholder", n, (), {}) for n in names]
+            flat += proxies
+            bound.arguments[name] = _filled(shape, iter(proxies))
+
+        def own_forward(*_: Any) -> Any:
+            return self.root.forward(*bound.args, **bound.kwargs)
+
+        self.start = own_forward.__code__
+        return own_forward, flat
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Sized(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        place = self._place()
+        self.seen[place] = self.seen.get(place, 0) + 1
+        self.places[node.name] = (*place, self.seen[place])
+        return node
+
+    def _place(self) -> tuple[Any, ...]:
+        """Return where the code of the forward stands: its file, function and instruction."""
+        place = []
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not getattr(self, "start", None):
+            code = frame.f_code
+            if not code.co_filename.startswith(_FX):
+                place.append((code.co_filename, code.co_firstlineno, frame.f_lasti))
+            frame = frame.f_back  # type: ignore[assignment]
+        return tuple(place)
+
+    def to_bool(self, obj: Any) -> bool:
+        chosen = bool(self._decided(obj.node))
+        self.decisions.append(chosen)
+        self._hold(obj if chosen else self.create_proxy("call_function", operator.not_, (obj,), {}))
+        return chosen
+
+    def count(self, obj: Any) -> int:
+        """Return how many items the value has."""
+        size = self.create_proxy("call_function", len, (obj,), {})
+        number = int(self._decided(size.node))
+        self.decisions.append(number)
+        self._hold(self.create_proxy("call_function", operator.eq, (size, number), {}))
+        return number
+
+    def _decided(self, node: fx.Node) -> Any:
+        self.deciding = True
+        try:
+            with _unpatched():  # what the decision runs is no part of the graph
+                return self.decide(node)
+        finally:
+            self.deciding = False
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([obj[i] for i in range(self.count(obj))])
+
+    def _hold(self, condition: Any) -> None:
+        self.create_proxy("call_function", torch._assert, (condition, OTHER_BRANCH), {})
+
+
+def trace_forward(
+    module: nn.Module,
+    constants: dict[str, Any],
+    decide: Decide,
+    *,
+    training: bool = False,
+    keep: bool = True,
+) -> Trace:
+    """Trace the module's own forward, in eval mode or in training mode.
+
+    Arguments in ``constants`` (encoded) are fixed; ``decide`` returns what a condition or a length
+    comes to. Without ``keep``, tensors that the forward makes are not left on the module.
+
+    Raises:
+        TraceError: random numbers decide what the forward does.
+    """
+    tracer = _OwnForward(template(inspect.signature(module.forward), constants), decide)
+    modes = [(m, m.training) for m in module.modules()]
+    before = set(vars(module))
+    state = _random_state()
+    module.train(training)
+    try:
+        with _recorded_factories(tracer):
+            graph = tracer.trace(module)
+        if not _same_state(state, _random_state()):
+            raise TraceError("random numbers decide what it does")
+    finally:
+        _set_random_state(state)
+        for m, mode in modes:
+            m.training = mode
+        made = {name: vars(module)[name] for name in set(vars(module)) - before}
+        if not keep:
+            for name in made:
+                delattr(module, name)
+    # A graph is copied and pickled with its tracer's class, which nobody needs any more.
+    graph._tracer_cls = None
+    return Trace(graph, tracer.decisions, tracer.places, made)
+
+
+@contextmanager
+def _recorded_factories(tracer: _OwnForward) -> Iterator[None]:
+    """Let ``torch.rand(x.shape)`` and its like be operations of the graph."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def recorded(name: str, original: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if tracer.deciding:
+                return original(*args, **kwargs)
+            found: list[Any] = []
+            fx.node.map_aggregate(
+                (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
+            )
+            if found or name in _RANDOM:
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recorded(name, original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    return torch.get_rng_state(), random.getstate(), drawn
+
+
+def _same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and repr(a[2]) == repr(b[2])
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])
+
+
+def digest(graph: fx.Graph) -> str:
+    """Return a checksum of the operations in a graph."""
+    lines = [f"{n.op} {n.name} {n.target if n.op == 'call_module' else ''}" for n in graph.nodes]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
+    """Let each named operation return one of its arguments, and drop what nobody reads any more.
+
+    Raises:
+        PruneError: there is no such operation, or it passes no value on.
+    """
+    by_name = {n.name: n for n in graph.nodes}
+    read = {n for n in graph.nodes if n.users}
+    for name, argument in nodes:
+        node = by_name.get(name)
+        operands = [] if node is None else [*node.args, *node.kwargs.values()]
+        if node is None or not isinstance(argument, int) or len(operands) <= argument:
+            raise PruneError(f"The forward of {place!r} has no operation {name!r} to pass by.")
+        replacement = operands[argument]
+        if not isinstance(replacement, fx.Node):
+            raise PruneError(f"Operation {name!r} of {place!r} does not pass a value on.")
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+    # An operation nobody read from the start writes in place, or checks something: it stays.
+    for node in reversed(list(graph.nodes)):
+        if node in read and not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    graph.lint()
+
+
+def used(*graphs: fx.Graph) -> set[str]:
+    """Return the paths of modules, parameters and buffers that the graphs name."""
+    return {str(n.target) for g in graphs for n in g.nodes if n.op in ("call_module", "get_attr")}
