@@ -5,10 +5,12 @@
     drop      the identity at ``path`` is taken out of its ``nn.Sequential``
     clone     the module at ``path`` only copies its input (an in-place operation behind it would
               otherwise write into a value that is still needed)
+    copy      the same where a gradient is recorded, and nothing elsewhere (the value is needed in
+              the backward pass alone)
     outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
-              arguments; the module becomes a ``torch.fx.GraphModule`` of its own forward, with
+              arguments (a "clone" or a "copy" of it, where the edit says so); the module becomes a ``torch.fx.GraphModule`` of its own forward, with
               the branches on sizes taken as they were (``branches``)
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
@@ -48,6 +50,7 @@ _FIELDS = {
     "identity": {"path"},
     "drop": {"path"},
     "clone": {"path"},
+    "copy": {"path"},
     "outplace": {"path"},
     "children": {"path", "names"},
     "bypass": {"path", "constants", "nodes", "code"},
@@ -243,9 +246,9 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")
         module.inplace = False  # type: ignore[assignment]
         return module
-    if op == "clone":
+    if op in ("clone", "copy"):
         copying = fx.Graph()
-        copying.output(copying.call_method("clone", (copying.placeholder("x"),)))
+        copying.output(_copy(copying, copying.placeholder("x"), op))
         return fx.GraphModule(nn.Module(), copying, "Clone")
     if op == "conv":
         args = edit["args"]
@@ -290,6 +293,16 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     return _bypassed(module, edit)
 
 
+def _copy(graph: fx.Graph, x: fx.Node, op: str) -> fx.Node:
+    """Add a copy of ``x`` to the graph; with ``op="copy"`` only where it requires a gradient."""
+    if op == "clone":
+        return graph.call_method("clone", (x,))
+    dtype = graph.call_function(getattr, (x, "dtype"))
+    return graph.call_method(
+        "to", (x, dtype), {"copy": graph.call_function(getattr, (x, "requires_grad"))}
+    )
+
+
 def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     path = edit["path"]
     branches = list(edit.get("branches", ()))
@@ -304,13 +317,21 @@ def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         )
     by_name = {n.name: n for n in graph.nodes}
     read = {n for n in graph.nodes if n.users}
-    for name, argument in edit["nodes"]:
+    for name, argument, *copying in edit["nodes"]:
         node = by_name.get(name)
-        if node is None or not isinstance(argument, int) or len(node.args) <= argument:
+        if (
+            node is None
+            or not isinstance(argument, int)
+            or len(node.args) <= argument
+            or copying not in ([], ["clone"], ["copy"])
+        ):
             raise PruneError(f"The forward of {path!r} has no operation {name!r} to pass by.")
         replacement = node.args[argument]
         if not isinstance(replacement, fx.Node):
             raise PruneError(f"Operation {name!r} of {path!r} does not pass a value on.")
+        if copying:
+            with graph.inserting_before(node):
+                replacement = _copy(graph, replacement, *copying)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     # An operation nobody read from the start writes in place, or checks something: it stays.

@@ -54,12 +54,18 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
-    outplace, cloned = unsafe_writes(todo, identities, covered)
+    writes = unsafe_writes(todo, covered)
+    cloned = {
+        call.path: writes.copies[i]
+        for call in graph.calls
+        if call.path in identities
+        for i in writes.copies
+        if call.start <= i < call.end
+    }
     edits: list[dict[str, Any]] = [
-        {"op": "clone" if p in cloned else "identity", "path": original_path(model, p)}
-        for p in identities
+        {"op": cloned.get(p, "identity"), "path": original_path(model, p)} for p in identities
     ]
-    edits += [{"op": "outplace", "path": original_path(model, p)} for p in outplace]
+    edits += [{"op": "outplace", "path": original_path(model, p)} for p in writes.outplace]
     edits += [
         {"op": "multiply", "path": original_path(model, p), "factor": factor}
         for p, factor in todo.multiply.items()
@@ -82,7 +88,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     rewritten, stay = [], set()
     for path, indices in rest.items():
         try:
-            rewritten.append(_rewrite(model, todo, path, sorted(indices)))
+            rewritten.append(_rewrite(model, todo, path, sorted(indices), writes.copies))
         except PruneError:
             optional = todo.optional.intersection(indices)
             if not optional:
@@ -116,7 +122,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> dict[str, Any]:
+def _rewrite(
+    model: nn.Module, todo: Surgery, path: str, indices: list[int], copies: dict[int, str]
+) -> dict[str, Any]:
     """Return the edit that passes the operations by in the forward of the module at ``path``.
 
     Raises:
@@ -181,7 +189,8 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
         together = [call.start + i for i, tag in enumerate(tags) if tag[1] == name]
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
-        nodes.append([name, todo.bypassed[index]])
+        copying = [copies[index]] if index in copies else []
+        nodes.append([name, todo.bypassed[index], *copying])
     edit = {
         "op": "bypass",
         "path": original_path(model, path),
