@@ -138,7 +138,7 @@ _OUTPUT = {
     "tanh",
 }
 # Of what is overwritten autograd keeps a copy, or these formulas use the result instead.
-_OUTPUT_IN_PLACE = _OUTPUT | {"celu", "elu", "hardtanh", "leaky_relu", "rrelu", "selu", "threshold"}
+_OUTPUT_IN_PLACE = _OUTPUT | {"elu", "leaky_relu"}
 
 
 def kept_for_backward(graph: Graph, node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..analysis.graph import Call, Node, Ref, Value
 from ..analysis.saved import kept_for_backward
+from ..nn.gates import Multiply
 from .decisions import Surgery
 
 __all__ = ["Writes", "unsafe_writes"]
@@ -113,9 +114,11 @@ class _Memory:
         self.covered = covered
         copies = {i for i, kind in found.copies.items() if backward or kind == "clone"}
         every = [n for n in self.graph.nodes if n.index not in todo.dead]
-        self.alive = [
-            n for n in every if n.index not in todo.bypassed and n.index not in covered
-        ]
+        folded = {
+            n.index for n in every if todo.fuse and isinstance(n.call.module, Multiply)
+        }
+        gone = folded | covered | todo.bypassed.keys()
+        self.alive = [n for n in every if n.index not in gone]
         self.outplaced = {
             n.index for n in self.alive if n.writes and n.call.path in found.outplace
         }
@@ -126,6 +129,8 @@ class _Memory:
                 if node.index not in copies:
                     read = node.inputs[todo.bypassed[node.index]]
                     self.source[node.outputs[0]] = (read, node.index)
+            elif node.index in folded:
+                self.source[node.outputs[0]] = (node.inputs[0], None)
             elif node.index not in self.outplaced:
                 for made in node.outputs:
                     read_from = self._shared(node, made)
