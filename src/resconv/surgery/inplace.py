@@ -13,15 +13,18 @@ removed unit memory is shared as it was before, so the model's own writes stay a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..analysis.graph import Call, Node, Ref, Value
+from ..analysis.inputs import as_call, evaluating, to_device_of
 from ..analysis.saved import kept_for_backward
 from ..nn.gates import Multiply
 from .decisions import Surgery
+from .verification import relative_error
 
-__all__ = ["Writes", "unsafe_writes"]
+__all__ = ["Writes", "same_flow", "unsafe_writes"]
 
 # Autograd allows no write into one of several views that one operation made.
 _SEVERAL_VIEWS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
@@ -35,17 +38,52 @@ class Writes:
     copies: dict[int, str] = field(default_factory=dict)  # "clone", or "copy": for backward alone
 
 
-def unsafe_writes(todo: Surgery, covered: set[int]) -> Writes:
+def unsafe_writes(model: nn.Module, todo: Surgery, covered: set[int]) -> Writes:
     """Return what has to write or copy elsewhere; ``covered`` are the nodes within identities."""
+    found = _settled(todo, covered, set())
+    relied_on = _relied_on(model, todo, found.outplace)
+    return _settled(todo, covered, relied_on) if relied_on else found
+
+
+def _settled(todo: Surgery, covered: set[int], fixed: set[str]) -> Writes:
+    """Return what makes every write safe, with the modules in ``fixed`` as they are."""
     found = Writes()
     for call in _silent(todo, covered):
         memory = _Memory(todo, found, covered, backward=True)
         assert isinstance(call.args[0], Ref)
         if memory.removed(call.args[0].value) and call.path not in found.outplace:
             found.outplace.append(call.path)
-    while any([_settle(todo, found, covered, backward) for backward in (False, True)]):
-        pass
+    unsettled = True
+    while unsettled:
+        forward = _settle(todo, found, covered, fixed, backward=False)
+        unsettled = _settle(todo, found, covered, fixed, backward=True) or forward
     return found
+
+
+def _relied_on(model: nn.Module, todo: Surgery, paths: list[str]) -> set[str]:
+    """Return those modules whose write the net reads elsewhere than in what they return.
+
+    ``act(x); return x`` is such a net. The record shows one tensor in both places, so the modules
+    are tried out of place: all at once, and one by one if that changes the outputs.
+    """
+    state = getattr(model, "resconv_state", None)
+    if not paths or state is None:
+        return set()
+
+    def differs(some: list[str]) -> bool:
+        modules: list[Any] = [model.get_submodule(path) for path in some]
+        args, kwargs = as_call(to_device_of(model, state.example_inputs))
+        try:
+            for module in modules:
+                module.inplace = False
+            with evaluating(model):
+                out = model(*args, **kwargs)
+        finally:
+            for module in modules:
+                module.inplace = True
+        return relative_error(out, todo.graph.output) > 1e-6
+
+    return {path for path in paths if differs([path])} if differs(paths) else set()
 
 
 def _silent(todo: Surgery, covered: set[int]) -> Iterator[Call]:
@@ -56,12 +94,14 @@ def _silent(todo: Surgery, covered: set[int]) -> Iterator[Call]:
         if call.output != call.args[0] or not isinstance(call.output, Ref):
             continue
         maker = todo.graph.producer(call.output.value)
-        if maker is None or maker.index not in todo.dead:
-            if call.start not in covered or call.start - 1 not in covered:
-                yield call
+        inside = call.start in covered and call.start - 1 in covered
+        if not inside and (maker is None or maker.index not in todo.dead):
+            yield call
 
 
-def _settle(todo: Surgery, found: Writes, covered: set[int], backward: bool) -> bool:
+def _settle(
+    todo: Surgery, found: Writes, covered: set[int], fixed: set[str], backward: bool
+) -> bool:
     """Make the first unsafe write into each piece of memory safe; say whether there was one."""
     memory = _Memory(todo, found, covered, backward)
     touched: set[int] = set()
@@ -76,9 +116,10 @@ def _settle(todo: Surgery, found: Writes, covered: set[int], backward: bool) -> 
             touched.add(home)
             place = hazards[0][0]
             kind = "clone" if (place, "clone") in hazards else "copy"
-            module = write.call.module
-            if getattr(module, "inplace", None) is True and not _seen_elsewhere(todo, module):
-                found.outplace.append(write.call.path)
+            module, path = write.call.module, write.call.path
+            modal = getattr(module, "inplace", None) is True and path not in fixed
+            if modal and not _seen_elsewhere(todo, module):
+                found.outplace.append(path)
             else:
                 found.copies[place] = kind
     return bool(touched)
@@ -87,9 +128,7 @@ def _settle(todo: Surgery, found: Writes, covered: set[int], backward: bool) -> 
 def _seen_elsewhere(todo: Surgery, module: nn.Module) -> bool:
     """Whether what the module writes is read through another view of the same memory."""
     graph = todo.graph
-    written = {
-        v for n in graph.nodes if n.call.module is module and n.writes for v in n.outputs
-    }
+    written = {v for n in graph.nodes if n.call.module is module and n.writes for v in n.outputs}
     for node in graph.nodes:
         if node.op == "aliased_write" and written.intersection(node.inputs):
             written.update(node.outputs)
@@ -106,6 +145,23 @@ def _readers(todo: Surgery, value: int) -> list[Node]:
     ]
 
 
+def same_flow(ours: list[Node], theirs: list[Node]) -> bool:
+    """Whether two runs of the same operations read the same values among those they made.
+
+    They do not where a traced ``x += y``, which makes a new tensor, has to change an older name of x.
+    """
+    known: dict[int, int] = {}
+    made = {v for node in ours for v in node.outputs}
+    for one, other in zip(ours, theirs, strict=True):
+        if len(one.inputs) != len(other.inputs) or len(one.outputs) != len(other.outputs):
+            return False
+        pairs = zip(one.inputs, other.inputs, strict=True)
+        if any(v in made and known.get(v) != w for v, w in pairs):
+            return False
+        known.update(zip(one.outputs, other.outputs, strict=True))
+    return True
+
+
 class _Memory:
     """Which values share memory in the compact net, and through which removed operations."""
 
@@ -114,14 +170,10 @@ class _Memory:
         self.covered = covered
         copies = {i for i, kind in found.copies.items() if backward or kind == "clone"}
         every = [n for n in self.graph.nodes if n.index not in todo.dead]
-        folded = {
-            n.index for n in every if todo.fuse and isinstance(n.call.module, Multiply)
-        }
+        folded = {n.index for n in every if todo.fuse and isinstance(n.call.module, Multiply)}
         gone = folded | covered | todo.bypassed.keys()
         self.alive = [n for n in every if n.index not in gone]
-        self.outplaced = {
-            n.index for n in self.alive if n.writes and n.call.path in found.outplace
-        }
+        self.outplaced = {n.index for n in self.alive if n.writes and n.call.path in found.outplace}
         # value -> what it is in memory with, and the removed operation between them
         self.source: dict[int, tuple[int, int | None]] = {}
         for node in every:
@@ -198,9 +250,9 @@ class _Memory:
         way = self.removed(target)
         if way and (home in self.graph.inputs or (root.constant and root.producer is None)):
             yield way[0], "clone"  # the caller's own memory, or a parameter's
-        for value, place in self._way(target):
-            if place is not None and _overlaps(self.graph.values[value]):
-                yield place, "clone"
+        for value, removed in self._way(target):
+            if removed is not None and _overlaps(self.graph.values[value]):
+                yield removed, "clone"
 
     def _between(self, a: int, b: int) -> list[int]:
         """Return the removed operations that brought the two values into one memory."""

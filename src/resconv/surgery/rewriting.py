@@ -14,14 +14,14 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..analysis.graph import Graph, Ref
+from ..analysis.graph import Graph, Node, Ref
 from ..analysis.inputs import evaluating
 from ..analysis.recorder import record
 from ..errors import PruneError, TraceError
 from ..nn.gates import BranchGate, ResConv, is_leaf
 from .decisions import MustStayError, Surgery, original_path
 from .edits import digest, droppable, encode, trace_forward
-from .inplace import unsafe_writes
+from .inplace import same_flow, unsafe_writes
 
 __all__ = ["tree_edits"]
 
@@ -54,7 +54,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
-    writes = unsafe_writes(todo, covered)
+    writes = unsafe_writes(model, todo, covered)
     cloned = {
         call.path: writes.copies[i]
         for call in graph.calls
@@ -173,24 +173,29 @@ def _rewrite(
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
-        if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in tags]:
+        if [n.op.rstrip("_") for n in mine] != [n.op.rstrip("_") for n in tags]:
+            why = why or "it does other things when it is traced"
+        elif not same_flow(mine, tags):
+            why = why or "it writes into a tensor that it also reads under another name"
+        else:
             found = constants, gm, branches, tags
             break
-        why = why or "it does other things when it is traced"
     if found is None:
         raise refuse(why)
     constants, gm, branches, tags = found
     nodes = []
+    copied: dict[str, str] = {}
     for index in indices:
-        name = tags[index - call.start][1]
+        name = tags[index - call.start].tag
         if name is None:
             raise refuse("an operation has no name in the trace")
         # A hook's work, say, is part of the call it hangs on.
-        together = [call.start + i for i, tag in enumerate(tags) if tag[1] == name]
+        together = [call.start + i for i, n in enumerate(tags) if n.tag == name]
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
-        copying = [copies[index]] if index in copies else []
-        nodes.append([name, todo.bypassed[index], *copying])
+        nodes.append([name, todo.bypassed[index]])
+        if index in copies:
+            copied[name] = copies[index]
     edit = {
         "op": "bypass",
         "path": original_path(model, path),
@@ -198,6 +203,8 @@ def _rewrite(
         "nodes": nodes,
         "code": digest(gm.graph),
     }
+    if copied:
+        edit["copies"] = copied
     return edit | {"branches": branches} if branches else edit
 
 
@@ -215,8 +222,8 @@ def _tagged(
     signature: dict[str, Any],
     constants: dict[str, Any],
     nested: set[str],
-) -> tuple[fx.GraphModule, list[bool], list[tuple[str, str | None]]]:
-    """Trace the module's own forward, and say which traced node ran each recorded operation."""
+) -> tuple[fx.GraphModule, list[bool], list[Node]]:
+    """Trace the module's own forward, and return what it runs, tagged with the traced nodes."""
 
     def fill(ref: Any, device: torch.device) -> Any:
         if not isinstance(ref, Ref):
@@ -251,7 +258,7 @@ def _tagged(
             return interpreter.run(*args)
 
     seen = record(Runner(), tuple(ordered), leaf=is_leaf, tag=lambda: interpreter.current)
-    return gm, branches, [(n.op, n.tag) for n in seen.nodes]
+    return gm, branches, seen.nodes
 
 
 def _decide(module: nn.Module, condition: fx.Node, known: dict[str, Any]) -> bool:
