@@ -40,12 +40,25 @@ class Writes:
 
 def unsafe_writes(model: nn.Module, todo: Surgery, covered: set[int]) -> Writes:
     """Return what has to write or copy elsewhere; ``covered`` are the nodes within identities."""
-    found = _settled(todo, covered, set())
+    frozen = _frozen(model, todo)
+    found = _settled(todo, covered, frozen, set())
     relied_on = _relied_on(model, todo, found.outplace)
-    return _settled(todo, covered, relied_on) if relied_on else found
+    return _settled(todo, covered, frozen, relied_on) if relied_on else found
 
 
-def _settled(todo: Surgery, covered: set[int], fixed: set[str]) -> Writes:
+def _frozen(model: nn.Module, todo: Surgery) -> set[int]:
+    """Return the values that need no gradient, in a net in which others do."""
+    graph = todo.graph
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    moving = {v.index for v in graph.values if v.param in trained}
+    for node in graph.nodes:
+        inside = node.op == "gate" and any(p.requires_grad for p in node.call.module.parameters())
+        if inside or moving.intersection(node.inputs):
+            moving.update(node.outputs)
+    return {v.index for v in graph.values if v.index not in moving} if trained else set()
+
+
+def _settled(todo: Surgery, covered: set[int], frozen: set[int], fixed: set[str]) -> Writes:
     """Return what makes every write safe, with the modules in ``fixed`` as they are."""
     found = Writes()
     for call in _silent(todo, covered):
@@ -57,6 +70,10 @@ def _settled(todo: Surgery, covered: set[int], fixed: set[str]) -> Writes:
     while unsettled:
         forward = _settle(todo, found, covered, fixed, backward=False)
         unsettled = _settle(todo, found, covered, fixed, backward=True) or forward
+    for place in found.copies:
+        # What needs no gradient may be kept all the same, for that of a weight it meets.
+        if todo.graph.nodes[place].inputs[todo.bypassed[place]] in frozen:
+            found.copies[place] = "clone"
     return found
 
 
@@ -232,7 +249,7 @@ class _Memory:
                 if node.index > write.index or value in write.outputs:
                     continue
                 for place in self._between(target, value)[:1]:
-                    yield place, self._kind(node)
+                    yield place, "copy"
             yield from self._forbidden(target)
             return
         for value in self.members[home]:
@@ -267,10 +284,6 @@ class _Memory:
             maker = self.graph.producer(value)
             if place is not None and maker is not None and maker.op in _SEVERAL_VIEWS:
                 yield place, "clone"
-
-    def _kind(self, node: Node) -> str:
-        """Say whether only a value that requires a gradient is kept: not so beside a parameter."""
-        return "copy" if len(node.inputs) == 1 and node.op != "gate" else "clone"
 
 
 def _overlaps(value: Value) -> bool:
