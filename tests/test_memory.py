@@ -206,6 +206,62 @@ def test_what_only_the_backward_pass_needs_costs_nothing_without_it():
         assert compact.goes(x).data_ptr() != x.data_ptr()
 
 
+def test_behind_frozen_layers_it_is_copied_all_the_same():
+    # The parameter's gradient needs what the conv read, which needs none itself.
+    def after(net, y, kept):
+        return y.add_((kept * net.gain).flip(1))
+
+    net = Writer(torch.sin, after)
+    net.stem.requires_grad_(False)
+    _, compact = without_the_conv(net, images(), True)
+    compact.train()(images()).sum().backward()
+    assert compact.gain.grad.abs().sum() > 0
+
+
+class OtherNames(nn.Module):
+    """Reads what was written by the name that the tensor had before."""
+
+    def __init__(self, statement):
+        super().__init__()
+        self.stem, self.goes, self.also, self.head = conv(), conv(), conv(), conv()
+        self.act, self.statement = nn.SiLU(inplace=True), statement
+
+    def forward(self, x):
+        kept = torch.sigmoid(self.stem(x))
+        y = self.goes(kept)
+        if self.statement:
+            self.act(y)
+            return self.head(y)
+        older = y
+        y += self.also(kept)
+        return self.head(self.act(y) + older)
+
+
+@pytest.mark.parametrize("units", ["layers", "all"])
+@pytest.mark.parametrize("statement", [False, True])
+def test_what_is_read_by_an_older_name_is_kept_or_refused(statement, units):
+    x = images()
+    converted = resconv.convert(OtherNames(statement).double(), x, units=units)
+    removed = 0
+    for name, gate in resconv.gates(converted).items():
+        with torch.no_grad():
+            if gate.control is not None:
+                gate.control.fill_(1.0)
+            gate.scale.zero_()
+        plan = resconv.Plan((name,))
+        try:
+            compact = resconv.prune(converted, plan)
+        except resconv.PruneError as error:
+            assert "another name" in str(error)  # noqa: PT017
+        else:
+            resconv.verify(converted, compact, x)
+            compact.train()(x).sum().backward()
+            removed += 1
+        with torch.no_grad():
+            gate.scale.fill_(1.0)
+    assert removed
+
+
 def test_a_write_that_hurts_nothing_stays_in_place():
     net = Module(nn.ReLU(inplace=True))
     net.first = nn.Identity()  # a conv keeps nothing of what it made
