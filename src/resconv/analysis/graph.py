@@ -27,7 +27,10 @@ class Ref:
 
 @dataclass
 class Value:
-    """What one operation made. ``param`` is a parameter's or buffer's name, if it is one."""
+    """What one operation made. ``param`` is a parameter's or buffer's name, if it is one.
+
+    Values of one ``memory`` share it: views of one tensor, and what writes in place made of it.
+    """
 
     index: int
     shape: tuple[int, ...]
@@ -36,6 +39,7 @@ class Value:
     producer: int | None = None
     param: str | None = None
     constant: bool = False  # computed from parameters alone
+    memory: int = -1
 
 
 @dataclass
@@ -58,7 +62,10 @@ class Call:
 
 @dataclass
 class Node:
-    """One operation: ``op`` is the ATen name without its overload, or ``gate``."""
+    """One operation: ``op`` is the ATen name without its overload, or ``gate``.
+
+    ``writes`` are those of the inputs whose memory the operation overwrites.
+    """
 
     index: int
     op: str
@@ -69,6 +76,7 @@ class Node:
     call: Call
     macs: int = 0
     tag: str | None = None
+    writes: tuple[int, ...] = ()
 
 
 @dataclass

@@ -15,6 +15,7 @@ __all__ = [
     "as_batch",
     "as_call",
     "batch_size",
+    "copied",
     "evaluating",
     "tensors_in",
     "to_device_of",
@@ -36,8 +37,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that ``example_inputs`` stands for.
 
-    A tensor is the one argument, a tuple or list the positional ones, a dict the keyword ones.
+    A tensor is the one argument, a tuple or list the positional ones, a dict the keyword ones. The
+    tensors are copies: a net may write into its input, and the next run has to see the same one.
     """
+    example_inputs = copied(example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple | list):
@@ -48,6 +51,20 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"example_inputs is a {type(example_inputs).__name__}; "
         "give a tensor, a tuple of arguments or a dict of keyword arguments."
     )
+
+
+def copied(tree: Any) -> Any:
+    """Return the tree with a copy of every tensor in it; one tensor in two places stays one."""
+    made: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.detach().clone()
+        return made[id(leaf)]
+
+    return tree_map(copy, tree)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -105,6 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Tensors are kept alive, so that an id stays one tensor's for the whole pass.
         self.known: dict[int, tuple[Tensor, int]] = {}
         self.by_storage: dict[int, list[Tensor]] = {}
+        self.memories: dict[int, int] = {}
         self.param_names = {id(p): n for n, p in model.named_parameters()}
         self.param_names |= {id(b): n for n, b in model.named_buffers()}
 
@@ -190,6 +191,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor.dtype,
             producer,
             constant=constant,
+            memory=self.memories.setdefault(_storage(tensor), len(values)),
         )
         values.append(value)
         self._bind(tensor, value.index)
@@ -216,11 +218,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs: tuple[int, ...],
         call: Call,
         macs: int = 0,
+        writes: tuple[int, ...] = (),
     ) -> Node:
-        node = Node(
-            len(self.graph.nodes), op, args, kwargs, inputs, outputs, call, macs, self.tag()
-        )
-        self.graph.nodes.append(node)
+        nodes = self.graph.nodes
+        node = Node(len(nodes), op, args, kwargs, inputs, outputs, call, macs, self.tag(), writes)
+        nodes.append(node)
         for value in outputs:
             self.graph.values[value].producer = node.index
         return node
@@ -247,8 +249,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in _NO_VALUE or inputs:
             index = len(self.graph.nodes)
             made = tuple(self._new(t, index, constant) for t in tensors)
-            self._node(name, refs, kwrefs, inputs, made, self.stack[-1], macs)
-            if name not in _METADATA_WRITES:
+            writes = name not in _METADATA_WRITES
+            targets = [a.value for a in _written(func, refs, kwrefs, Ref)] if writes else []
+            self._node(name, refs, kwrefs, inputs, made, self.stack[-1], macs, tuple(targets))
+            if writes:
                 self._spread_write(func, args, kwargs)
         else:
             for tensor in tensors:
@@ -257,22 +261,29 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _spread_write(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """An in-place write reaches every tensor that shares the memory: give each a new value."""
-        for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            target = args[i] if i < len(args) else kwargs.get(argument.name)
-            for tensor in [t for t in tree_leaves(target) if isinstance(t, Tensor)]:
-                written = self._value(tensor)
-                for other in list(self.by_storage.get(_storage(tensor), ())):
-                    if other is tensor:
-                        continue
-                    if _geometry(other) == _geometry(tensor):
-                        self._bind(other, written)
-                    else:
-                        old = self._value(other)
-                        index = len(self.graph.nodes)
-                        new = self._new(other, index)
-                        self._node("aliased_write", (), {}, (written, old), (new,), self.stack[-1])
+        for tensor in _written(func, args, kwargs, Tensor):
+            written = self._value(tensor)
+            for other in list(self.by_storage.get(_storage(tensor), ())):
+                if other is tensor:
+                    continue
+                if _geometry(other) == _geometry(tensor):
+                    self._bind(other, written)
+                else:
+                    old = self._value(other)
+                    index = len(self.graph.nodes)
+                    new = self._new(other, index)
+                    self._node("aliased_write", (), {}, (written, old), (new,), self.stack[-1])
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], kind: type) -> list[Any]:
+    """Return those arguments of ``kind`` that the operation writes into, by its schema."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        target = args[i] if i < len(args) else kwargs.get(argument.name)
+        found += [leaf for leaf in tree_leaves(target) if isinstance(leaf, kind)]
+    return found
 
 
 def _storage(tensor: Tensor) -> int:

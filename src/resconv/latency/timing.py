@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..analysis.inputs import as_call, evaluating, to_device_of
+from ..analysis.inputs import as_call, copied, evaluating, to_device_of
 from ..errors import ExportError, MissingExtraError
 
 __all__ = [
@@ -89,10 +89,16 @@ def torch_runner(model: nn.Module, example_inputs: Any) -> Callable[[], Any]:
     """Return a call that runs ``model`` eagerly in eval mode (waiting for its device)."""
     args, kwargs = as_call(to_device_of(model, example_inputs))
     model.eval()
-    first = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-    cuda = first is not None and first.is_cuda
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    cuda = bool(inputs) and inputs[0].is_cuda
+    before, versions = copied(inputs), [t._version for t in inputs]
 
     def run() -> Any:
+        if [t._version for t in inputs] != versions:  # the net wrote into them
+            with torch.no_grad():
+                for tensor, own in zip(inputs, before, strict=True):
+                    tensor.copy_(own)
+            versions[:] = [t._version for t in inputs]
         with torch.inference_mode():
             out = model(*args, **kwargs)
             if cuda:

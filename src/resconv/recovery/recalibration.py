@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.inputs import unwrap
+from ..analysis.inputs import copied, unwrap
 from ..errors import DataError
 
 __all__ = ["recalibrate"]
@@ -78,6 +78,7 @@ def recalibrate(
 def _call(model: nn.Module, batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
         batch = batch[0]
+    batch = copied(batch)  # a net may write into its input
     if isinstance(batch, Tensor):
         return model(batch.to(device, non_blocking=True))
     if isinstance(batch, Mapping):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..analysis.branches import find_blocks
 from ..analysis.candidates import Candidate
 from ..analysis.graph import Graph
-from ..analysis.inputs import as_call, evaluating, to_device_of, unwrap
+from ..analysis.inputs import as_call, copied, evaluating, to_device_of, unwrap
 from ..analysis.layers import find_layers
 from ..analysis.recorder import record
 from ..errors import ConversionError
@@ -114,7 +114,7 @@ def convert(
     fresh = is_fresh(model)
     record_before = getattr(model, "resconv_record", None) or {}
     state = State(
-        example_inputs,
+        copied(example_inputs),  # a net that writes into its input may run on it meanwhile
         source=record_before.get("source") or getattr(model, "resconv_source", None),
         edits=copy.deepcopy(record_before.get("edits") or []),
     )

@@ -15,6 +15,7 @@ __all__ = ["MustStayError", "Surgery", "original_path"]
 @dataclass
 class Surgery:
     graph: Graph
+    fuse: bool = True  # whether the gates that stay become ordinary layers
     same_as: dict[int, int] = field(default_factory=dict)  # value -> value that takes its place
     bypassed: dict[int, int] = field(default_factory=dict)  # node -> position of what it passes on
     factors: dict[int, float] = field(default_factory=dict)  # passed-by node -> output over input

@@ -5,11 +5,14 @@
     drop      the identity at ``path`` is taken out of its ``nn.Sequential``
     clone     the module at ``path`` only copies its input (an in-place operation behind it would
               otherwise write into a value that is still needed)
+    copy      the same where a gradient is recorded, and nothing elsewhere (the value is needed in
+              the backward pass alone)
     outplace  the activation at ``path`` no longer writes in place, for the same reason
     children  the module at ``path`` runs only the named children of itself, in that order
     bypass    in the forward of the module at ``path``, the named operations return one of their
-              arguments (``training``: the same for its forward in training mode, where that is
-              another), with the branches on sizes taken as they were (``branches``); what is
+              arguments, or a copy of it ("clone", "copy": only where it requires a gradient), as
+              the third entry says (``training``: the same for its forward in training mode, where
+              that is another), with the branches on sizes taken as they were (``branches``); what is
               ``removed`` with them gives way to identities. See rewritten.py
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
@@ -49,6 +52,7 @@ _FIELDS = {
     "identity": {"path"},
     "drop": {"path"},
     "clone": {"path"},
+    "copy": {"path"},
     "outplace": {"path"},
     "children": {"path", "names"},
     "bypass": {"path", "constants", "nodes", "code"},
@@ -158,8 +162,8 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")
         module.inplace = False  # type: ignore[assignment]
         return module
-    if op == "clone":
-        return Clone()
+    if op in ("clone", "copy"):
+        return Clone(only_for_gradients=op == "copy")
     if op == "conv":
         args = edit["args"]
         if (

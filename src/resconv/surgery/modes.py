@@ -31,10 +31,10 @@ def both_modes(
     form: dict[str, Any] = {"nodes": [], "code": digest(training.graph)}
     if training.decisions:
         form["branches"] = training.decisions
-    for name, argument in nodes:
+    for name, argument, *copied in nodes:
         found = _counterpart(running, training, name, argument)
         if found is not None:
-            form["nodes"].append(list(found))
+            form["nodes"].append([*found, *copied])
         elif name not in optional:
             raise PruneError(f"{name} is not done the same way there")
     before = used(running.graph, training.graph)

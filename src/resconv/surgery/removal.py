@@ -38,7 +38,7 @@ def decide(
     Raises:
         PruneError: a unit cannot go; the message says why.
     """
-    todo = Surgery(graph, indexed=indexed or set())
+    todo = Surgery(graph, fuse=fuse, indexed=indexed or set())
     every = gates(model)
     paths = {m.unit or p: p for p, m in model.named_modules() if isinstance(m, Gate)}
     chosen = {paths[name]: name for name in remove}

@@ -15,14 +15,14 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..analysis.graph import Call, Graph, Ref
+from ..analysis.graph import Call, Graph, Node, Ref
 from ..analysis.inputs import evaluating
 from ..analysis.recorder import record
 from ..errors import PruneError, TraceError
 from ..nn.gates import BranchGate, ResConv, is_leaf
 from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
-from .inplace import unsafe_writes
+from .inplace import same_flow, unsafe_writes
 from .modes import both_modes
 from .proof import trains_as_identity
 from .rewritten import of_user
@@ -60,12 +60,18 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
-    outplace, cloned = unsafe_writes(todo, identities, covered)
+    writes = unsafe_writes(model, todo, covered)
+    cloned = {
+        call.path: writes.copies[i]
+        for call in graph.calls
+        if call.path in identities
+        for i in writes.copies
+        if call.start <= i < call.end
+    }
     edits: list[dict[str, Any]] = [
-        {"op": "clone" if p in cloned else "identity", "path": original_path(model, p)}
-        for p in identities
+        {"op": cloned.get(p, "identity"), "path": original_path(model, p)} for p in identities
     ]
-    edits += [{"op": "outplace", "path": original_path(model, p)} for p in outplace]
+    edits += [{"op": "outplace", "path": original_path(model, p)} for p in writes.outplace]
     edits += [
         {"op": "multiply", "path": original_path(model, p), "factor": factor}
         for p, factor in todo.multiply.items()
@@ -88,7 +94,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     rewritten, stay = [], set()
     for path, indices in rest.items():
         try:
-            rewritten.append(_rewrite(model, todo, path, sorted(indices)))
+            rewritten.append(_rewrite(model, todo, path, sorted(indices), writes.copies))
         except PruneError:
             optional = todo.optional.intersection(indices)
             if not optional:
@@ -132,7 +138,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> dict[str, Any]:
+def _rewrite(
+    model: nn.Module, todo: Surgery, path: str, indices: list[int], copies: dict[int, str]
+) -> dict[str, Any]:
     """Return the edit that passes the operations by in the forward of the module at ``path``.
 
     Raises:
@@ -173,24 +181,29 @@ def _rewrite(model: nn.Module, todo: Surgery, path: str, indices: list[int]) -> 
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
-        if [n.op.rstrip("_") for n in mine] == [op.rstrip("_") for op, _ in ran]:
+        if [n.op.rstrip("_") for n in mine] != [n.op.rstrip("_") for n in ran]:
+            why = why or "it does other things when it is traced"
+        elif not same_flow(mine, ran):
+            why = why or "it writes into a tensor that it also reads under another name"
+        else:
             found = form, ran
             break
-        why = why or "it does other things when it is traced"
     if found is None:
         raise refuse(why)
     form, tags = found
     nodes: list[list[Any]] = []
     optional: set[str] = set()
     for index in indices:
-        name = tags[index - call.start][1]
+        name = tags[index - call.start].tag
         if name is None:
             raise refuse("an operation has no name in the trace")
         # A hook's work, say, is part of the call it hangs on.
-        together = [call.start + i for i, tag in enumerate(tags) if tag[1] == name]
+        together = [call.start + i for i, n in enumerate(tags) if n.tag == name]
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
         nodes.append([name, todo.bypassed[index]])
+        if index in copies:
+            nodes[-1].append(copies[index])
         if index in todo.optional:
             optional.add(name)
     edit: dict[str, Any] = {
@@ -270,8 +283,8 @@ class _Form:
             keep=False,
         )
 
-    def ran(self) -> list[tuple[str, str | None]]:
-        """Return the operations that the trace runs, each with the name of its traced node."""
+    def ran(self) -> list[Node]:
+        """Return the operations that the trace runs, each tagged with the name of its traced node."""
         vars(self.module).update(self.trace.made)
         interpreter = _Tagging(self.module, graph=self.trace.graph)
 
@@ -293,7 +306,7 @@ class _Form:
         finally:
             for name in self.trace.made:
                 delattr(self.module, name)
-        return [(n.op, n.tag) for n in seen.nodes]
+        return seen.nodes
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -184,10 +184,17 @@ def _unpacking(arguments: dict[str, Any], place: str) -> tuple[list[str], list[s
 
 
 class Clone(nn.Module):
-    """Copies its input, which an in-place operation behind it would otherwise overwrite."""
+    """Copies its input, which an in-place operation behind it would otherwise overwrite.
+
+    With ``only_for_gradients``, where only the backward pass needs what would be overwritten.
+    """
+
+    def __init__(self, only_for_gradients: bool = False) -> None:
+        super().__init__()
+        self.only_for_gradients = only_for_gradients
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.clone()
+        return x.to(x.dtype, copy=x.requires_grad if self.only_for_gradients else True)
 
 
 class Factor(nn.Module):

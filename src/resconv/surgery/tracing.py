@@ -325,12 +325,14 @@ def digest(graph: fx.Graph) -> str:
 def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
     """Let each named operation return one of its arguments, and drop what nobody reads any more.
 
+    An entry is (name, position of the argument) or, where a copy of it is returned, with the kind of copy.
+
     Raises:
         PruneError: there is no such operation, or it passes no value on.
     """
     by_name = {n.name: n for n in graph.nodes}
     read = {n for n in graph.nodes if n.users}
-    for name, argument in nodes:
+    for name, argument, *copied in nodes:
         node = by_name.get(name)
         operands = [] if node is None else [*node.args, *node.kwargs.values()]
         if node is None or not isinstance(argument, int) or len(operands) <= argument:
@@ -338,6 +340,9 @@ def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
         replacement = operands[argument]
         if not isinstance(replacement, fx.Node):
             raise PruneError(f"Operation {name!r} of {place!r} does not pass a value on.")
+        if copied:
+            with graph.inserting_before(node):
+                replacement = _copy(graph, replacement, copied[0], place)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     # An operation nobody read from the start writes in place, or checks something: it stays.
@@ -345,6 +350,16 @@ def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
         if node in read and not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     graph.lint()
+
+
+def _copy(graph: fx.Graph, x: fx.Node, kind: Any, place: str) -> fx.Node:
+    if kind == "clone":
+        return graph.call_method("clone", (x,))
+    if kind != "copy":
+        raise PruneError(f"Not a copy of a value in the forward of {place!r}: {str(kind)[:100]}")
+    dtype = graph.call_function(getattr, (x, "dtype"))
+    needed = graph.call_function(getattr, (x, "requires_grad"))
+    return graph.call_method("to", (x, dtype), {"copy": needed})
 
 
 def used(*graphs: fx.Graph) -> set[str]:
