@@ -4,7 +4,6 @@ convert -> train with a Sparsifier -> plan -> prune -> verify -> save and export
 """
 
 from .analysis.counting import count as count
-from .analysis.listing import units as units
 from .errors import ResConvError as ResConvError
 from .latency.table import LatencyTable as LatencyTable
 from .latency.table import measure_latency as measure_latency
@@ -23,6 +22,7 @@ from .storage.exporting import export as export
 from .storage.store import load as load
 from .storage.store import save as save
 from .surgery.conversion import convert as convert
+from .surgery.conversion import units as units
 from .surgery.fusion import fuse as fuse
 from .surgery.pruning import leftovers as leftovers
 from .surgery.pruning import prune as prune

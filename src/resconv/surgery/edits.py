@@ -27,6 +27,7 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph, Ref
 from ..errors import PruneError
+from .state import set_submodule
 
 __all__ = [
     "CONV_GEOMETRY",
@@ -193,7 +194,7 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if op != "drop":
-        setattr(parent, name, new)
+        set_submodule(model, path, new)
         return model
     if not _is_plain_sequential(parent) or not isinstance(module, nn.Identity):
         raise PruneError(f"{path!r} is no identity in an nn.Sequential, so it cannot be taken out.")

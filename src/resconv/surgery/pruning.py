@@ -12,19 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..analysis.graph import Graph
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
 from ..nn.gates import BranchGate, Gate, gates, is_leaf
 from ..planning.plan import Plan
-from .decisions import MustStayError, Surgery, original_path
+from .decisions import original_path
 from .edits import apply_edits, indexed_containers
-from .factors import Kernel, absorb, tie_factors
+from .factors import absorb, kernels_of
 from .folding import conv_edit, fill_convs
-from .removal import decide
-from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
+from .trial import decisions
 
 __all__ = ["leftovers", "operate", "prune"]
 
@@ -81,7 +79,8 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
+    todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed)
+    kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -99,20 +98,6 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     state.edits += [_original_edit(e) for e in (*convs, *structure)]
     _label(model, state, fuse)
     return model
-
-
-def _decide(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], fuse: bool, indexed: set[int]
-) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
-    """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
-    keep: frozenset[int] = frozenset()
-    while True:
-        try:
-            todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
-            kept = tie_factors(model, todo, fuse)
-            return todo, kept, tree_edits(model, todo)
-        except MustStayError as again:
-            keep |= again.nodes  # grows each time: what is kept is not passed by again
 
 
 def _label(model: nn.Module, state: State, fuse: bool) -> None:

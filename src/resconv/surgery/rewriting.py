@@ -32,9 +32,6 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     times: dict[str, int] = {}
     for call in graph.calls:
         times[call.path] = times.get(call.path, 0) + 1
-    names: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        names[id(module)] = names.get(id(module), 0) + 1
     identities: list[str] = []
     covered: set[int] = set()
     for call in graph.calls:
@@ -50,7 +47,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         if not inside or todo.resolve(call.output.value) != todo.resolve(call.args[0].value):
             continue
         module = call.module
-        if times[call.path] > 1 or names[id(module)] > 1 or _has_hooks(module):
+        if times[call.path] > 1 or _has_hooks(module):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
