@@ -25,6 +25,7 @@ __all__ = [
 def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
     """Return a candidate for every residual addition of the recorded model."""
     found = []
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     for node in graph.nodes:
         if node.op not in ("add", "add_") or node.kwargs.get("alpha", 1) != 1:
             continue
@@ -34,7 +35,7 @@ def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
             v, w = node.args[short].value, node.args[branch].value
             region = branch_region(graph, v, w)
             if region is not None:
-                found.append(_block(model, graph, node, v, w, region))
+                found.append(_block(model, graph, node, v, w, region, sizes))
                 break
     return _with_names(found, graph)
 
@@ -72,7 +73,13 @@ def branch_region(graph: Graph, v: int, w: int) -> list[Node] | None:
 
 
 def _block(
-    model: nn.Module, graph: Graph, add: Node, v: int, w: int, region: list[Node]
+    model: nn.Module,
+    graph: Graph,
+    add: Node,
+    v: int,
+    w: int,
+    region: list[Node],
+    sizes: dict[str, int],
 ) -> Candidate:
     inside = {n.index for n in region}
     macs = sum(n.macs for n in region)
@@ -83,8 +90,7 @@ def _block(
         if n.op == "gate"
         for p, _ in n.call.module.named_parameters()
     }
-    by_name = dict(model.named_parameters())
-    num_params = sum(by_name[p].numel() for p in params if p in by_name)
+    num_params = sum(sizes.get(p, 0) for p in params)
     reason = None
     for n in region:
         for value in n.outputs:

@@ -128,6 +128,12 @@ def weight_values(node: Node) -> tuple[int | None, int | None]:
 
 def kind(graph: Graph, node: Node) -> str:
     """Classify a node; see the module's header."""
+    if node.index not in graph.kinds:
+        graph.kinds[node.index] = _kind(graph, node)
+    return graph.kinds[node.index]
+
+
+def _kind(graph: Graph, node: Node) -> str:
     op = node.op.removesuffix("_") if node.op.endswith("_") else node.op
     data = [v for v in node.inputs if not graph.values[v].constant]
     if not data:

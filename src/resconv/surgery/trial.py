@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..analysis.branches import find_blocks
+from ..analysis.candidates import Candidate
 from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import Gate, gates
@@ -25,7 +27,13 @@ __all__ = ["decisions", "unabsorbed", "why_refused"]
 
 
 def decisions(
-    model: nn.Module, graph: Graph, remove: tuple[str, ...], *, fuse: bool, indexed: set[int]
+    model: nn.Module,
+    graph: Graph,
+    remove: tuple[str, ...],
+    *,
+    fuse: bool,
+    indexed: set[int],
+    blocks: list[Candidate] | None = None,
 ) -> tuple[Surgery, list[dict[str, Any]]]:
     """Return what becomes of every value once the units are gone, and the edits of the tree.
 
@@ -35,7 +43,9 @@ def decisions(
     keep: frozenset[int] = frozenset()
     while True:
         try:
-            todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
+            todo = decide(
+                model, graph, remove, fuse=fuse, keep=keep, indexed=indexed, blocks=blocks
+            )
             tie_factors(todo, fuse)
             return todo, tree_edits(model, todo)
         except MustStayError as again:
@@ -49,32 +59,34 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
     and together.
     """
     every = tuple(gates(model))
+    controls = [g.control for g in gates(model).values() if g.control is not None]
+    blocks = find_blocks(model, graph)
     refused: dict[str, str] = {}
 
     def attempt(names: Iterable[str], low: float, high: float, fuse: bool = True) -> str | None:
         names = tuple(n for n in names if n not in refused)
-        with _controls(model, low, high):
-            return _why_not(model, graph, names, fuse, indexed) if names else None
+        with _between(controls, low, high):
+            return _why_not(model, graph, names, fuse, indexed, blocks) if names else None
 
     for name in every:
         if (reason := attempt([name], 0.5, 1.0)) is not None:
             refused[name] = reason
-    sets = [every, every[::2], every[1::2]]
-    for names, fuse in [(names, fuse) for names in sets for fuse in (True, False)]:
-        for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0)):
-            while attempt(names, low, high, fuse) is not None:
-                free = [n for n in names if n not in refused]
-                # The first that those before it leave no way out.
-                good, bad = 0, len(free)
-                while bad - good > 1:
-                    middle = (good + bad) // 2
-                    if attempt(free[:middle], low, high, fuse) is None:
-                        good = middle
-                    else:
-                        bad = middle
-                reason = attempt(free[:bad], low, high, fuse)
-                assert reason is not None
-                refused[free[bad - 1]] = f"it cannot go together with other units: {reason}"
+    trials = [(every, low, high, True) for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0))]
+    trials += [(names, 0.5, 1.0, False) for names in (every, every[::2], every[1::2])]
+    for names, low, high, fuse in trials:
+        while attempt(names, low, high, fuse) is not None:
+            free = [n for n in names if n not in refused]
+            # The first that those before it leave no way out.
+            good, bad = 0, len(free)
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                if attempt(free[:middle], low, high, fuse) is None:
+                    good = middle
+                else:
+                    bad = middle
+            reason = attempt(free[:bad], low, high, fuse)
+            assert reason is not None
+            refused[free[bad - 1]] = f"it cannot go together with other units: {reason}"
     return refused
 
 
@@ -93,10 +105,15 @@ def unabsorbed(model: nn.Module, graph: Graph, remove: tuple[str, ...]) -> list[
 
 
 def _why_not(
-    model: nn.Module, graph: Graph, names: tuple[str, ...], fuse: bool, indexed: set[int]
+    model: nn.Module,
+    graph: Graph,
+    names: tuple[str, ...],
+    fuse: bool,
+    indexed: set[int],
+    blocks: list[Candidate],
 ) -> str | None:
     try:
-        decisions(model, graph, names, fuse=fuse, indexed=indexed)
+        decisions(model, graph, names, fuse=fuse, indexed=indexed, blocks=blocks)
     except ResConvError as error:
         return str(error).rstrip(".")
     except Exception as error:
@@ -106,16 +123,15 @@ def _why_not(
 
 
 @contextmanager
-def _controls(model: nn.Module, low: float, high: float) -> Iterator[None]:
-    """Give all controls values in a range for the time of the block, no two the same in it."""
-    held = [g.control for g in gates(model).values() if g.control is not None]
-    before = [c.detach().clone() for c in held]
+def _between(controls: list[nn.Parameter], low: float, high: float) -> Iterator[None]:
+    """Give the controls values in a range for the time of the block, no two the same in it."""
+    before = [c.item() for c in controls]
     try:
         with torch.no_grad():
-            for i, control in enumerate(held):
-                control.fill_(low + (high - low) * (i + 1) / (len(held) + 1))
+            for i, control in enumerate(controls):
+                control.fill_(low + (high - low) * (i + 1) / (len(controls) + 1))
         yield
     finally:
         with torch.no_grad():
-            for control, value in zip(held, before, strict=True):
-                control.copy_(value)
+            for control, value in zip(controls, before, strict=True):
+                control.fill_(value)
