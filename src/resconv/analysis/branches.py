@@ -1,4 +1,4 @@
-"""Residual branches, found in a record: additions ``v + F(v)``.
+"""Residual branches, found in a record: additions ``v + F(v)``, ``v + a F(v)`` and ``v - a F(v)``.
 
 Everything between ``v`` and the addition depends on ``v`` alone and is read by nobody else, so without it
 the addition is the identity. Nothing here looks at the class of a block.
@@ -27,9 +27,9 @@ def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
     found = []
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     for node in graph.nodes:
-        if node.op not in ("add", "add_") or node.kwargs.get("alpha", 1) != 1:
+        if node.op not in ("add", "add_", "sub", "sub_") or len(node.args) < 2:
             continue
-        if len(node.args) < 2 or not all(isinstance(a, Ref) for a in node.args[:2]):
+        if not all(isinstance(a, Ref) for a in node.args[:2]):
             continue
         for short, branch in ((0, 1), (1, 0)):
             v, w = node.args[short].value, node.args[branch].value
@@ -91,8 +91,8 @@ def _block(
         for p, _ in n.call.module.named_parameters()
     }
     num_params = sum(sizes.get(p, 0) for p in params)
-    reason = None
-    for n in region:
+    reason = _why_not_left(add, v)
+    for n in region if reason is None else ():
         for value in n.outputs:
             outside = [u for u in graph.users.get(value, []) if u.index not in inside]
             outside = [u for u in outside if u is not add or value != w]
@@ -105,6 +105,17 @@ def _block(
         reason = "no module at the branch's end whose output can be scaled"
     unit = Unit(add.call.path, "block", macs, num_params, reason is None, reason)
     return Candidate(unit, gate=gate, add=add.index, value=v, nodes=frozenset(inside))
+
+
+def _why_not_left(add: Node, v: int) -> str | None:
+    """Return why ``v`` is not what the addition comes to without its other summand, or None."""
+    if add.args[0] == Ref(v):
+        return None
+    factor = add.kwargs.get("alpha", 1)
+    factor = -factor if add.op.startswith("sub") else factor
+    if factor == 1:
+        return None
+    return f"without the branch {factor:g} times its input would be left, not the input"
 
 
 def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Node) -> str:

@@ -26,6 +26,7 @@ gradients waits for every parameter, nor in code from ``torch.compile``.
 
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import BranchGate, Gate, ResConv, gates
-from ..planning.budget import Budget
+from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
 from .importance import Scores
 from .outcome import Outcome, Snapshot
@@ -105,6 +106,8 @@ class Sparsifier:
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
         if not strength >= 0 or not math.isfinite(strength):
             raise BudgetError(f"strength={strength!r}: give a number from 0 up.")
+        if target is not None:
+            require_budget(target, "target")
         self.shared = is_shared(model) if shared is None else shared and are_several()
         self.model = unwrap(model)
         self.gates = gates(self.model)
@@ -130,6 +133,10 @@ class Sparsifier:
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
+        # What several norms share cannot go into the scale of one of them.
+        tied = _tied(self.model)
+        every = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
+        self._normed = [(g, n) for g, n in every if not {id(n.weight), id(n.bias)} & tied]
         self.latency = latency
         self._untimed = False
         self._example_inputs = example_inputs
@@ -259,7 +266,7 @@ class Sparsifier:
     @torch.no_grad()
     def _normalise(self) -> None:
         """Put the size of every normalised branch into its scale; the function stays the same."""
-        found = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
+        found = self._normed
         if not found:
             return
         weights = [n.weight for _, n in found]
@@ -449,3 +456,9 @@ def _affine(gate: Gate) -> Any:
         return None
     weight: Tensor | None = norm.weight
     return None if weight is None or norm.bias is None else norm
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules hold."""
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    return {held for held, times in holders.items() if times > 1}
