@@ -23,7 +23,7 @@ from .factors import tie_factors
 from .removal import decide
 from .rewriting import tree_edits
 
-__all__ = ["decisions", "unabsorbed", "why_refused"]
+__all__ = ["decisions", "generic", "unabsorbed", "why_refused"]
 
 
 def decisions(
@@ -65,7 +65,7 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
 
     def attempt(names: Iterable[str], low: float, high: float, fuse: bool = True) -> str | None:
         names = tuple(n for n in names if n not in refused)
-        with _between(controls, low, high):
+        with generic(controls, low, high):
             return _why_not(model, graph, names, fuse, indexed, blocks) if names else None
 
     for name in every:
@@ -123,7 +123,7 @@ def _why_not(
 
 
 @contextmanager
-def _between(controls: list[nn.Parameter], low: float, high: float) -> Iterator[None]:
+def generic(controls: list[nn.Parameter], low: float = 0.5, high: float = 1.0) -> Iterator[None]:
     """Give the controls values in a range for the time of the block, no two the same in it."""
     before = [c.item() for c in controls]
     try:
