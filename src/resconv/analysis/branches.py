@@ -152,6 +152,8 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
                 isinstance(model.get_submodule(p), BranchGate) for p in _parents(candidate.path)
             ):
                 continue
+            if is_plain_norm(candidate.module) and _is_tied(model, candidate.module):
+                continue  # a scale in its weight would scale the other norm as well
             if why_untouchable(model, graph, candidate.path) is None and not isinstance(
                 candidate.module, ResConv
             ):
@@ -165,6 +167,12 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
         if len(data) != 1 or any(u is not node for u in graph.users.get(data[0], [])):
             return ""
         value = data[0]
+
+
+def _is_tied(model: nn.Module, module: nn.Module) -> bool:
+    own = {id(p) for p in module.parameters(recurse=False)}
+    holders = (m for m in model.modules() if m is not module)
+    return any(id(p) in own for m in holders for p in m._parameters.values())
 
 
 def _parents(path: str) -> Iterator[str]:

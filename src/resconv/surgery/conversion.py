@@ -32,6 +32,7 @@ from ..errors import ConversionError, TraceError
 from ..nn.gates import Gate, is_leaf
 from .edits import indexed_containers
 from .insertion import is_fresh, with_gates
+from .merging import merge_branches, warn_of_branches
 from .state import State, require_finite
 from .trial import why_refused
 from .verification import relative_error
@@ -47,6 +48,7 @@ def convert(
     start: str = "keep",
     shortcut: str = "removable",
     filter: Callable[[str, nn.Module], bool] | None = None,
+    reparameterize: bool = False,
 ) -> nn.Module:
     """Return a copy of ``model`` in training form; ``model`` is left as it was.
 
@@ -61,6 +63,9 @@ def convert(
             padding), with the identity strided, cut or padded with zero channels. These fuse as
             exactly, and stay: ``gates`` and plans leave them out, ``units`` says why.
         filter: ``filter(name, module) -> bool``; a unit for which it is false stays ordinary.
+        reparameterize: merge branches that are for training alone first, by the modules' own
+            methods (RepVGG, MobileOne, ...). Without it they get a warning: nobody deploys such a
+            net as it stands.
 
     Raises:
         ConversionError: there is nothing to convert (the reasons are listed), or the outputs
@@ -88,6 +93,11 @@ def convert(
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
     found = _find(model, example_inputs)
+    if reparameterize:
+        model = merge_branches(model, found.graph, example_inputs)
+        found = _find(model, example_inputs)
+    else:
+        warn_of_branches(found.graph)
     if not found.graph.outputs:
         raise ConversionError(
             f"{type(model).__name__} returns no tensor, so nothing can be checked."
@@ -119,6 +129,7 @@ def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
     """
     model = unwrap(model)
     found = _find(model, example_inputs)
+    warn_of_branches(found.graph)
     listed = {id(c): c.unit for c in found.every}
     if not any(isinstance(m, Gate) for m in model.modules()):
         try:

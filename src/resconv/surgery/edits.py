@@ -12,6 +12,7 @@
               the branches on sizes taken as they were (``branches``)
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
+    merge     the module at ``path`` merges its training-time branches, by its own method
 
 Replaying runs nothing but this file and the constructors named in it.
 """
@@ -27,6 +28,7 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph, Ref
 from ..errors import PruneError
+from .merging import merged
 from .state import set_submodule
 
 __all__ = [
@@ -54,6 +56,7 @@ _FIELDS = {
     "bypass": {"path", "constants", "nodes", "code"},
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
+    "merge": {"path"},
 }
 _OPTIONAL = {"_original", "branches"}
 CONV_GEOMETRY = (
@@ -239,6 +242,8 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         return nn.Identity()
     if op == "drop":
         return module
+    if op == "merge":
+        return merged(module, path)
     if op == "outplace":
         if not isinstance(getattr(module, "inplace", None), bool):
             raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")
