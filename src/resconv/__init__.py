@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .analysis.counting import count as count
-    from .analysis.listing import units as units
     from .errors import ResConvError as ResConvError
     from .latency.table import LatencyTable as LatencyTable
     from .latency.table import measure_latency as measure_latency
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from .storage.store import load as load
     from .storage.store import save as save
     from .surgery.conversion import convert as convert
+    from .surgery.conversion import units as units
     from .surgery.fusion import fuse as fuse
     from .surgery.pruning import leftovers as leftovers
     from .surgery.pruning import prune as prune
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 # The same, for the interpreter; a test holds the two lists together.
 _HOMES = {
     "analysis.counting": ("count",),
-    "analysis.listing": ("units",),
     "errors": ("ResConvError",),
     "latency.table": ("LatencyTable", "measure_latency"),
     "nn.gates": ("copy_zeros", "gates"),
@@ -52,7 +51,7 @@ _HOMES = {
     "selection.sparsifier": ("Sparsifier",),
     "storage.exporting": ("export",),
     "storage.store": ("load", "save"),
-    "surgery.conversion": ("convert",),
+    "surgery.conversion": ("convert", "units"),
     "surgery.fusion": ("fuse",),
     "surgery.pruning": ("leftovers", "prune"),
     "surgery.verification": ("verify",),

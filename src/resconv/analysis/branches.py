@@ -1,4 +1,4 @@
-"""Residual branches, found in a record: additions ``v + F(v)``.
+"""Residual branches, found in a record: additions ``v + F(v)``, ``v + a F(v)`` and ``v - a F(v)``.
 
 Everything between ``v`` and the addition depends on ``v`` alone and is read by nobody else, so without it
 the addition is the identity. Nothing here looks at the class of a block.
@@ -25,16 +25,17 @@ __all__ = [
 def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
     """Return a candidate for every residual addition of the recorded model."""
     found = []
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     for node in graph.nodes:
-        if node.op not in ("add", "add_") or node.kwargs.get("alpha", 1) != 1:
+        if node.op not in ("add", "add_", "sub", "sub_") or len(node.args) < 2:
             continue
-        if len(node.args) < 2 or not all(isinstance(a, Ref) for a in node.args[:2]):
+        if not all(isinstance(a, Ref) for a in node.args[:2]):
             continue
         for short, branch in ((0, 1), (1, 0)):
             v, w = node.args[short].value, node.args[branch].value
             region = branch_region(graph, v, w)
             if region is not None:
-                found.append(_block(model, graph, node, v, w, region))
+                found.append(_block(model, graph, node, v, w, region, sizes))
                 break
     return _with_names(found, graph)
 
@@ -72,7 +73,13 @@ def branch_region(graph: Graph, v: int, w: int) -> list[Node] | None:
 
 
 def _block(
-    model: nn.Module, graph: Graph, add: Node, v: int, w: int, region: list[Node]
+    model: nn.Module,
+    graph: Graph,
+    add: Node,
+    v: int,
+    w: int,
+    region: list[Node],
+    sizes: dict[str, int],
 ) -> Candidate:
     inside = {n.index for n in region}
     macs = sum(n.macs for n in region)
@@ -83,10 +90,9 @@ def _block(
         if n.op == "gate"
         for p, _ in n.call.module.named_parameters()
     }
-    by_name = dict(model.named_parameters())
-    num_params = sum(by_name[p].numel() for p in params if p in by_name)
-    reason = None
-    for n in region:
+    num_params = sum(sizes.get(p, 0) for p in params)
+    reason = _why_not_left(add, v)
+    for n in region if reason is None else ():
         for value in n.outputs:
             outside = [u for u in graph.users.get(value, []) if u.index not in inside]
             outside = [u for u in outside if u is not add or value != w]
@@ -99,6 +105,17 @@ def _block(
         reason = "no module at the branch's end whose output can be scaled"
     unit = Unit(add.call.path, "block", macs, num_params, reason is None, reason)
     return Candidate(unit, gate=gate, add=add.index, value=v, nodes=frozenset(inside))
+
+
+def _why_not_left(add: Node, v: int) -> str | None:
+    """Return why ``v`` is not what the addition comes to without its other summand, or None."""
+    if add.args[0] == Ref(v):
+        return None
+    factor = add.kwargs.get("alpha", 1)
+    factor = -factor if add.op.startswith("sub") else factor
+    if factor == 1:
+        return None
+    return f"without the branch {factor:g} times its input would be left, not the input"
 
 
 def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Node) -> str:
@@ -135,6 +152,8 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
                 isinstance(model.get_submodule(p), BranchGate) for p in _parents(candidate.path)
             ):
                 continue
+            if is_plain_norm(candidate.module) and _is_tied(model, candidate.module):
+                continue  # a scale in its weight would scale the other norm as well
             if why_untouchable(model, graph, candidate.path) is None and not isinstance(
                 candidate.module, ResConv
             ):
@@ -148,6 +167,12 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
         if len(data) != 1 or any(u is not node for u in graph.users.get(data[0], [])):
             return ""
         value = data[0]
+
+
+def _is_tied(model: nn.Module, module: nn.Module) -> bool:
+    own = {id(p) for p in module.parameters(recurse=False)}
+    holders = (m for m in model.modules() if m is not module)
+    return any(id(p) in own for m in holders for p in m._parameters.values())
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -56,13 +56,10 @@ def why_untouchable(model: nn.Module, graph: Graph, path: str) -> str | None:
     """Return why the module at ``path`` cannot be replaced by another, or None."""
     module = model.get_submodule(path)
     calls = graph.calls_of(path)
-    paths = graph.places(model, module)
     if not calls:
         return f"{path} is never called as a module (its parameters are used by other code)"
     if len(calls) > 1:
         return f"{path} is called {len(calls)} times in one forward pass"
-    if len(paths) > 1:
-        return f"the same module stands at {len(paths)} places: {', '.join(paths[:3])}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return f"{path} carries a hook, which would be lost"
     parametrized = getattr(module, "parametrizations", None)

@@ -93,6 +93,8 @@ class Graph:
     # are among the outputs, too.
     exposed: set[int] = field(default_factory=set)
 
+    kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
+
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None
         self._calls_of: dict[str, list[Call]] | None = None

@@ -114,21 +114,42 @@ def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def batch_size(example_inputs: Any) -> int:
-    """Return the first dimension of the first example tensor (1 when it has none)."""
-    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
-    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+    """Return the first dimension of the first example tensor (1 when it has none).
+
+    Where the model takes a list of images (C, H, W), it is the number of images.
+    """
+    args, kwargs = as_call(example_inputs)
+    for argument in (*args, *kwargs.values()):
+        if _is_list_of_images(argument):
+            return len(argument)
+        tensors = [t for t in tree_leaves(argument) if isinstance(t, Tensor)]
+        if tensors:
+            return int(tensors[0].shape[0]) if tensors[0].ndim else 1
+    return 1
+
+
+def _is_list_of_images(argument: Any) -> bool:
+    return (
+        isinstance(argument, list | tuple)
+        and bool(argument)
+        and all(isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in argument)
+    )
 
 
 def as_batch(example_inputs: Any, size: int) -> Any:
-    """Repeat (or cut) the example tensors to another batch size.
+    """Repeat (or cut) the example tensors, or a list of images, to another batch size.
 
-    Those whose first dimension is not the batch stay as they are.
+    Tensors whose first dimension is not the batch stay as they are.
     """
     batch = batch_size(example_inputs)
 
     def repeat(t: Any) -> Any:
+        if t is not example_inputs and _is_list_of_images(t):
+            return type(t)(t[i % batch].clone() for i in range(size))
         if not isinstance(t, Tensor) or not t.ndim or t.shape[0] != batch:
             return t
         return t[torch.arange(size) % batch].clone()
 
-    return tree_map(repeat, example_inputs)
+    return tree_map(
+        repeat, example_inputs, is_leaf=lambda t: t is not example_inputs and _is_list_of_images(t)
+    )

@@ -190,9 +190,14 @@ def norm_after(
 
 
 def _shared_params(model: nn.Module) -> set[str]:
+    """Return the names of parameters that several modules hold.
+
+    A module that is registered under several names is one module.
+    """
     seen: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        seen.setdefault(id(param), []).append(name)
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(path, recurse=False):
+            seen.setdefault(id(param), []).append(name)
     return {name for names in seen.values() if len(names) > 1 for name in names}
 
 

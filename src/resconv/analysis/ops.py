@@ -38,6 +38,7 @@ _IDENTITY = {
     "dropout",
     "to",
 }
+_ZERO_LEAVES = {"add", "add_", "sub", "sub_"}
 _MOVES = {
     "view",
     "_unsafe_view",
@@ -107,7 +108,15 @@ _LIMITED = {  # least and greatest value of the output, whatever the input
 
 def is_identity(node: Node) -> bool:
     """Whether the first output holds the first input's numbers, in the same shape."""
+    if node.op in _ZERO_LEAVES and len(node.inputs) == 1 and len(node.args) == 2:
+        # sum([a, b]) begins with 0 + a.
+        first, second = node.args
+        return isinstance(first, Ref) and _is_number(second) and second == 0
     return node.op in _IDENTITY and (node.op != "_to_copy" or "dtype" not in node.kwargs)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def weight_values(node: Node) -> tuple[int | None, int | None]:
@@ -128,6 +137,12 @@ def weight_values(node: Node) -> tuple[int | None, int | None]:
 
 def kind(graph: Graph, node: Node) -> str:
     """Classify a node; see the module's header."""
+    if node.index not in graph.kinds:
+        graph.kinds[node.index] = _kind(graph, node)
+    return graph.kinds[node.index]
+
+
+def _kind(graph: Graph, node: Node) -> str:
     op = node.op.removesuffix("_") if node.op.endswith("_") else node.op
     data = [v for v in node.inputs if not graph.values[v].constant]
     if not data:
@@ -142,6 +157,8 @@ def kind(graph: Graph, node: Node) -> str:
         ok = len(data) == 1 and weight is not None and graph.values[weight].constant
         plain = not node.kwargs or node.op != "addmm"
         return "linear" if ok and plain else "opaque"
+    if is_identity(node):
+        return "homogeneous"
     if op in ("add", "sub"):
         # A constant summand has no factor to give up.
         tensors = sum(isinstance(a, Ref) for a in node.args)
@@ -205,7 +222,7 @@ def bounds(graph: Graph, node: Node, known: Sequence[tuple[float, float]]) -> tu
     if (limits := clamp_limits(node)) is not None:
         low, high = (min(max(limit, limits[0]), limits[1]) for limit in ins[0])
         return low, high
-    if op in _MOVES or node.op in _IDENTITY:
+    if op in _MOVES or node.op in _IDENTITY or is_identity(node):
         return min(i[0] for i in ins), max(i[1] for i in ins)
     if node.op == "constant_pad_nd" and kind(graph, node) == "homogeneous":
         return min(ins[0][0], 0.0), max(ins[0][1], 0.0)

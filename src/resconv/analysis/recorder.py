@@ -32,6 +32,7 @@ __all__ = [
 _METADATA_WRITES = {"as_strided_", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_"}
 # A Python value made from a tensor's: what the code does next may depend on it.
 _DECISIONS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NO_VALUE = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 
@@ -54,14 +55,38 @@ def record(
     recorder = _Recorder(model, leaf, tag)
     with evaluating(model), _restored(model):
         try:
-            return recorder.run(args, kwargs)
+            graph = recorder.run(args, kwargs)
         except Exception as error:
             where = recorder.stack[-1].path if recorder.stack else ""
-            shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             raise TraceError(
-                f"{type(model).__name__} does not run on inputs of shape {shapes}: "
+                f"{type(model).__name__} does not run on inputs of shape "
+                f"{_shapes((args, kwargs))}: "
                 f"{type(error).__name__} in {where or 'its own forward'}: {error}"
             ) from error
+    _has_batch(graph, _shapes((args, kwargs)))
+    return graph
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [tuple(a.shape) for a in tree_leaves(tree) if isinstance(a, Tensor)]
+
+
+def _has_batch(graph: Graph, shapes: list[tuple[int, ...]]) -> None:
+    """Refuse an example without a batch dimension: sizes are per image, and images are many."""
+    for call in graph.calls:
+        if (
+            not isinstance(call.module, _CONVS)
+            or not call.args
+            or not isinstance(call.args[0], Ref)
+        ):
+            continue
+        shape = graph.values[call.args[0].value].shape
+        if len(shape) == call.module.weight.ndim - 1 and shape in shapes:
+            raise TraceError(
+                f"The example of shape {shape} has no batch dimension: {call.path or 'the model'} "
+                f"({type(call.module).__name__}) reads it as one image. Give a batch of one, "
+                "example[None]."
+            )
 
 
 def _has_numbers(model: nn.Module) -> None:

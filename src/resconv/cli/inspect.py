@@ -34,12 +34,17 @@ def inspect(
     """Say which layers and branches could go, which not and why, and what that would save."""
     import dataclasses
     import json as json_module
+    import warnings
 
     import resconv
     from resconv.planning.costs import ledger
+    from resconv.surgery.merging import TrainingFormWarning
 
     net, example = example_for(model, image_size)
-    found = resconv.units(net, example)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", TrainingFormWarning)
+        found = resconv.units(net, example)
+    notes = [str(w.message) for w in said]
     total = resconv.count(net, example)
     if json:
         typer.echo(json_module.dumps([dataclasses.asdict(u) for u in found], indent=2))
@@ -64,7 +69,9 @@ def inspect(
     removable = [u for u in found if u.removable]
     text = f"{total.macs:,} MACs, {total.num_params:,} parameters."
     if removable:
-        gated = resconv.convert(net, example, units="all")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrainingFormWarning)
+            gated = resconv.convert(net, example, units="all")
         costs = ledger(gated, example)
         left = total.macs - costs.saving(costs.names).macs
         text += (
@@ -74,3 +81,5 @@ def inspect(
     else:
         text += " Nothing is removable."
     typer.echo(text)
+    for note in notes:
+        typer.echo(note)

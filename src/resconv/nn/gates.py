@@ -56,7 +56,8 @@ class _AddScaled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, p = ctx.saved_tensors
         grad_x = None
-        if ctx.needs_input_grad[1] and not ctx.closed:
+        # A second derivative depends on p at 0, too.
+        if ctx.needs_input_grad[1] and (not ctx.closed or torch.is_grad_enabled()):
             grad_x = (grad * p.to(grad.dtype)).to(x.dtype)
         grad_p = None
         if ctx.needs_input_grad[2]:
@@ -65,6 +66,22 @@ class _AddScaled(torch.autograd.Function):
             wide = torch.promote_types(torch.float32, p.dtype)
             grad_p = torch.linalg.vecdot(a, b).to(wide).sum().to(p.dtype)
         return grad, grad_x, grad_p
+
+
+class _Zeros(torch.autograd.Function):
+    """Zeros that hang on a parameter, without a gradient for it.
+
+    A checkpoint that runs its part again in the backward pass (``use_reentrant=True``) demands an
+    output that requires a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +110,24 @@ class Gate(nn.Module):
     @property
     def removable(self) -> bool:
         return self.reason is None
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall through to the wrapped layer: code of the net that reads from it goes on working."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Special methods are about this object: how to copy it, how to pickle it.
+            inner = self.__dict__.get("_modules", {})
+            layer = inner.get("conv", inner.get("module"))
+            if layer is None or (name.startswith("__") and name.endswith("__")):
+                raise
+            try:
+                return getattr(layer, name)
+            except AttributeError:
+                raise AttributeError(
+                    f"{type(self).__name__!r} object has no attribute {name!r}, nor has the "
+                    f"{type(layer).__name__} in it"
+                ) from None
 
     def _rests(self) -> bool:
         # Compiled code runs everything: it would be compiled anew for each set of resting units.
@@ -173,10 +208,11 @@ class ResConv(Gate):
         assert isinstance(like, Tensor)
         # Scalars stay in float32 at least: bf16 cannot hold the small steps of the proximal update.
         dtype = torch.promote_types(torch.float32, like.dtype)
-        self.conv = conv
-        self.norm = norm
+        # The scalars first: the conv may have attributes of these names.
         self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=like.device))
         self.control = nn.Parameter(torch.tensor(control, dtype=dtype, device=like.device))
+        self.conv = conv
+        self.norm = norm
         self.reach = reach
         self.scale.requires_grad_(reach is None)
         self.train(conv.training)
@@ -198,15 +234,6 @@ class ResConv(Gate):
             x = self.reach(x, self.conv, z.shape[2:])
         return _AddScaled.apply(z, x, self.control)  # type: ignore[no-any-return]
 
-    # Code of the net that asks its conv for these goes on working.
-    @property
-    def weight(self) -> Any:
-        return self.conv.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.conv.bias
-
 
 class Multiply(nn.Module):
     """Multiplies a branch by its scale; one node in a record."""
@@ -224,9 +251,10 @@ class BranchGate(Gate):
         like = like if own is None else own  # an activation has no type or device of its own
         dtype = torch.float32 if like is None else torch.promote_types(torch.float32, like.dtype)
         device = None if like is None else like.device
-        self.module = module
+        # The scalars first: the module may have attributes of these names.
         self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
         self.control = None
+        self.module = module
         self.multiply = Multiply()
         self.train(module.training)
 
@@ -236,7 +264,7 @@ class BranchGate(Gate):
             with torch.no_grad():
                 plain = is_plain_norm(self.module)
                 like = args[0] if plain else self.module(*args, **kwargs)
-            return torch.zeros_like(like)
+            return _Zeros.apply(self.scale, like)
         if _takes_scale(self.module):
             return _scaled_norm(self.module, args[0], self.scale)
         return self.multiply(self.module(*args, **kwargs), self.scale)

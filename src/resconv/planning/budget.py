@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BudgetError
 
-__all__ = ["RUNTIMES", "Budget"]
+__all__ = ["RUNTIMES", "Budget", "require_budget"]
 
 RUNTIMES = ("torch", "onnxruntime")
 
@@ -73,6 +73,22 @@ class Budget:
         elif self.latency is not None:
             time = self.latency * latency_ms
         return _limit(self.macs, macs), _limit(self.num_params, num_params), time
+
+
+def require_budget(value: Any, name: str) -> None:
+    """Raise where something else is given for a budget.
+
+    Raises:
+        BudgetError: it says which budget a bare number may stand for.
+    """
+    if isinstance(value, Budget):
+        return
+    share = value if _is_number(value) and 0 < value <= 1 else 0.5
+    raise BudgetError(
+        f"{name}={value!r} is a {type(value).__name__}, and does not say what it limits. Give a "
+        f"Budget: Budget(macs={share!r}) for that share of the MACs, Budget(num_params=...) or "
+        "Budget(latency_ms=...)."
+    )
 
 
 def _limit(asked: float | int | None, whole: int) -> float:

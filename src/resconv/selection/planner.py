@@ -18,7 +18,7 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import gates
-from ..planning.budget import Budget
+from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
 from ..planning.plan import Plan, why_not_now
 
@@ -59,6 +59,8 @@ def plan_measured(
 ) -> tuple[Plan, LatencyTable | None]:
     """Return the plan, and the latency table with the timings of finished nets added."""
     from ..surgery.state import require_finite, state_of
+
+    require_budget(budget, "budget")
 
     model = unwrap(model)
     state_of(model)

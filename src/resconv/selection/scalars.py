@@ -60,6 +60,7 @@ class Scalars:
         Raises:
             ConversionError: it does not hold the scalars, or has no learning rate.
         """
+        optimizer = stepping(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         out = [n for n, p in self.params.items() if p.requires_grad and id(p) not in held]
         if out:
@@ -180,6 +181,37 @@ class Scalars:
         self.steps = int(state["steps"])
         saved = state["squares"]
         self._squares = torch.tensor([saved.get(n, 0.0) for n in self.params]) if saved else None
+
+
+def stepping(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer that takes the steps, inside what only hands calls on to it.
+
+    Such are accelerate's AcceleratedOptimizer and fastai's OptimWrapper.
+
+    Raises:
+        ConversionError: it has no hooks around its steps, or moves the parameters after the
+            optimizer inside it (Lookahead).
+    """
+    name, given = type(optimizer).__name__, optimizer
+    seen: set[int] = set()
+    while "lookahead" not in type(optimizer).__name__.lower() and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        # torch wraps the step of what was initialised as an Optimizer, so that hooks run.
+        hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+        if hooked and "_optimizer_step_pre_hooks" in vars(optimizer):
+            return optimizer  # type: ignore[no-any-return]
+        inside = (getattr(optimizer, n, None) for n in ("optimizer", "opt", "_optimizer"))
+        optimizer = next((o for o in inside if hasattr(o, "param_groups")), optimizer)
+    raise ConversionError(
+        f"{name} cannot be followed: it takes no steps that hooks of torch.optim.Optimizer see"
+        + (
+            ", and moves the parameters after the optimizer inside it. "
+            if "lookahead" in type(given).__name__.lower()
+            else ". "
+        )
+        + "Attach the Sparsifier to a torch.optim.Optimizer that takes the steps itself, such as "
+        "SGD or AdamW."
+    )
 
 
 def _steps_by_gradient(optimizer: Optimizer) -> bool:

@@ -19,6 +19,11 @@ function, with the size of the branch in ``s`` alone.
 
 Nothing here waits for the device in an ordinary step: scores stay there until a unit is chosen.
 
+A removed layer leaves ``p * x``, and the removal multiplies ``p`` into linear layers around it. Where
+none can take it (SiLU on both sides), it would stay as a multiply. So whenever units have arrived at
+0, their removal is worked out, and controls that nothing absorbs are held at exactly 1 from then on
+(controls.py).
+
 A unit that the target has brought to 0 rests (see gates.py): the rest of the run does not compute
 it, so sparse training gets faster while it goes. Not with several processes, whose reduction of the
 gradients waits for every parameter, nor in code from ``torch.compile``.
@@ -26,6 +31,7 @@ gradients waits for every parameter, nor in code from ``torch.compile``.
 
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,8 +49,9 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import BranchGate, Gate, ResConv, gates
-from ..planning.budget import Budget
+from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
+from .controls import Controls
 from .importance import Scores
 from .outcome import Outcome, Snapshot
 from .processes import are_several, by_first, differing_ranks, from_first, is_shared
@@ -105,6 +112,8 @@ class Sparsifier:
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
         if not strength >= 0 or not math.isfinite(strength):
             raise BudgetError(f"strength={strength!r}: give a number from 0 up.")
+        if target is not None:
+            require_budget(target, "target")
         self.shared = is_shared(model) if shared is None else shared and are_several()
         self.model = unwrap(model)
         self.gates = gates(self.model)
@@ -130,7 +139,12 @@ class Sparsifier:
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
+        # What several norms share cannot go into the scale of one of them.
+        tied = _tied(self.model)
+        every = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
+        self._normed = [(g, n) for g, n in every if not {id(n.weight), id(n.bias)} & tied]
         self.latency = latency
+        self._controls = Controls(self.model, example_inputs)
         self._untimed = False
         self._example_inputs = example_inputs
         self._steering: Steering | None = None
@@ -243,6 +257,9 @@ class Sparsifier:
             self._steer(self._steering)
         elif self.mode == "proximal":
             self._shrink(optimizer)
+            if self._step % _REFRESH == 0:
+                self._controls.pull(self.removed)
+            self._controls.hold(slowly=True)
         every = max(1, (self.total_steps or 2000) // 100)
         if self._step % every == 0:
             self._snapshot()
@@ -259,7 +276,7 @@ class Sparsifier:
     @torch.no_grad()
     def _normalise(self) -> None:
         """Put the size of every normalised branch into its scale; the function stays the same."""
-        found = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
+        found = self._normed
         if not found:
             return
         weights = [n.weight for _, n in found]
@@ -314,6 +331,9 @@ class Sparsifier:
         if steering.zero:
             torch._foreach_zero_([self.gates[n].scale for n in steering.zero])
             self._keep_controls(dict.fromkeys(steering.zero, _LEAST_CONTROL))
+            self._controls.hold()
+        if arrived:
+            self._controls.settle(steering.zero)
 
     def _keep_controls(self, least: dict[str, float]) -> None:
         """Hold the controls of the named units (branches have none) at their least or above."""
@@ -387,6 +407,7 @@ class Sparsifier:
             "zero": [],
             "weights": dict(self._weights),
             "scalars": self._scalars.state_dict(),
+            "held": list(self._controls.held),
             "history": [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in self.history],
         }
         if self.latency is not None:
@@ -402,6 +423,7 @@ class Sparsifier:
         self._weights = dict(state["weights"])
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
+        self._controls.held = list(state.get("held", ()))
         self.history = [Snapshot(*s) for s in state["history"]]
         if "latency" in state:
             # A resumed run goes on from what the first one measured.
@@ -449,3 +471,9 @@ def _affine(gate: Gate) -> Any:
         return None
     weight: Tensor | None = norm.weight
     return None if weight is None or norm.bias is None else norm
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules hold."""
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    return {held for held, times in holders.items() if times > 1}

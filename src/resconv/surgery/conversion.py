@@ -15,28 +15,29 @@
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate
+from ..analysis.candidates import Candidate, Unit
 from ..analysis.graph import Graph
-from ..analysis.inputs import as_call, copied, evaluating, to_device_of, unwrap
+from ..analysis.inputs import batch_size, copied, unwrap
 from ..analysis.layers import find_layers
 from ..analysis.recorder import record
-from ..errors import ConversionError
-from ..nn.algebra import add_identity
-from ..nn.gates import BranchGate, Gate, ResConv, is_plain_norm
-from ..nn.geometry import tap
-from .edits import apply_edit, droppable, indexed_containers
-from .state import State, require_finite, set_submodule
+from ..errors import ConversionError, TraceError
+from ..nn.gates import Gate, is_leaf
+from .edits import indexed_containers
+from .insertion import is_fresh, with_gates
+from .merging import merge_branches, warn_of_branches
+from .state import State, require_finite
+from .trial import why_refused
 from .verification import relative_error
 
-__all__ = ["convert"]
+__all__ = ["convert", "units"]
 
 
 def convert(
@@ -47,6 +48,7 @@ def convert(
     start: str = "keep",
     shortcut: str = "removable",
     filter: Callable[[str, nn.Module], bool] | None = None,
+    reparameterize: bool = False,
 ) -> nn.Module:
     """Return a copy of ``model`` in training form; ``model`` is left as it was.
 
@@ -61,6 +63,9 @@ def convert(
             padding), with the identity strided, cut or padded with zero channels. These fuse as
             exactly, and stay: ``gates`` and plans leave them out, ``units`` says why.
         filter: ``filter(name, module) -> bool``; a unit for which it is false stays ordinary.
+        reparameterize: merge branches that are for training alone first, by the modules' own
+            methods (RepVGG, MobileOne, ...). Without it they get a warning: nobody deploys such a
+            net as it stands.
 
     Raises:
         ConversionError: there is nothing to convert (the reasons are listed), or the outputs
@@ -87,199 +92,152 @@ def convert(
         model = copy.deepcopy(model)
     except Exception as error:
         raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
-    with indexed_containers() as indexed:
-        graph = record(model, example_inputs)
-    if not graph.outputs:
+    found = _find(model, example_inputs)
+    if reparameterize:
+        model = merge_branches(model, found.graph, example_inputs)
+        found = _find(model, example_inputs)
+    else:
+        warn_of_branches(found.graph)
+    if not found.graph.outputs:
         raise ConversionError(
             f"{type(model).__name__} returns no tensor, so nothing can be checked."
         )
     require_finite(model, ConversionError)
-    layers = find_layers(model, graph) if units in ("layers", "all") else []
-    branches = find_blocks(model, graph)
-    blocks = branches if units in ("blocks", "all") else []
-    kept = [c.unit for c in (*layers, *blocks) if not c.unit.removable]
-    chosen = [
-        c
-        for c in (*layers, *blocks)
-        if c.unit.removable or (shortcut == "always" and c.reach is not None)
-    ]
+    asked = [c for c in found.every if units in (f"{c.unit.kind}s", "all")]
     if filter is not None:
-        chosen = [c for c in chosen if filter(c.unit.name, model.get_submodule(c.conv or c.gate))]
-    if not chosen:
+        asked = [c for c in asked if filter(c.unit.name, model.get_submodule(c.conv or c.gate))]
+    gated, kept = _try(model, found, asked, start, shortcut, example_inputs)
+    if gated is None:
         reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
         raise ConversionError(
             f"Nothing to convert with units={units!r}: {len(kept)} candidates stay ({reasons}"
             f"{'; ...' if len(kept) > 8 else ''}). Try units='all'."
         )
-    fresh = is_fresh(model)
-    record_before = getattr(model, "resconv_record", None) or {}
-    state = State(
-        copied(example_inputs),  # a net that writes into its input may run on it meanwhile
-        source=record_before.get("source") or getattr(model, "resconv_source", None),
-        edits=copy.deepcopy(record_before.get("edits") or []),
-    )
-    # A norm that goes into a ResConv leaves its place; a branch may have ended there.
-    moved = _behind_norms(model, chosen)
-    empty = [
-        c.norm for c in chosen if c.norm is not None and droppable(model, graph, c.norm, indexed)
-    ]
-    in_branch = set().union(*(c.nodes for c in branches)) if fresh else set()
-    for candidate in chosen:
-        if candidate.unit.kind == "layer":
-            identity = start == "identity" and not candidate.nodes & in_branch
-            _insert_layer(model, candidate, state, identity, fresh)
-    for path in empty:
-        if isinstance(model.get_submodule(path), nn.Identity):
-            state.edits.append({"op": "drop", "path": path})
-            apply_edit(model, state.edits[-1])
-    places: dict[str, str] = {}
-    for candidate in chosen:
-        if candidate.unit.kind == "block":
-            places.setdefault(moved.get(candidate.gate, candidate.gate), candidate.unit.name)
-    # The innermost first: a gate around it lengthens the paths of all that it holds.
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    for place in sorted(places, key=lambda p: -p.count(".")):
-        gate = BranchGate(model.get_submodule(place), like=like)
-        gate.unit = places[place]
-        set_submodule(model, place, gate)
-    if start == "identity" and fresh:
-        ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
-        _start_small(model, graph, chosen, ends)
-    model.resconv_state = state  # type: ignore[assignment]
-    if start == "keep" or not fresh:
-        _check(model, example_inputs, graph.output)
-    return model
+    return gated
 
 
-@torch.no_grad()
-def _start_small(
-    model: nn.Module, graph: Graph, chosen: list[Candidate], ends: dict[str, int]
-) -> None:
-    """Set s = 1 / sqrt(n) where ``n`` branches of an untrained net meet identities of one shape.
+def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
+    """List every conv layer and residual branch, with its cost and, where it stays, the reason.
 
-    ``ends`` are the places where the branches of its own blocks end, with the value each is added
-    to. A branch whose end has no gate counts, and stays as it is.
+    A unit is removable when its removal works out on a record of the whole model, alone and with
+    the others, as :func:`resconv.prune` will do it. The model is run in eval mode and left as it
+    was.
+
+    Raises:
+        TraceError: the model does not run on ``example_inputs``.
+        ConversionError: the model cannot be copied.
     """
-    joins = [(model.get_submodule(place), value) for place, value in ends.items()]
-    layers = {m.unit: m for m in model.modules() if isinstance(m, ResConv)}
-    for c in chosen:
-        if c.unit.kind == "layer" and _is_open(layers[c.conv]):
-            joins.append((layers[c.conv], graph.calls_of(c.conv)[0].args[0].value))
-    count = Counter(graph.values[value].shape for _, value in joins)
-    for module, value in joins:
-        if isinstance(module, Gate):
-            module.scale.fill_(count[graph.values[value].shape] ** -0.5)
-
-
-def _is_open(gate: ResConv) -> bool:
-    return gate.reach is None and gate.control is not None and gate.control.item() != 0
-
-
-def _behind_norms(model: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
-    """Return where the layers inside a norm's module will stand once the norm is out of it."""
-    places: dict[str, str] = {}
-    for c in chosen:
-        if c.norm is None:
-            continue
-        left = [
-            name
-            for name in c.norm_children
-            if not isinstance(model.get_submodule(f"{c.norm}.{name}"), nn.Identity)
-        ]
-        if not left:  # only identities stood there: the ResConv ends the branch now
-            places |= {f"{c.norm}.{name}": c.conv for name in c.norm_children}
-            places[c.norm] = c.conv
-        for i, name in enumerate(left):
-            places[f"{c.norm}.{name}"] = c.norm if len(left) == 1 else f"{c.norm}.{i}"
-    return places
-
-
-def is_fresh(model: nn.Module) -> bool:
-    """Whether no BatchNorm of the model has seen a batch (a net without any counts as trained)."""
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    return bool(norms) and all(
-        not m.num_batches_tracked and not m.running_mean.any()  # type: ignore[union-attr]
-        for m in norms
-    )
-
-
-def plain_norm(norm: nn.Module) -> nn.Module:
-    """Return torch's own BatchNorm with the parameters of ``norm``, a subclass of it."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    if is_plain_norm(norm):
-        return norm
-    kinds = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-    cls = next((k for k in kinds if isinstance(norm, k)), nn.BatchNorm2d)
-    plain = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    plain.weight, plain.bias = norm.weight, norm.bias
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        setattr(plain, name, getattr(norm, name))
-    plain.train(norm.training)
-    return plain
-
-
-def _insert_layer(
-    model: nn.Module, candidate: Candidate, state: State, identity: bool, fresh: bool
-) -> None:
-    conv = model.get_submodule(candidate.conv)
-    norm = None
-    if candidate.norm is not None:
-        whole = model.get_submodule(candidate.norm)
-        norm = plain_norm(whole)
-        edit = {"op": "children", "path": candidate.norm, "names": list(candidate.norm_children)}
-        state.edits.append(edit)
-        apply_edit(model, edit)
-    control = 0.0
-    where = tap(conv) if candidate.reach is None else candidate.reach.tap
-    if identity and where is not None and (fresh or take_out_identity(conv, norm, where)):
-        control = 1.0
-    gate = ResConv(conv, norm, 1.0, control, candidate.reach)
-    gate.unit, gate.reason = candidate.conv, candidate.unit.reason
-    set_submodule(model, candidate.conv, gate)
-
-
-def take_out_identity(conv: nn.Module, norm: nn.Module | None, where: tuple[int, ...]) -> bool:
-    """Subtract from the kernel what ``+ x`` adds behind the norm; False where that is impossible.
-
-    W <- W - (sigma / g) * Dirac. A channel whose norm weight ``g`` is (nearly) 0 would need an
-    unbounded kernel, so such a layer keeps s = 1, p = 0.
-    """
-    weight = conv.weight
-    assert isinstance(weight, Tensor)
-    amount = torch.ones(weight.shape[0], dtype=torch.float64, device=weight.device)
-    if norm is not None:
-        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        assert norm.running_var is not None
-        sigma = (norm.running_var.double() + norm.eps).sqrt()
-        g = torch.ones_like(sigma) if norm.weight is None else norm.weight.detach().double()
-        if bool((g.abs() < 1e-3 * sigma).any()):
-            return False
-        amount = sigma / g
-    assert isinstance(conv.groups, int)
-    with torch.no_grad():
-        changed = add_identity(weight.double(), -amount, where, conv.groups)
-        weight.copy_(changed.to(weight.dtype))
-    return True
-
-
-def _check(model: nn.Module, example_inputs: Any, before: Any) -> None:
-    args, kwargs = as_call(to_device_of(model, example_inputs))
-    with evaluating(model):
+    model = unwrap(model)
+    found = _find(model, example_inputs)
+    warn_of_branches(found.graph)
+    listed = {id(c): c.unit for c in found.every}
+    if not any(isinstance(m, Gate) for m in model.modules()):
         try:
-            after = model(*args, **kwargs)
-        except Exception as error:
-            raise ConversionError(
-                f"The converted model does not run ({type(error).__name__}: {error}). Some code "
-                "of the model reaches into a layer that was replaced; leave it out with filter=."
-            ) from error
-    error_size = relative_error(after, before)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+            _, kept = _try(model, found, found.every, "keep", "removable", example_inputs)
+            reasons = {(u.kind, u.name): u.reason for u in kept}
+        except ConversionError as error:
+            reasons = {(c.unit.kind, c.unit.name): str(error) for c in found.every}
+        for c in found.every:
+            reason = c.unit.reason or reasons.get((c.unit.kind, c.unit.name))
+            listed[id(c)] = replace(c.unit, removable=reason is None, reason=reason)
+    batch = batch_size(example_inputs)
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    every = sorted(found.every, key=lambda c: order.get(c.conv or c.gate, 0))
+    return [replace(listed[id(c)], macs=c.unit.macs // batch) for c in every]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A record of a model, and the units in it."""
+
+    graph: Graph
+    indexed: set[int]  # ids of containers that code indexes
+    layers: list[Candidate]
+    branches: list[Candidate]
+
+    @property
+    def every(self) -> list[Candidate]:
+        return [*self.layers, *self.branches]
+
+
+def _find(model: nn.Module, example_inputs: Any) -> _Found:
+    with indexed_containers() as indexed:
+        graph = record(model, example_inputs, leaf=is_leaf)
+    return _Found(graph, indexed, find_layers(model, graph), find_blocks(model, graph))
+
+
+def _try(
+    model: nn.Module,
+    found: _Found,
+    asked: list[Candidate],
+    start: str,
+    shortcut: str,
+    example_inputs: Any,
+) -> tuple[nn.Module | None, list[Unit]]:
+    """Return the gated copy in which every unit can be removed, and the units that stay.
+
+    ``None`` where there is nothing to convert. The copy shares the tensors of ``model``.
+    """
+    before = getattr(model, "resconv_record", None) or {}
+    fusible = {c.unit.name for c in asked if c.conv and (c.unit.removable or c.reach is not None)}
+    ends: dict[str, str] = {}
+    for c in asked:
+        if (
+            c.gate
+            and c.unit.removable
+            and (other := ends.setdefault(c.gate, c.unit.name)) != (c.unit.name)
+        ):
+            c.unit = _kept(c.unit, f"its branch ends in the module that ends {other}, too")
+    while True:
+        chosen = [
+            c
+            for c in asked
+            if c.unit.removable or (shortcut == "always" and c.unit.name in fusible)
+        ]
+        kept = [c.unit for c in asked if not c.unit.removable]
+        if not chosen:
+            return None, kept
+        state = State(
+            copied(example_inputs),  # a net that writes into its input may run on it meanwhile
+            source=before.get("source") or getattr(model, "resconv_source", None),
+            edits=copy.deepcopy(before.get("edits") or []),
+        )
+        gated = with_gates(model, found.graph, found.indexed, chosen, found.branches, start, state)
+        compare = start == "keep" or not is_fresh(model)
+        graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
+        refused = why_refused(gated, graph, indexed)
+        if not refused:
+            return gated, kept
+        for c in chosen:
+            if c.unit.name in refused:
+                c.unit = _kept(c.unit, refused[c.unit.name])
+
+
+def _kept(unit: Unit, reason: str) -> Unit:
+    return replace(unit, removable=False, reason=reason)
+
+
+def _record_again(
+    gated: nn.Module, example_inputs: Any, before: Graph, compare: bool
+) -> tuple[Graph, set[int]]:
+    """Record the gated model, and check that it computes what the model did.
+
+    Raises:
+        ConversionError: it does not run, or computes something else.
+    """
+    try:
+        with indexed_containers() as indexed:
+            graph = record(gated, example_inputs, leaf=is_leaf)
+    except TraceError as error:
+        raise ConversionError(
+            f"The converted model does not run ({error}). Some code of the model reaches into a "
+            "layer that was replaced; leave it out with filter=."
+        ) from error
+    error_size = relative_error(graph.output, before.output) if compare else 0.0
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in gated.parameters())
     if not error_size <= (5e-2 if half else 1e-4):
         raise ConversionError(
             f"Converting would change the outputs by {error_size:.2e} (relative). The forward pass "
             "is random in eval mode, or uses a layer in a way the record does not show."
         )
+    return graph, indexed

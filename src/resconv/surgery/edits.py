@@ -16,6 +16,7 @@
               ``removed`` with them gives way to identities. See rewritten.py
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
+    merge     the module at ``path`` merges its training-time branches, by its own method
 
 Replaying runs nothing but this file and the constructors named in it.
 """
@@ -31,7 +32,9 @@ from torch import fx, nn
 from ..analysis.graph import Graph
 from ..errors import PruneError
 from .earlier import as_graph_module
+from .merging import merged
 from .rewritten import Clone, Factor, rewrite_forward, stand_in
+from .state import set_submodule
 from .tracing import digest, pass_by, template, trace_forward
 
 __all__ = [
@@ -58,6 +61,7 @@ _FIELDS = {
     "bypass": {"path", "constants", "nodes", "code"},
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
+    "merge": {"path"},
 }
 _OPTIONAL = {"_original", "branches", "training", "removed"}
 CONV_GEOMETRY = (
@@ -112,7 +116,7 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if op != "drop":
-        setattr(parent, name, new)
+        set_submodule(model, path, new)
         return model
     if not _is_plain_sequential(parent) or not isinstance(module, nn.Identity):
         raise PruneError(f"{path!r} is no identity in an nn.Sequential, so it cannot be taken out.")
@@ -157,6 +161,8 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         return stand_in(module)
     if op == "drop":
         return module
+    if op == "merge":
+        return merged(module, path)
     if op == "outplace":
         if not isinstance(getattr(module, "inplace", None), bool):
             raise PruneError(f"{path!r} ({type(module).__name__}) has no in-place mode.")

@@ -13,13 +13,17 @@ from ..nn.gates import BranchGate, Multiply, ResConv
 from .concat import Slices, by_input
 from .decisions import MustStayError, Surgery
 
-__all__ = ["Kernel", "absorb", "tie_factors"]
+__all__ = ["Kernel", "absorb", "kernels_of", "tie_factors"]
 
 Kernel = tuple[Tensor, Tensor | None, nn.Module]  # weight, bias, and the conv they stand for
 
 
-def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel]:
-    """Tie the factors of all values, and return the kernels of the ResConvs that stay."""
+def tie_factors(todo: Surgery, fuse: bool) -> None:
+    """Tie the factors of all values; what cannot be absorbed is left in ``todo.multiply``.
+
+    Raises:
+        MustStayError: an operation was to be passed by whose factor nothing can absorb.
+    """
     graph, ties = todo.graph, todo.potentials
     demands: list[tuple[Node, int, float]] = []
     for value in (*graph.inputs, *graph.outputs, *todo.pinned):
@@ -82,24 +86,29 @@ def tie_factors(model: nn.Module, todo: Surgery, fuse: bool) -> dict[str, Kernel
     for node, x, p in left:
         # What is left over is the factor between the ties as they are.
         todo.multiply[_place(node)] = p * ties.factor(node.outputs[0]) / ties.factor(x)
+
+
+def kernels_of(todo: Surgery) -> dict[str, Kernel]:
+    """Return the fused kernels of the ResConvs that stay, with the factors of both sides in them."""
+    graph, ties, slices = todo.graph, todo.potentials, todo.slices
+    assert slices is not None
     kept: dict[str, Kernel] = {}
-    if fuse:
-        for node in graph.nodes:
-            gate = node.call.module
-            if node.op != "gate" or not isinstance(gate, ResConv) or node.index in todo.bypassed:
-                continue
-            path = node.call.path
-            if node.index in todo.dead or path in kept or path in todo.multiply:
-                continue
-            weight, bias = fused_kernel(_in_eval(gate))
-            assert isinstance(gate.conv.groups, int)
-            f_in = by_input(slices.factors(node.inputs[0]), weight, gate.conv.groups)
-            f_out = ties.factor(node.outputs[0])
-            kept[path] = (
-                weight * (f_out / f_in),
-                None if bias is None else bias * f_out,
-                gate.conv,
-            )
+    for node in graph.nodes:
+        gate = node.call.module
+        if node.op != "gate" or not isinstance(gate, ResConv) or node.index in todo.bypassed:
+            continue
+        path = node.call.path
+        if node.index in todo.dead or path in kept or path in todo.multiply:
+            continue
+        weight, bias = fused_kernel(_in_eval(gate))
+        assert isinstance(gate.conv.groups, int)
+        f_in = by_input(slices.factors(node.inputs[0]), weight, gate.conv.groups)
+        f_out = ties.factor(node.outputs[0])
+        kept[path] = (
+            weight * (f_out / f_in),
+            None if bias is None else bias * f_out,
+            gate.conv,
+        )
     return kept
 
 

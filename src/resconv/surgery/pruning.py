@@ -13,27 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.graph import Graph
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
 from ..nn.gates import BranchGate, Gate, gates, is_leaf
 from ..planning.plan import Plan
-from .decisions import MustStayError, Surgery, original_path
+from .decisions import original_path
 from .edits import apply_edits, indexed_containers
-from .factors import Kernel, absorb, tie_factors
+from .factors import absorb, kernels_of
 from .folding import conv_edit, fill_convs
-from .proof import TrainingDiffersError, Witness, values_in_training_code
-from .removal import decide
-from .rewriting import tree_edits
+from .proof import TrainingDiffersError, Witness
 from .state import State, require_finite, set_submodule, state_of
+from .trial import FAITHFUL, decisions
 
 __all__ = ["leftovers", "operate", "prune"]
-
-# What a removal makes redundant in eval mode may count in training mode (dropout in a branch, an
-# auxiliary head). Where it does, sums stay that could go; at last all operations, and no factor
-# enters what code can read that asks for the mode.
-_FAITHFUL: tuple[tuple[str, ...] | None, ...] = ((), ("add", "add_"), None)
 
 
 def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
@@ -97,7 +90,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
             witness.require_same(made)
             break
         except TrainingDiffersError:
-            if faithful == len(_FAITHFUL) - 1:
+            if faithful == len(FAITHFUL) - 1:
                 raise
             faithful += 1
     state.edits = [*state.edits, *edits]
@@ -111,7 +104,8 @@ def _operated(
     """Carry the surgery out on ``model``, and return the net with the edits that made it."""
     with indexed_containers() as indexed:
         graph = record(model, state.example_inputs, leaf=is_leaf)
-    todo, kept, structure = _decide(model, graph, remove, fuse, indexed, faithful)
+    todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed, faithful=faithful)
+    kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
     kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -127,30 +121,6 @@ def _operated(
     fill_convs(model, kernels)
     model = apply_edits(model, structure)
     return model, [_original_edit(e) for e in (*convs, *structure)]
-
-
-def _decide(
-    model: nn.Module,
-    graph: Graph,
-    remove: tuple[str, ...],
-    fuse: bool,
-    indexed: set[int],
-    faithful: int,
-) -> tuple[Surgery, dict[str, Kernel], list[dict[str, Any]]]:
-    """Return the decisions, the kernels of the layers that stay, and the edits of the tree."""
-    ops = _FAITHFUL[faithful]
-    keep = frozenset(
-        n.index for n in graph.nodes if n.op != "gate" and (ops is None or n.op in ops)
-    )
-    pinned = values_in_training_code(graph) if ops is None else set()
-    while True:
-        try:
-            todo = decide(model, graph, remove, fuse=fuse, keep=keep, indexed=indexed)
-            todo.pinned = pinned
-            kept = tie_factors(model, todo, fuse)
-            return todo, kept, tree_edits(model, todo)
-        except MustStayError as again:
-            keep |= again.nodes  # grows each time: what is kept is not passed by again
 
 
 def _label(model: nn.Module, state: State, fuse: bool) -> None:

@@ -13,10 +13,11 @@ import math
 from torch import nn
 
 from ..analysis.branches import find_blocks
+from ..analysis.candidates import Candidate
 from ..analysis.graph import Graph, Node, Ref
 from ..analysis.ops import bounds, clamp_limits, is_identity, kind
 from ..errors import PruneError
-from ..nn.gates import BranchGate, Gate, Multiply, ResConv, gates
+from ..nn.gates import BranchGate, Gate, Multiply, ResConv
 from .decisions import Surgery
 
 __all__ = ["decide"]
@@ -30,25 +31,26 @@ def decide(
     fuse: bool,
     keep: frozenset[int] = frozenset(),
     indexed: set[int] | None = None,
+    blocks: list[Candidate] | None = None,
 ) -> Surgery:
     """Return which values stand for which others once the named units are gone.
 
-    ``keep`` names operations that could go, but have to stay for another reason.
+    ``keep`` names operations that could go, but have to stay for another reason. ``blocks`` are the
+    branches of the record, found here if they are not given.
 
     Raises:
         PruneError: a unit cannot go; the message says why.
     """
     todo = Surgery(graph, fuse=fuse, indexed=indexed or set())
-    every = gates(model)
-    paths = {m.unit or p: p for p, m in model.named_modules() if isinstance(m, Gate)}
-    chosen = {paths[name]: name for name in remove}
-    additions = _removed_blocks(
-        model, todo, {p: n for p, n in chosen.items() if _is_block(every[n])}
-    )
-    ran = {n.call.path for n in graph.nodes if n.op == "gate"}
-    for path, name in chosen.items():
-        if not _is_block(every[name]) and path not in ran:
+    calls = {c.module.unit or c.path: c for c in graph.calls if isinstance(c.module, Gate)}
+    for name in remove:
+        if name not in calls:
             raise PruneError(f"{name} does not run in the model's forward.")
+    chosen = {calls[name].path: name for name in remove}
+    branches = {p: n for p, n in chosen.items() if isinstance(calls[n].module, BranchGate)}
+    if branches and blocks is None:
+        blocks = find_blocks(model, graph)
+    additions = _removed_blocks(todo, branches, blocks or [])
     walk = _Walk(todo, fuse, keep)
     for node in graph.nodes:
         if node.index in todo.dead:
@@ -62,18 +64,14 @@ def decide(
     return todo
 
 
-def _is_block(gate: Gate) -> bool:
-    return isinstance(gate, BranchGate)
-
-
-def _removed_blocks(model: nn.Module, todo: Surgery, chosen: dict[str, str]) -> dict[int, int]:
+def _removed_blocks(
+    todo: Surgery, chosen: dict[str, str], blocks: list[Candidate]
+) -> dict[int, int]:
     """Mark the branches as dead; return their additions with the position of the shortcut."""
-    if not chosen:
-        return {}
-    blocks = {c.gate: c for c in find_blocks(model, todo.graph)}
+    by_gate = {c.gate: c for c in blocks}
     additions = {}
     for path, name in chosen.items():
-        candidate = blocks.get(path)
+        candidate = by_gate.get(path)
         if candidate is None or not candidate.unit.removable:
             raise PruneError(f"{name} is no residual branch of the recorded forward any more.")
         add = todo.graph.nodes[candidate.add]

@@ -37,9 +37,6 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     times: dict[str, int] = {}
     for call in graph.calls:
         times[call.path] = times.get(call.path, 0) + 1
-    names: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        names[id(module)] = names.get(id(module), 0) + 1
     identities: list[str] = []
     covered: set[int] = set()
     for call in graph.calls:
@@ -54,7 +51,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         inside = [i for i in todo.bypassed if call.start <= i < call.end]
         if not inside or todo.resolve(call.output.value) != todo.resolve(read.value):
             continue
-        if times[call.path] > 1 or names[id(module)] > 1 or _has_hooks(module):
+        if times[call.path] > 1 or _has_hooks(module):
             continue
         if not trains_as_identity(module, _fill(graph, read, _device(module))):
             continue

@@ -36,8 +36,20 @@ def state_of(model: nn.Module) -> State:
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    """Put ``module`` in the place of the one at ``path``, under every name that it has."""
+    old = model.get_submodule(path)
+    # All places first: what comes may hold the old one inside it.
+    places, seen, stack = [], {id(model)}, [model]
+    while stack:
+        parent = stack.pop()
+        for name, child in parent._modules.items():
+            if child is old:
+                places.append((parent, name))
+            elif child is not None and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+    for parent, name in places:
+        setattr(parent, name, module)
 
 
 def require_finite(model: nn.Module, error: type[ResConvError]) -> None:

@@ -1,0 +1,152 @@
+"""What a surgery comes to, worked out on a record: ``prune`` carries it out, ``convert`` tries it.
+
+A unit whose removal is refused must not be trained towards 0. So before anything is trained, each
+unit is removed on the record alone, and then many together (two units in one forward can be in each
+other's way). Nothing is copied or changed. The decisions depend on the controls' values, which
+training will choose, so they are tried with several: below 1, at 1 and above.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..analysis.branches import find_blocks
+from ..analysis.candidates import Candidate
+from ..analysis.graph import Graph
+from ..errors import ResConvError
+from ..nn.gates import Gate, gates
+from .decisions import MustStayError, Surgery
+from .factors import tie_factors
+from .proof import values_in_training_code
+from .removal import decide
+from .rewriting import tree_edits
+
+__all__ = ["FAITHFUL", "decisions", "generic", "unabsorbed", "why_refused"]
+
+
+# What a removal makes redundant in eval mode may count in training mode (dropout in a branch, an
+# auxiliary head). Where it does, sums stay that could go; at last all operations, and no factor
+# enters what code can read that asks for the mode.
+FAITHFUL: tuple[tuple[str, ...] | None, ...] = ((), ("add", "add_"), None)
+
+
+def decisions(
+    model: nn.Module,
+    graph: Graph,
+    remove: tuple[str, ...],
+    *,
+    fuse: bool,
+    indexed: set[int],
+    blocks: list[Candidate] | None = None,
+    faithful: int = 0,
+) -> tuple[Surgery, list[dict[str, Any]]]:
+    """Return what becomes of every value once the units are gone, and the edits of the tree.
+
+    ``faithful`` is an index into FAITHFUL.
+
+    Raises:
+        PruneError: a unit cannot go; the message says why.
+    """
+    ops = FAITHFUL[faithful]
+    keep = frozenset(
+        n.index for n in graph.nodes if n.op != "gate" and (ops is None or n.op in ops)
+    )
+    pinned = values_in_training_code(graph) if ops is None else set()
+    while True:
+        try:
+            todo = decide(
+                model, graph, remove, fuse=fuse, keep=keep, indexed=indexed, blocks=blocks
+            )
+            todo.pinned = pinned
+            tie_factors(todo, fuse)
+            return todo, tree_edits(model, todo)
+        except MustStayError as again:
+            keep |= again.nodes  # grows each time: what is kept is not passed by again
+
+
+def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, str]:
+    """Return which units of a gated model cannot be removed, with the reasons.
+
+    ``graph`` is a record of the model with its gates as nodes. All that are not named can go, alone
+    and together.
+    """
+    every = tuple(gates(model))
+    controls = [g.control for g in gates(model).values() if g.control is not None]
+    blocks = find_blocks(model, graph)
+    refused: dict[str, str] = {}
+
+    def attempt(names: Iterable[str], low: float, high: float, fuse: bool = True) -> str | None:
+        names = tuple(n for n in names if n not in refused)
+        with generic(controls, low, high):
+            return _why_not(model, graph, names, fuse, indexed, blocks) if names else None
+
+    for name in every:
+        if (reason := attempt([name], 0.5, 1.0)) is not None:
+            refused[name] = reason
+    trials = [(every, low, high, True) for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0))]
+    trials += [(names, 0.5, 1.0, False) for names in (every, every[::2], every[1::2])]
+    for names, low, high, fuse in trials:
+        while attempt(names, low, high, fuse) is not None:
+            free = [n for n in names if n not in refused]
+            # The first that those before it leave no way out.
+            good, bad = 0, len(free)
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                if attempt(free[:middle], low, high, fuse) is None:
+                    good = middle
+                else:
+                    bad = middle
+            reason = attempt(free[:bad], low, high, fuse)
+            assert reason is not None
+            refused[free[bad - 1]] = f"it cannot go together with other units: {reason}"
+    return refused
+
+
+def unabsorbed(model: nn.Module, graph: Graph, remove: tuple[str, ...]) -> list[str]:
+    """Return the units among ``remove`` whose control would stay as a multiply, as they stand."""
+    keep: frozenset[int] = frozenset()
+    while True:
+        try:
+            todo = decide(model, graph, remove, fuse=True, keep=keep)
+            tie_factors(todo, fuse=True)
+            break
+        except MustStayError as again:
+            keep |= again.nodes
+    paths = {p: m.unit or p for p, m in model.named_modules() if isinstance(m, Gate)}
+    return [paths[p] for p in todo.multiply if paths[p] in remove]
+
+
+def _why_not(
+    model: nn.Module,
+    graph: Graph,
+    names: tuple[str, ...],
+    fuse: bool,
+    indexed: set[int],
+    blocks: list[Candidate],
+) -> str | None:
+    try:
+        decisions(model, graph, names, fuse=fuse, indexed=indexed, blocks=blocks)
+    except ResConvError as error:
+        return str(error).rstrip(".")
+    except Exception as error:
+        # Whatever it is, it would meet prune as well, after the training.
+        return f"removing it fails ({type(error).__name__}: {error})"
+    return None
+
+
+@contextmanager
+def generic(controls: list[nn.Parameter], low: float = 0.5, high: float = 1.0) -> Iterator[None]:
+    """Give the controls values in a range for the time of the block, no two the same in it."""
+    before = [c.item() for c in controls]
+    try:
+        with torch.no_grad():
+            for i, control in enumerate(controls):
+                control.fill_(low + (high - low) * (i + 1) / (len(controls) + 1))
+        yield
+    finally:
+        with torch.no_grad():
+            for control, value in zip(controls, before, strict=True):
+                control.fill_(value)
