@@ -27,9 +27,10 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph
 from ..errors import PruneError
+from .arguments import template
 from .earlier import as_graph_module
 from .rewritten import Clone, Factor, rewrite_forward, stand_in
-from .tracing import digest, pass_by, template, trace_forward
+from .tracing import digest, pass_by, trace_forward
 
 __all__ = [
     "CONV_GEOMETRY",
