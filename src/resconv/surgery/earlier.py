@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from ..errors import PruneError
-from .tracing import FREE, OTHER_BRANCH, decode, digest, pass_by
+from .arguments import FREE, decode
+from .tracing import OTHER_BRANCH, digest, pass_by
 
 __all__ = ["as_graph_module"]
 

@@ -31,11 +31,12 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph
 from ..errors import PruneError
+from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
 from .rewritten import Clone, Factor, rewrite_forward, stand_in
 from .state import set_submodule
-from .tracing import digest, pass_by, template, trace_forward
+from .tracing import digest, pass_by, trace_forward
 
 __all__ = [
     "CONV_GEOMETRY",

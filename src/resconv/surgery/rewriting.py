@@ -7,26 +7,21 @@ eval mode is matched with the record by running it once.
 """
 
 import inspect
-import operator
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from ..analysis.graph import Call, Graph, Node, Ref
-from ..analysis.inputs import evaluating
-from ..analysis.recorder import record
+from ..analysis.graph import Call, Graph, Ref
 from ..errors import PruneError, TraceError
-from ..nn.gates import BranchGate, ResConv, is_leaf
+from ..nn.gates import BranchGate, ResConv
+from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
+from .forms import Form, device_of, fill
 from .inplace import same_flow, unsafe_writes
 from .modes import both_modes
 from .proof import trains_as_identity
 from .rewritten import of_user
-from .tracing import Trace, encode, leaves, template, trace_forward
 
 __all__ = ["tree_edits"]
 
@@ -53,7 +48,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         if times[call.path] > 1 or _has_hooks(module):
             continue
-        if not trains_as_identity(module, _fill(graph, read, _device(module))):
+        if not trains_as_identity(module, fill(graph, read, device_of(module))):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -172,7 +167,7 @@ def _rewrite(
     for free in (True, False):
         try:
             constants = _constants(given, free)
-            form = _Form(graph, module, given, constants)
+            form = Form(graph, module, given, constants)
             ran = form.ran()
         except Exception as error:
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
@@ -244,129 +239,3 @@ def _outermost(module: nn.Module, graph: Graph, call: Call, names: list[str]) ->
             gone.append(name)
             gone += [n for n, m in parts.items() if part is not None and m is part and n != name]
     return [n for n in gone if not any(n.startswith(f"{other}.") for other in gone)]
-
-
-class _Tagging(fx.Interpreter):
-    current: str | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n.name
-        return super().run_node(n)
-
-
-class _Form:
-    """A module's own forward, traced with some of its arguments fixed."""
-
-    def __init__(
-        self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
-    ) -> None:
-        self.module, self.constants = module, constants
-        device = _device(module)
-        shapes = template(inspect.signature(module.forward), constants)
-        with torch.random.fork_rng(devices=[]):
-            self.values = [
-                _fill(graph, leaf, device)
-                for name, shape in shapes.items()
-                for leaf in leaves(shape, given.get(name, ()))
-            ]
-        self.trace = self.traced(training=False)
-
-    def traced(self, *, training: bool) -> Trace:
-        return trace_forward(
-            self.module,
-            self.constants,
-            lambda node: _decide(self.module, node, self.values),
-            training=training,
-            keep=False,
-        )
-
-    def ran(self) -> list[Node]:
-        """Return the operations that the trace runs, each tagged with the name of its traced node."""
-        vars(self.module).update(self.trace.made)
-        interpreter = _Tagging(self.module, graph=self.trace.graph)
-
-        class Runner(nn.Module):
-            def __init__(self, module: nn.Module) -> None:
-                super().__init__()
-                self.module = module
-
-            def forward(self, *args: Any) -> Any:
-                return interpreter.run(*args)
-
-        try:
-            seen = record(
-                Runner(self.module),
-                tuple(self.values),
-                leaf=is_leaf,
-                tag=lambda: interpreter.current,
-            )
-        finally:
-            for name in self.trace.made:
-                delattr(self.module, name)
-        return seen.nodes
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _fill(graph: Graph, leaf: Any, device: torch.device) -> Any:
-    if not isinstance(leaf, Ref):
-        return leaf
-    value = graph.values[leaf.value]
-    # In memory as it was recorded: whether reshape copies, and which product Linear takes,
-    # depends on that.
-    size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
-    some = torch.rand(max(size, 1), device=device).to(value.dtype)
-    return some.as_strided(value.shape, value.stride)
-
-
-_NUMBERS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
-
-
-class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to hand out a tensor's numbers, which the next input may not share."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func._schema.name.split("::")[-1] in _NUMBERS:
-            raise TraceError("it branches on the numbers in a tensor")
-        return func(*args, **(kwargs or {}))
-
-
-def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
-    """Return what a condition or a length comes to on the recorded shapes.
-
-    Raises:
-        TraceError: it depends on a tensor's numbers, which the next input may not share.
-    """
-    places = [n for n in condition.graph.nodes if n.op == "placeholder"]
-    known = dict(zip(places, values, strict=True))
-
-    def value(node: fx.Node) -> Any:
-        if node in known:
-            return known[node]
-        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-        if node.op == "get_attr":
-            known[node] = operator.attrgetter(str(node.target))(module)
-        elif node.op == "call_module":
-            called = module.get_submodule(str(node.target))
-            known[node] = type(called).__call__(called, *args, **kwargs)
-        else:
-            with _NoNumbers():  # type: ignore[no-untyped-call]
-                known[node] = _result(node, args, kwargs)
-        return known[node]
-
-    with torch.random.fork_rng(devices=[]), evaluating(module):
-        found = value(condition)
-    if not isinstance(found, bool | int | float):
-        raise TraceError(f"it branches on the numbers in a {type(found).__name__}")
-    return found
-
-
-def _result(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)

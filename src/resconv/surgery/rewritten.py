@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .tracing import FREE
+from .arguments import FREE
 
 __all__ = ["Clone", "Factor", "PassThrough", "of_user", "own_class", "rewrite_forward", "stand_in"]
 

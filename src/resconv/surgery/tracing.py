@@ -1,8 +1,7 @@
 """One module's own forward as a ``torch.fx`` graph, every module it calls being one call.
 
 What fx cannot know from the code alone (which way a branch on a size goes, how many items a tuple
-has) is decided by the caller, and the decision is asserted in the graph. Arguments are written as
-plain data: constants, and ``{"free": True}`` for what the next call may change.
+has) is decided by the caller, and the decision is asserted in the graph.
 """
 
 import hashlib
@@ -20,23 +19,11 @@ import torch
 from torch import fx, nn
 
 from ..errors import PruneError, TraceError
+from .arguments import FREE, filled, leaves, template
 
-__all__ = [
-    "FREE",
-    "OTHER_BRANCH",
-    "Trace",
-    "decode",
-    "digest",
-    "encode",
-    "leaves",
-    "pass_by",
-    "template",
-    "trace_forward",
-    "used",
-]
+__all__ = ["OTHER_BRANCH", "Trace", "digest", "pass_by", "trace_forward", "used"]
 
 Decide = Callable[[fx.Node], Any]
-FREE = object()  # a place in an argument that the next call fills
 OTHER_BRANCH = (
     "This forward was rewritten by resconv for its example's size, and branches on it: convert and "
     "prune with an example of the size that you run."
@@ -56,84 +43,6 @@ class Trace:
     decisions: list[bool | int] = field(default_factory=list)
     places: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # tensors that the code makes itself
-
-
-def encode(value: Any, free: bool) -> Any:
-    """Return an argument as plain data; with ``free`` its numbers are not fixed.
-
-    Whatever is neither plain nor a container of plain values is handed on as it comes.
-    """
-    if isinstance(value, tuple | torch.Size) and not hasattr(value, "_fields"):
-        return {"tuple": [encode(v, free) for v in value]}
-    if type(value) is list:
-        return [encode(v, free) for v in value]
-    if type(value) is dict and all(isinstance(k, str) and k.isidentifier() for k in value):
-        return {"dict": {k: encode(v, free) for k, v in value.items()}}
-    if isinstance(value, bool | str | type(None)):
-        return value
-    if isinstance(value, int | float) and not free:
-        return value
-    return {"free": True}
-
-
-def decode(value: Any) -> Any:
-    """Return what :func:`encode` wrote, with ``FREE`` where a value is to be filled in.
-
-    Raises:
-        PruneError: it is nothing that was written so.
-    """
-    if isinstance(value, list):
-        return [decode(v) for v in value]
-    if isinstance(value, dict):
-        if value == {"free": True}:
-            return FREE
-        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
-            return tuple(decode(v) for v in value["tuple"])
-        if set(value) == {"dict"} and isinstance(value["dict"], dict):
-            return {k: decode(v) for k, v in value["dict"].items()}
-        raise PruneError(f"Not an argument: {str(value)[:100]}")
-    return value
-
-
-def template(signature: inspect.Signature, constants: dict[str, Any]) -> dict[str, Any]:
-    """Return each parameter's argument: a tree of constants and ``FREE``.
-
-    Raises:
-        PruneError: a constant is malformed, or belongs to no parameter.
-    """
-    unknown = [name for name in constants if name not in signature.parameters]
-    if unknown:
-        raise PruneError(f"The forward takes no argument {unknown[0]!r}.")
-    absent: dict[Any, Any] = {
-        inspect.Parameter.VAR_POSITIONAL: (),
-        inspect.Parameter.VAR_KEYWORD: {},
-    }
-    return {
-        name: decode(constants[name]) if name in constants else absent.get(p.kind, FREE)
-        for name, p in signature.parameters.items()
-    }
-
-
-def leaves(shape: Any, value: Any) -> Iterator[Any]:
-    """Yield the parts of ``value`` that stand where ``shape`` is ``FREE``, in order."""
-    if shape is FREE:
-        yield value
-    elif isinstance(shape, tuple | list):
-        for s, v in zip(shape, value, strict=True):
-            yield from leaves(s, v)
-    elif isinstance(shape, dict):
-        for key, s in shape.items():
-            yield from leaves(s, value[key])
-
-
-def _filled(shape: Any, values: Iterator[Any]) -> Any:
-    if shape is FREE:
-        return next(values)
-    if isinstance(shape, tuple | list):
-        return type(shape)(_filled(s, values) for s in shape)
-    if isinstance(shape, dict):
-        return {k: _filled(s, values) for k, s in shape.items()}
-    return shape
 
 
 class _Sized(fx.Proxy):
@@ -166,12 +75,12 @@ class _OwnForward(fx.Tracer):
         flat: list[Any] = []
         bound = signature.bind_partial()
         for name, shape in self.arguments.items():
-            count = sum(1 for _ in leaves(shape, _filled(shape, iter(lambda: None, 0))))
+            count = sum(1 for _ in leaves(shape, filled(shape, iter(lambda: None, 0))))
             nested = shape is not FREE
             names = [f"{name}_{i}" if nested else name for i in range(1, count + 1)]
             proxies = [self.create_proxy("placeholder", n, (), {}) for n in names]
             flat += proxies
-            bound.arguments[name] = _filled(shape, iter(proxies))
+            bound.arguments[name] = filled(shape, iter(proxies))
 
         def own_forward(*_: Any) -> Any:
             return self.root.forward(*bound.args, **bound.kwargs)

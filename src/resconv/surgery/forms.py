@@ -1,0 +1,146 @@
+"""One module's forward as it was recorded, traced on values of the recorded kinds."""
+
+import inspect
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..analysis.graph import Graph, Node, Ref
+from ..analysis.inputs import evaluating
+from ..analysis.recorder import record
+from ..errors import TraceError
+from ..nn.gates import is_leaf
+from .arguments import leaves, template
+from .tracing import Trace, trace_forward
+
+__all__ = ["Form", "device_of", "fill"]
+
+
+class _Tagging(fx.Interpreter):
+    current: str | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+
+class Form:
+    """A module's own forward, traced with some of its arguments fixed."""
+
+    def __init__(
+        self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
+        self.module, self.constants = module, constants
+        device = device_of(module)
+        shapes = template(inspect.signature(module.forward), constants)
+        with torch.random.fork_rng(devices=[]):
+            self.values = [
+                fill(graph, leaf, device)
+                for name, shape in shapes.items()
+                for leaf in leaves(shape, given.get(name, ()))
+            ]
+        self.trace = self.traced(training=False)
+
+    def traced(self, *, training: bool) -> Trace:
+        return trace_forward(
+            self.module,
+            self.constants,
+            lambda node: _decide(self.module, node, self.values),
+            training=training,
+            keep=False,
+        )
+
+    def ran(self) -> list[Node]:
+        """Return the operations that the trace runs, each tagged with the name of its traced node."""
+        vars(self.module).update(self.trace.made)
+        interpreter = _Tagging(self.module, graph=self.trace.graph)
+
+        class Runner(nn.Module):
+            def __init__(self, module: nn.Module) -> None:
+                super().__init__()
+                self.module = module
+
+            def forward(self, *args: Any) -> Any:
+                return interpreter.run(*args)
+
+        try:
+            seen = record(
+                Runner(self.module),
+                tuple(self.values),
+                leaf=is_leaf,
+                tag=lambda: interpreter.current,
+            )
+        finally:
+            for name in self.trace.made:
+                delattr(self.module, name)
+        return seen.nodes
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def fill(graph: Graph, leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Ref):
+        return leaf
+    value = graph.values[leaf.value]
+    # In memory as it was recorded: whether reshape copies, and which product Linear takes,
+    # depends on that.
+    size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
+    some = torch.rand(max(size, 1), device=device).to(value.dtype)
+    return some.as_strided(value.shape, value.stride)
+
+
+_NUMBERS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
+
+
+class _NoNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to hand out a tensor's numbers, which the next input may not share."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.name.split("::")[-1] in _NUMBERS:
+            raise TraceError("it branches on the numbers in a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
+    """Return what a condition or a length comes to on the recorded shapes.
+
+    Raises:
+        TraceError: it depends on a tensor's numbers, which the next input may not share.
+    """
+    places = [n for n in condition.graph.nodes if n.op == "placeholder"]
+    known = dict(zip(places, values, strict=True))
+
+    def value(node: fx.Node) -> Any:
+        if node in known:
+            return known[node]
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        if node.op == "get_attr":
+            known[node] = operator.attrgetter(str(node.target))(module)
+        elif node.op == "call_module":
+            called = module.get_submodule(str(node.target))
+            known[node] = type(called).__call__(called, *args, **kwargs)
+        else:
+            with _NoNumbers():  # type: ignore[no-untyped-call]
+                known[node] = _result(node, args, kwargs)
+        return known[node]
+
+    with torch.random.fork_rng(devices=[]), evaluating(module):
+        found = value(condition)
+    if not isinstance(found, bool | int | float):
+        raise TraceError(f"it branches on the numbers in a {type(found).__name__}")
+    return found
+
+
+def _result(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
