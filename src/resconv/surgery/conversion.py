@@ -32,6 +32,7 @@ from ..errors import ConversionError
 from ..nn.algebra import add_identity
 from ..nn.gates import BranchGate, Gate, ResConv, is_plain_norm
 from ..nn.geometry import tap
+from .copying import as_normal_tensors, copy_model
 from .edits import apply_edit, droppable, indexed_containers
 from .state import State, require_finite, set_submodule
 from .verification import relative_error
@@ -39,6 +40,7 @@ from .verification import relative_error
 __all__ = ["convert"]
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     example_inputs: Any,
@@ -83,10 +85,8 @@ def convert(
         raise ConversionError(
             "The model has gates already. Fuse it first (resconv.fuse) to convert it anew."
         )
-    try:
-        model = copy.deepcopy(model)
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
+    model = copy_model(model, ConversionError)
+    example_inputs = as_normal_tensors(example_inputs)
     with indexed_containers() as indexed:
         graph = record(model, example_inputs)
     if not graph.outputs:

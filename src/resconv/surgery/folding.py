@@ -1,6 +1,5 @@
 """BatchNorms into the convs before them: the form to deploy."""
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from ..analysis.graph import Ref
 from ..analysis.inputs import unwrap
 from ..analysis.layers import norm_after
 from ..analysis.recorder import record
+from ..errors import FusionError
 from ..nn.algebra import fold_norm
+from .copying import copy_model
 from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
 
 __all__ = ["conv_edit", "fill_convs", "fold_norms"]
@@ -39,9 +40,10 @@ def fill_convs(model: nn.Module, kernels: dict[str, tuple[Tensor, Tensor | None]
                 conv.bias.copy_(bias.to(conv.bias))
 
 
+@torch.inference_mode(False)
 def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Return a copy with every BatchNorm that alone reads a conv folded into that conv."""
-    model = copy.deepcopy(unwrap(model))
+    model = copy_model(unwrap(model), FusionError)
     with indexed_containers() as indexed:
         graph = record(model, example_inputs)
     edits: list[dict[str, Any]] = []

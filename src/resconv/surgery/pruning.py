@@ -10,6 +10,7 @@ has to change (two branches in one block, a functional activation) that forward 
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..analysis.graph import Graph
@@ -18,6 +19,7 @@ from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
 from ..nn.gates import BranchGate, Gate, gates, is_leaf
 from ..planning.plan import Plan
+from .copying import copy_model
 from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
@@ -62,12 +64,13 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
     return operate(model, tuple(plan.remove), fuse=fuse)
 
 
+@torch.inference_mode(False)
 def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
     state = state_of(model)
     require_finite(model, PruneError)
-    model = copy.deepcopy(model)
+    model = copy_model(model, PruneError)
     for gate in gates(model, fixed=True).values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
     state = copy.copy(state)
