@@ -179,7 +179,8 @@ class ResConv(Gate):
         self.control = nn.Parameter(torch.tensor(control, dtype=dtype, device=like.device))
         self.reach = reach
         self.scale.requires_grad_(reach is None)
-        self.train(conv.training)
+        # Its own flag only: a norm that the user froze in eval mode stays frozen.
+        self.training = conv.training
 
     def forward(self, x: Tensor) -> Tensor:
         if self._rests():
@@ -228,7 +229,7 @@ class BranchGate(Gate):
         self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
         self.control = None
         self.multiply = Multiply()
-        self.train(module.training)
+        self.training = self.multiply.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._rests():

@@ -218,7 +218,7 @@ def plain_norm(norm: nn.Module) -> nn.Module:
     plain.weight, plain.bias = norm.weight, norm.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(plain, name, getattr(norm, name))
-    plain.train(norm.training)
+    plain.training = norm.training
     return plain
 
 

@@ -187,7 +187,11 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
         ) from None
     if not path and op != "bypass":
         raise PruneError(f"An edit {op!r} cannot replace the whole model.")
+    known = {id(m) for m in module.modules()}
     new = _edited(module, edit)
+    for made in new.modules():  # each module that was there keeps its own mode
+        if id(made) not in known:
+            made.training = module.training
     if not path:
         return new
     parent_path, _, name = path.rpartition(".")
@@ -267,7 +271,7 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             raise PruneError(f"Not a convolution at {path!r}: {error}") from error
         for parameter in made.parameters():
             parameter.requires_grad_(like.requires_grad or not like.numel())
-        return made.train(module.training)
+        return made
     if op == "children":
         names = edit["names"]
         children = dict(module.named_children())
@@ -318,6 +322,4 @@ def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         if node in read and not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     graph.lint()
-    new = fx.GraphModule(module, graph, type(module).__name__)
-    new.train(module.training)
-    return new
+    return fx.GraphModule(module, graph, type(module).__name__)

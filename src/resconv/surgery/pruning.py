@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..analysis.graph import Graph
 from ..analysis.inputs import unwrap
@@ -23,7 +23,7 @@ from .copying import copy_model
 from .decisions import MustStayError, Surgery, original_path
 from .edits import apply_edits, indexed_containers
 from .factors import Kernel, absorb, tie_factors
-from .folding import conv_edit, fill_convs
+from .folding import Fused, conv_edit, fill_convs
 from .removal import decide
 from .rewriting import tree_edits
 from .state import State, require_finite, set_submodule, state_of
@@ -87,11 +87,12 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     todo, kept, structure = _decide(model, graph, remove, fuse, indexed)
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
-    kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
+    kernels: dict[str, Fused] = {}
     for path, (weight, bias, like) in kept.items():
         original = original_path(model, path)
         convs.append(conv_edit(original, like, bias is not None))
-        kernels[original] = (weight, bias)
+        layer: Any = model.get_submodule(path)
+        kernels[original] = Fused(weight, bias, like, layer.norm)
     model = _without_gates(model, everything=fuse, removed=remove)
     if not fuse:
         structure = [_gated_path(model, e) for e in structure]
