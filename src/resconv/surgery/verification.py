@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of, unwrap
+from ..analysis.recorder import restored
 from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
@@ -170,7 +171,7 @@ def compare_outputs(
 
 def _outputs(model: nn.Module, example_inputs: Any, which: str) -> Any:
     args, kwargs = as_call(to_device_of(model, copy.copy(example_inputs)))
-    with evaluating(model):
+    with evaluating(model), restored(model):
         try:
             return tree_map(
                 lambda t: t.detach().clone() if isinstance(t, Tensor) else t,
