@@ -247,7 +247,11 @@ def _header(
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "channels_last": [n for n, t in state.items() if _layout(t) is not None],
         # Buffers that the constructor makes; their numbers may have been changed since.
-        "unsaved": {n: _word(b.dtype) for n, b in model.named_buffers() if n not in state},
+        "unsaved": {
+            n: _word(b.dtype)
+            for n, b in model.named_buffers(remove_duplicate=False)
+            if n not in state
+        },
         "gates": gates if isinstance(converted, State) else None,
     }
     try:
