@@ -99,6 +99,7 @@ def save(
     return folder
 
 
+@torch.inference_mode(False)
 def load(
     path: str | Path,
     *,
