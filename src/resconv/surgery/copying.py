@@ -78,7 +78,7 @@ class _Copy:
         if id(found) in self.memo:
             return
         if isinstance(found, Tensor):
-            if not found.is_leaf or found.is_inference():
+            if not nn.parameter.is_lazy(found) and (not found.is_leaf or found.is_inference()):
                 plain = found.detach().clone()
                 if isinstance(found, nn.Parameter):
                     plain = nn.Parameter(plain, found.requires_grad)
