@@ -299,7 +299,7 @@ def test_refusals(small, tmp_path):
     with pytest.raises(ExportError, match="cannot be written"):
         resconv.export(compact, tmp_path / "file" / "x.pt2", x)
     resconv.export(compact, tmp_path / "net.pt2", x)
-    with pytest.raises(LoadError, match="does not run on inputs of shape"):
+    with pytest.raises(VerificationError, match="does not run on inputs of shape"):
         compare(tmp_path / "net.pt2", tmp_path / "net.pt2", shape="1,4,16,16")
 
     class Loops(nn.Module):

@@ -533,10 +533,199 @@ def test_not_json_and_no_folder(saved, tmp_path):
         resconv.load(tmp_path / "nothing")
 
 
-def test_gated_nets_are_not_saved(images, tmp_path):
-    gated = resconv.convert(nets.create("resnet20").double().eval(), images)
-    with pytest.raises(resconv.ResConvError, match="gates left"):
-        resconv.save(gated, tmp_path)
+class Blurs(nn.Module):
+    """Linear in a kernel that is no parameter and not in the state dict, and keeps two caches."""
+
+    def __init__(self, size=3):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("filt", (row[:, None] * row).repeat(4, 1, 1, 1), persistent=False)
+        self.register_buffer("same", self.filt, persistent=False)
+        self.register_buffer("ones", torch.ones(1, 1, 1, 1).expand(1, 4, 1, 1), persistent=False)
+        self.register_buffer("seen", None, persistent=False)
+
+    def forward(self, x):
+        self.seen = torch.full((1,), float(x.shape[-1]), dtype=x.dtype, device=x.device)
+        x = nn.functional.gelu(self.conv(x)) * self.ones
+        return nn.functional.conv2d(x, self.filt, padding=1, groups=4)
+
+
+def blurring():
+    convs = (nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 4, 3, padding=1))
+    return nn.Sequential(*convs, Blurs(), nn.Conv2d(4, 4, 3, padding=1), nn.GELU()).double()
+
+
+def test_a_buffer_outside_the_state_dict_is_saved(tmp_path):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    net = blurring().eval()
+    net[3].filt.mul_(torch.rand(4, 1, 3, 3))
+    net[3].same = net[3].filt
+    resconv.save(net, tmp_path, example_inputs=x)
+    back = resconv.load(tmp_path, model=blurring)
+    assert torch.equal(back(x), net(x))
+    assert torch.equal(back[3].filt, net[3].filt)
+    assert back[3].same is back[3].filt
+    # Negative control: what the constructor makes is another net.
+    fresh = blurring().eval()
+    fresh.load_state_dict(net.state_dict())
+    assert not torch.allclose(fresh(x), net(x))
+
+
+def test_a_cache_that_a_forward_filled_is_no_obstacle(tmp_path):
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    net = blurring().eval()
+    net(x)
+    assert net[3].seen is not None
+    resconv.save(net, tmp_path)
+    back = resconv.load(tmp_path, model=blurring)
+    assert torch.equal(back[3].seen, net[3].seen)
+    assert torch.equal(back(x), net(x))
+
+
+def open_and_gated(make, x, units, share=0.3):
+    gated = randomise_gates(resconv.convert(randomise(make(), 0, x), x, units=units))
+    return gated, resconv.prune(gated, some_plan(gated, 2, share), fuse=False)
+
+
+TRAINING_FORMS = {
+    "resnet20, all": (lambda: nets.create("resnet20").double(), 32, "all"),
+    "resnet20, blocks": (lambda: nets.create("resnet20").double(), 32, "blocks"),
+    "plainnet20": (lambda: nets.create("plainnet20").double(), 32, "layers"),
+    "mobilenet": (lambda: nets.create("torchvision:mobilenet_v2").double(), 32, "all"),
+    "timm's norms": (lambda: nets.create("timm:mobilenetv3_small_050").double(), 32, "all"),
+    "no source": (blurring, 8, "layers"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_FORMS)
+def test_a_net_in_training_form_is_resumed(name, tmp_path):
+    """Gates, scales and zeros come back; training, pruning and fusing give what they would have."""
+    make, size, units = TRAINING_FORMS[name]
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    for i, net in enumerate(open_and_gated(make, x, units)):
+        names = list(resconv.gates(net))
+        with torch.no_grad():
+            resconv.gates(net)[names[-1]].scale.zero_()
+        net.requires_grad_(True)
+        next(net.parameters()).requires_grad_(False)
+        folder = resconv.save(net, tmp_path / str(i))
+        source = make if name == "no source" else None
+        back = resconv.load(folder, model=source)
+        assert list(resconv.gates(back)) == names
+        assert list(back.state_dict()) == list(net.state_dict())
+        for key, tensor in net.state_dict().items():
+            assert torch.equal(back.state_dict()[key], tensor), key
+        assert [p.requires_grad for p in back.parameters()] == [
+            p.requires_grad for p in net.parameters()
+        ]
+        with torch.no_grad():
+            assert torch.equal(back(x), net(x))
+        # One step of training moves both alike.
+        for one in (net, back):
+            torch.manual_seed(0)  # of dropout
+            one.train()
+            optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=1e-3)
+            one(x).square().mean().backward()
+            optimizer.step()
+            one.eval()
+        with torch.no_grad():
+            assert torch.equal(back(x), net(x))
+        plan = resconv.Plan((names[-1],))
+        with torch.no_grad():
+            for one in (net, back):
+                resconv.gates(one)[names[-1]].scale.zero_()
+        compact = resconv.prune(back, plan)
+        resconv.verify(net, compact, x, plan=plan)
+        resconv.verify(net, resconv.fuse(back), x)
+        again = resconv.load(resconv.save(compact, tmp_path / f"{i}c"), model=source)
+        resconv.verify(net, again, x, plan=plan)
+
+
+def test_an_open_net_without_gates_keeps_its_edits(tmp_path, images):
+    net = (
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
+    )
+    gated = randomise_gates(resconv.convert(net, images))
+    bare = resconv.prune(gated, resconv.Plan(("0",)), fuse=False)
+    assert not resconv.gates(bare)
+    back = resconv.load(resconv.save(bare, tmp_path), model=net)
+    assert torch.equal(back(images), bare(images))
+    assert torch.equal(resconv.fuse(back)(images), bare(images))
+
+
+def test_gates_that_a_file_makes_up_are_refused(tmp_path, images):
+    gated = resconv.convert(nets.create("resnet20").double().eval(), images, units="all")
+    folder = resconv.save(gated, tmp_path / "a")
+    content = (folder / "model.json").read_text()
+    for change, message in (
+        (lambda g: g[0].update(paths=["nowhere"]), "'nowhere', which the net does not have"),
+        (lambda g: g[-1].update(kind="door"), "not a gate"),
+        (lambda g: g[0].update(norm={"type": "Linear", "args": {}}), "not a gate"),
+        (lambda g: g.pop(), "was not saved|is not there"),
+        (lambda g: next(x for x in g if x["norm"])["norm"]["args"].update(num_features=8), "shape"),
+        (lambda g: g.extend(g * 600), "more than any net needs"),
+    ):
+        (folder / "model.json").write_text(content)
+        edit_header(folder, lambda h, change=change: change(h["gates"]))
+        with pytest.raises(LoadError, match=message):
+            resconv.load(folder)
+    (folder / "model.json").write_text(content)
+    resconv.load(folder)
+    lost = resconv.convert(nets.create("resnet20").double().eval(), images)
+    del lost.resconv_state
+    with pytest.raises(SaveError, match="not the record of its conversion"):
+        resconv.save(lost, tmp_path / "b")
+
+
+def test_what_is_read_back_is_compared(tmp_path, images, monkeypatch):
+    from resconv.storage import store
+
+    net = nets.create("resnet20").double().eval()
+    resconv.save(net, tmp_path, example_inputs=images)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    write = store.save_file
+
+    def damaged(tensors, path):
+        write({k: t + 1e-12 if k == "conv1.weight" else t for k, t in tensors.items()}, path)
+
+    monkeypatch.setattr(store, "save_file", damaged)
+    with pytest.raises(SaveError, match=r"conv1\.weight was read back otherwise"):
+        resconv.save(net, tmp_path, example_inputs=images)
+    monkeypatch.undo()
+    # Something that no tensor of the file holds: the outputs tell.
+    net.layer2[0].relu1.forward = lambda x: x.clamp(min=0.1)
+    with pytest.raises(SaveError, match="computes something else"):
+        resconv.save(net, tmp_path, example_inputs=images)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+    del net.layer2[0].relu1.forward
+    resconv.save(net, tmp_path, example_inputs=images)
+
+
+def test_a_net_changed_by_hand_is_said_when_it_is_saved(tmp_path, images):
+    net = nets.create("resnet20").double().eval()
+    net.layer1[0].relu1 = nn.GELU()
+    with pytest.warns(UserWarning, match=r"load it with resconv\.load\(path, model="):
+        resconv.save(net, tmp_path, example_inputs=images)
+    assert same_net(resconv.load(tmp_path, model=net), net)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="about the permissions of POSIX")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path, images, mask, mode):
+    from resconv.files import write_text
+
+    net = nets.create("resnet20").eval()
+    before = os.umask(mask)
+    try:
+        resconv.save(net, tmp_path / "net")
+        resconv.export(net, tmp_path / "net.pt2", images.float())
+        write_text(tmp_path / "text", "a")
+    finally:
+        os.umask(before)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) == 4
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {oct(mode)}
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):

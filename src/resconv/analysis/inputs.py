@@ -100,15 +100,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
-    """Move example tensors to the model's device (floats to its dtype when they differ)."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if first is None:
+    """Move example tensors to the model's device.
+
+    Floats go to its dtype, unless one of them has a dtype of the model already: then the others
+    differ on purpose (a time stamp in double precision beside an image) and are kept.
+    """
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    if not floats:
         return example_inputs
+    first, known = floats[0], {p.dtype for p in floats}
+    fits = any(isinstance(t, Tensor) and t.dtype in known for t in tree_leaves(example_inputs))
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else None)
+        casts = leaf.is_floating_point() and not fits
+        return leaf.to(first.device, first.dtype if casts else None)
 
     return tree_map(move, example_inputs)
 

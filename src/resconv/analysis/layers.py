@@ -60,6 +60,8 @@ def _layer(model: nn.Module, graph: Graph, node: Node, shared: set[str]) -> Cand
     if reason is not None and tail is None:
         return Candidate(base, conv=path, nodes=frozenset({node.index}))
     norm, children, norm_nodes = norm_after(model, graph, node)
+    if norm is not None and _sets_its_own_mode(model.get_submodule(norm)):
+        norm, children, norm_nodes = None, (), ()
     if norm is not None:
         base = replace(base, num_params=num_params + _num_params(model.get_submodule(norm)))
     nodes = frozenset({node.index, *norm_nodes})
@@ -187,6 +189,12 @@ def norm_after(
         if n is not node and n.op != "empty" and not any(c.holds(n) for c in inner)
     ]
     return nothing if own else (call.path, tuple(children), (node.index,))
+
+
+def _sets_its_own_mode(norm: nn.Module) -> bool:
+    """Whether a norm of a class of its own decides what ``train()`` does to it: it may be frozen."""
+    own = type(norm).train is not nn.Module.train or "train" in vars(norm)
+    return own and type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _shared_params(model: nn.Module) -> set[str]:

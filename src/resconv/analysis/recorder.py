@@ -24,9 +24,7 @@ from ..errors import TraceError
 from .graph import Call, Graph, Node, Ref, Value
 from .inputs import as_call, evaluating, tensors_in, to_device_of
 
-__all__ = [
-    "record",
-]
+__all__ = ["record", "restored"]
 
 # These change a tensor's shape in place, not its data.
 _METADATA_WRITES = {"as_strided_", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_"}
@@ -53,7 +51,7 @@ def record(
     _has_numbers(model)
     args, kwargs = as_call(to_device_of(model, example_inputs))
     recorder = _Recorder(model, leaf, tag)
-    with evaluating(model), _restored(model):
+    with evaluating(model), restored(model):
         try:
             graph = recorder.run(args, kwargs)
         except Exception as error:
@@ -104,7 +102,7 @@ def _has_numbers(model: nn.Module) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Undo what the forward writes into buffers (counters, caches)."""
     before = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     try:

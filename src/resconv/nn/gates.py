@@ -215,7 +215,8 @@ class ResConv(Gate):
         self.norm = norm
         self.reach = reach
         self.scale.requires_grad_(reach is None)
-        self.train(conv.training)
+        # Its own flag only: a norm that the user froze in eval mode stays frozen.
+        self.training = conv.training
 
     def forward(self, x: Tensor) -> Tensor:
         if self._rests():
@@ -256,7 +257,7 @@ class BranchGate(Gate):
         self.control = None
         self.module = module
         self.multiply = Multiply()
-        self.train(module.training)
+        self.training = self.multiply.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._rests():

@@ -8,7 +8,7 @@ import torch
 
 from ..analysis.inputs import as_call
 from ..errors import LoadError, VerificationError
-from ..surgery.verification import Verification, compare_outputs
+from ..surgery.verification import Verification, compare_outputs, require_examples
 from .input_spec import make_inputs
 from .runtimes import Opened, first_line, open_file, tensors_of
 from .store import load, read_header
@@ -31,7 +31,7 @@ def compare(
 
     Raises:
         LoadError: a file is missing or of another kind, or the inputs are not known.
-        VerificationError: they disagree.
+        VerificationError: they disagree, one of them does not run, or nothing can be compared.
     """
     if not tolerance > 0:
         raise LoadError(f"--tolerance {tolerance}: give a number above 0, such as 1e-4.")
@@ -42,6 +42,7 @@ def compare(
     if signature is None:
         raise LoadError("Neither file says its input's shape. Give it: --shape 1,3,224,224.")
     inputs = make_inputs(signature, torch.Generator().manual_seed(0))
+    require_examples(inputs)
     outputs = []
     for path, one in zip((a, b), opened, strict=True):
         try:
@@ -50,7 +51,7 @@ def compare(
             raise
         except Exception as error:
             sizes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
-            raise LoadError(
+            raise VerificationError(
                 f"{path} does not run on inputs of shape {sizes}: {first_line(error)}. Are both "
                 "files of one network? Another shape can be given with --shape."
             ) from error

@@ -4,7 +4,6 @@
 .xml    OpenVINO IR (with a .bin beside it), by its own converter
 """
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +22,13 @@ from ..errors import ExportError, LoadError, MissingExtraError, SaveError, Verif
 from ..files import write_together
 from ..nn.gates import Gate
 from ..planning.plan import Plan
-from ..surgery.verification import Verification, compare_outputs
+from ..surgery.copying import as_normal_tensors, copy_model
+from ..surgery.verification import (
+    Verification,
+    compare_outputs,
+    require_examples,
+    tolerance_for,
+)
 from ..version import __version__
 from .input_spec import describe_inputs
 from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
@@ -112,10 +117,11 @@ def export(
         )
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
-    net = copy.deepcopy(model).cpu().eval()
+    require_examples(example_inputs)
+    net = copy_model(model, ExportError).cpu().eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    inputs = to_device_of(net, example_inputs)
+    inputs = _inputs_for(net, as_normal_tensors(example_inputs))
     meta = {"producer": "resconv", "resconv_version": __version__}
     with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
         meta["inputs"] = json.dumps(describe_inputs(inputs))
@@ -138,8 +144,8 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "onnx", "Writing ONNX") from error
-    net = copy.deepcopy(unwrap(model)).cpu().eval()
-    attempt = _Attempt(False, *as_call(to_device_of(net, example_inputs)), None)
+    net = copy_model(unwrap(model), ExportError).cpu().eval()
+    attempt = _Attempt(False, *as_call(_inputs_for(net, as_normal_tensors(example_inputs))), None)
     try:
         with quietly():
             program = _to_onnx(net, attempt, opset_version=_OPSET)
@@ -149,6 +155,16 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
         ) from error
     content: bytes = program.model_proto.SerializeToString()
     return content
+
+
+def _inputs_for(net: nn.Module, example_inputs: Any) -> Any:
+    """Return the inputs on the CPU in their own types, if the network runs on these."""
+    given = tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, example_inputs)
+    try:
+        _reference(net, given)
+    except Exception:  # a float32 example for a network in half precision, say
+        return to_device_of(net, given)
+    return given
 
 
 def _batched(inputs: Any) -> Callable[[Any], bool]:
@@ -227,7 +243,9 @@ def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
         result = None
         for inputs in (job.inputs, *(as_batch(job.inputs, n) for n in sizes)):
             expected, got = _reference(job.net, inputs), run(inputs)
-            checked = compare_outputs(expected, got, tolerance=job.tolerance)
+            checked = compare_outputs(
+                expected, got, tolerance=job.tolerance, least=tolerance_for(job.net)
+            )
             result = result or checked
     except (VerificationError, MissingExtraError):
         raise

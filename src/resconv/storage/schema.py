@@ -20,6 +20,7 @@ from torch import fx, nn
 from ..errors import LoadError, PlanError
 from ..planning.plan import Plan
 from .input_spec import check_signature
+from .training_form import check_gates
 
 __all__ = [
     "FORMAT_VERSION",
@@ -30,7 +31,9 @@ __all__ = [
     "seal",
 ]
 
-FORMAT_VERSION = 2  # 1 had no checksum of its own and no settings of the modules
+# 1 had no checksum of its own and no settings of the modules; 2 had no gates, and no buffers that
+# are not in the state dict.
+FORMAT_VERSION = 3
 _MAX_BYTES, _MAX_DEPTH, _MAX_EDITS, _MAX_NUMBER = 16 * 2**20, 24, 20_000, 2**63
 _KEYS: dict[str, Any] = {
     "format_version": int,
@@ -46,6 +49,7 @@ _KEYS: dict[str, Any] = {
     "frozen": list,
     "channels_last": list,
     "unsaved": dict,
+    "gates": (list, type(None)),
     "sha256": str,
     "num_bytes": int,
     "header_sha256": str,
@@ -134,14 +138,18 @@ def read_header(folder: Path) -> dict[str, Any]:
             f"{file} has format version 1, which carries no checksum of its plan and edits. Save the "
             "network anew: `resconv prune RUN` writes a run's again."
         )
-    faults = [f"{key!r} is missing" for key in _KEYS if key not in header]
-    faults += [f"{key[:80]!r} is not known" for key in header if key not in _KEYS]
+    since = {"gates": 3}
+    needed = [k for k in _KEYS if since.get(k, 0) <= (version if isinstance(version, int) else 0)]
+    faults = [f"{key!r} is missing" for key in needed if key not in header]
+    faults += [f"{key[:80]!r} is not known" for key in header if key not in needed]
     faults += [
         f"{key!r} is a {type(header[key]).__name__}"
         for key, kind in _KEYS.items()
-        if key in header and (not isinstance(header[key], kind) or isinstance(header[key], bool))
+        if key in needed
+        and key in header
+        and (not isinstance(header[key], kind) or isinstance(header[key], bool))
     ]
-    if not faults and version != FORMAT_VERSION:
+    if not faults and version not in (2, FORMAT_VERSION):
         faults.append(f"format version {version} is unknown")
     if faults:
         raise LoadError(f"{file} is damaged: {'; '.join(faults[:12])}.")
@@ -152,6 +160,7 @@ def read_header(folder: Path) -> dict[str, Any]:
             f"{header['header_sha256'][:12]!r}... is written in it). Copy the folder again, or save "
             "the network anew."
         )
+    header.setdefault("gates", None)
     faults = _faults(header)
     if faults:
         raise LoadError(f"{file} is damaged: {'; '.join(faults[:12])}.")
@@ -221,6 +230,12 @@ def _faults(header: dict[str, Any]) -> list[str]:
         if fault:
             faults.append(f"not an edit ({fault}): {str(edit)[:160]}")
             break
+    if header["gates"] is not None:
+        if len(header["gates"]) > _MAX_EDITS:
+            faults.append(f"{len(header['gates']):,} gates are more than any net needs")
+        fault = check_gates(header["gates"][:_MAX_EDITS])
+        faults += [fault] if fault else []
+        faults += [] if header["inputs"] is not None else ["a net in training form has no 'inputs'"]
     source = header["source"]
     if source is not None and (
         set(source) != {"name", "kwargs"}

@@ -1,7 +1,8 @@
 """A network in a folder: ``model.safetensors`` for the numbers, ``model.json`` for everything else.
 
-The JSON (see header.py) names the source of the architecture and the structural edits that made
-the net compact; loading builds the one, replays the other, and copies the numbers in. Nothing is
+The JSON (see schema.py) names the source of the architecture, the structural edits that made the
+net compact, and the gates of a net in training form; loading builds the first, replays the
+second, puts in the third, and copies the numbers in. Nothing is
 unpickled, and no code comes from the folder: a source outside resconv, timm and torchvision is
 built only when the caller says so, or hands in the model.
 """
@@ -10,25 +11,29 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..analysis.inputs import unwrap
+from ..analysis.inputs import as_call, evaluating, to_device_of, unwrap
+from ..analysis.recorder import restored
 from ..errors import LoadError, ResConvError, SaveError
 from ..files import write_together
-from ..nn.gates import Gate
 from ..planning.plan import Plan
+from ..surgery.copying import copy_model
 from ..surgery.edits import apply_edits
+from ..surgery.state import State
+from ..surgery.verification import relative_error, tolerance_for
 from ..version import __version__
-from .input_spec import describe_inputs
+from .input_spec import describe_inputs, make_inputs
 from .schema import (
     FORMAT_VERSION,
     check_source,
@@ -37,35 +42,38 @@ from .schema import (
     read_header,
     seal,
 )
+from .training_form import describe_gates, insert_gates
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 _MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
+_MAX_BUILT_AGAIN = 2**30  # bytes of a net that is built once more to be compared
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(
     model: nn.Module, path: str | Path, *, plan: Plan | None = None, example_inputs: Any = None
 ) -> Path:
-    """Write an ordinary (pruned, fused or dense) network into the folder ``path``.
+    """Write a network (pruned, fused, dense, or still in training form) into the folder ``path``.
 
-    Every parameter and buffer keeps its dtype, ``requires_grad``, channels-last layout and sharing;
-    other files in the folder stay. Both files are written beside and moved into place: a crash
-    leaves the old net or none, never half of one. ``example_inputs`` (a tensor, tuple or dict)
-    give the input signature that is saved. Returns the folder; ``model`` is left as it was.
+    Every parameter and buffer, also one that is not in the state dict, keeps its dtype,
+    ``requires_grad``, channels-last layout and sharing; other files in the folder stay. Both files
+    are written beside, read back and compared, and moved into place: a crash leaves the old net or
+    none, never half of one. The weights are compared bit by bit; where the net can be built again
+    (it came from ``resconv.nets.create`` and has at most 1 GiB) so are its outputs.
+
+    ``example_inputs`` (a tensor, tuple or dict) give the input signature that is saved; a net in
+    training form has those it was converted with. Returns the folder; ``model`` is left as it was.
 
     Raises:
-        SaveError: the model has gates left, holds what plain tensors cannot, or the folder cannot
-            be written.
+        SaveError: the model holds what plain tensors cannot, the folder cannot be written, or what
+            was read back is not what was written.
+
+    Warns:
+        UserWarning: the net was changed since it was created, so that only
+            ``load(path, model=...)`` can bring it back.
     """
     model = unwrap(model)
-    gated = [n for n, m in model.named_modules() if isinstance(m, Gate)]
-    if gated:
-        raise SaveError(
-            f"The model has {len(gated)} gates left ({', '.join(gated[:3])}...). Call "
-            "resconv.prune or resconv.fuse first; a gated net in training is saved with "
-            "torch.save(model.state_dict())."
-        )
     folder = Path(path)
     if folder.is_file():
         raise SaveError(f"{folder} is a file; a network is saved into a folder.")
@@ -75,9 +83,12 @@ def save(
     def write(files: Any) -> None:
         weights, description = files
         save_file(tensors, weights)
-        header["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        _compare_weights(weights, tensors)
+        with weights.open("rb") as file:
+            header["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         header["num_bytes"] = weights.stat().st_size
         description.write_text(json.dumps(seal(header), indent=2) + "\n", encoding="utf-8")
+        _compare_nets(weights.parent, model, header)
 
     try:
         write_together([folder / "model.safetensors", folder / "model.json"], write)
@@ -88,6 +99,7 @@ def save(
     return folder
 
 
+@torch.inference_mode(False)
 def load(
     path: str | Path,
     *,
@@ -95,6 +107,10 @@ def load(
     trust_source: bool = False,
 ) -> nn.Module:
     """Return the network saved in the folder ``path``, on the CPU and in eval mode.
+
+    One in training form has its gates, scales and controls again: call ``train()`` and go on, then
+    ``prune`` and ``fuse`` it as the net that was saved. Its example inputs are random ones of the
+    saved signature.
 
     Args:
         path: what :func:`save` wrote.
@@ -123,8 +139,83 @@ def load(
             f"{folder / 'model.json'} cannot be carried out: {type(error).__name__}: "
             f"{str(error)[:200]}"
         ) from error
-    net.resconv_record = {"source": header["source"], "edits": header["edits"]}  # type: ignore[assignment]
+    if header["gates"] is None:
+        net.resconv_record = {"source": header["source"], "edits": header["edits"]}  # type: ignore[assignment]
+    else:
+        net.__dict__.pop("resconv_record", None)  # of the dense net that was given
+        inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
+        net.resconv_state = State(inputs, header["source"], header["edits"])  # type: ignore[assignment]
     return net.eval()
+
+
+def _compare_weights(weights: Path, tensors: dict[str, Tensor]) -> None:
+    """Read the file back, one tensor at a time, and compare it with what was to be written."""
+    with safe_open(weights, "pt") as file:
+        for name, tensor in tensors.items():
+            back = file.get_tensor(name)
+            if (back.dtype, back.shape) != (tensor.dtype, tensor.shape) or not torch.equal(
+                back.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)
+            ):
+                raise SaveError(
+                    f"{name} was read back otherwise than it was written: the disk or its file "
+                    "system is at fault. Save into another folder."
+                )
+
+
+def _compare_nets(folder: Path, model: nn.Module, header: dict[str, Any]) -> None:
+    """Load what was written, where that needs nothing but the file, and compare the outputs."""
+    from ..nets import runs_user_code
+
+    if header["inputs"] is None:
+        return
+    inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
+    source = header["source"]
+    again = source is not None and not runs_user_code(source["name"])
+    if not again or header["num_bytes"] > _MAX_BUILT_AGAIN:
+        if header["gates"] is not None:
+            _run(model, inputs)
+        return
+    try:
+        back = load(folder)
+    except LoadError as error:
+        warnings.warn(
+            f"The network is saved, but its source {source['name']!r} alone does not give it again: "
+            f"load it with resconv.load(path, model=...) and the net it was made from. {error}",
+            stacklevel=6,
+        )
+        return
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    before, after = _run(model, inputs), _run(back.to(device), inputs)
+    if before is None or after is None:
+        return
+    error_size = relative_error(after, before)
+    if not error_size <= max(tolerance_for(model), 1e-10):
+        raise SaveError(
+            f"The network that was read back computes something else (by {error_size:.2e} of the "
+            "largest output), so nothing was saved. Please report this net; its numbers can be kept "
+            "with torch.save(model.state_dict())."
+        )
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    """Return the outputs; None where an ordinary net does not run on inputs of its signature.
+
+    Raises:
+        SaveError: so it is with a net in training form, which could not be pruned any more.
+    """
+    args, kwargs = as_call(to_device_of(model, inputs))
+    with torch.random.fork_rng(), evaluating(model), restored(model):
+        torch.manual_seed(0)
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            if not isinstance(getattr(model, "resconv_state", None), State):
+                return None
+            raise SaveError(
+                f"{type(model).__name__} does not run on random inputs of its signature "
+                f"({type(error).__name__}: {str(error)[:200]}), and a saved net in training form has "
+                "only those. Save its state dict instead, and convert the dense net anew."
+            ) from error
 
 
 def _header(
@@ -132,6 +223,17 @@ def _header(
 ) -> dict[str, Any]:
     state = model.state_dict(keep_vars=True)
     record = getattr(model, "resconv_record", None) or {}
+    converted = getattr(model, "resconv_state", None)
+    gates = describe_gates(model)
+    if gates and not isinstance(converted, State):
+        raise SaveError(
+            f"The model has {len(gates)} gates ({', '.join(g['paths'][0] for g in gates[:3])}...), but "
+            "not the record of its conversion. Save what resconv.convert or resconv.prune returned."
+        )
+    if isinstance(converted, State):
+        record = {"source": converted.source, "edits": converted.edits}
+        if example_inputs is None:
+            example_inputs = converted.example_inputs
     header = {
         "format_version": FORMAT_VERSION,
         "resconv_version": __version__,
@@ -145,8 +247,13 @@ def _header(
         "shared": shared,
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "channels_last": [n for n, t in state.items() if _layout(t) is not None],
-        # Buffers that are made by the constructor: only their type has to be kept.
-        "unsaved": {n: _word(b.dtype) for n, b in model.named_buffers() if n not in state},
+        # Buffers that the constructor makes; their numbers may have been changed since.
+        "unsaved": {
+            n: _word(b.dtype)
+            for n, b in model.named_buffers(remove_duplicate=False)
+            if n not in state
+        },
+        "gates": gates if isinstance(converted, State) else None,
     }
     try:
         json.dumps(header, allow_nan=False)
@@ -173,7 +280,13 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+    memory: set[int] = set()
+    unsaved = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_meta
+    }
+    for name, value in {**unsaved, **model.state_dict()}.items():
         if not isinstance(value, Tensor) or name.rpartition(".")[2] == "_extra_state":
             raise SaveError(
                 f"{name} is extra state of {type(model).__name__} that is no parameter or buffer; "
@@ -190,7 +303,13 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         seen[key] = name
         try:
-            tensors[name] = value.detach().cpu().contiguous().clone()
+            plain = value.detach().cpu().contiguous()
+            # The file's library refuses memory that two tensors share; only that is copied.
+            storage = plain.untyped_storage()
+            if storage.data_ptr() in memory or storage.nbytes() != plain.nbytes:
+                plain = plain.clone()
+            memory.add(storage.data_ptr())
+            tensors[name] = plain
         except (RuntimeError, NotImplementedError) as error:
             raise SaveError(f"{name} has no values to save: {str(error)[:200]}") from error
     return tensors, shared
@@ -261,13 +380,15 @@ def _build(
     # The random weights of the new layers are overwritten; the caller's seed stays as it was.
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, nn.Module):
-            base = copy.deepcopy(unwrap(model)).cpu()
+            base = copy_model(unwrap(model), LoadError).cpu()
         elif model is not None:
             base = unwrap(model()).cpu()
         else:
             base = _from_source(header["source"], folder, trust_source, bounded)
         with bounded:
-            return apply_edits(base, edits)
+            net = apply_edits(base, edits)
+            insert_gates(net, header["gates"] or [])
+            return net
 
 
 def _from_source(
@@ -325,6 +446,7 @@ def _fill(net: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any], fo
     ]
     tensors = {**tensors, **{a: tensors[f] for a, f in shared.items() if f in tensors}}
     own = dict(net.state_dict(keep_vars=True))
+    own |= {n: b for n in header["unsaved"] if (b := _unsaved(net, n, tensors)) is not None}
     faults += [f"{k} is missing" for k in own if k not in tensors]
     faults += [f"{k} belongs nowhere" for k in tensors if k not in own]
     both = [k for k in own if k in tensors]
@@ -353,7 +475,7 @@ def _fill(net: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any], fo
         dtype = getattr(torch, header["unsaved"].get(n, _word(b.dtype)), None)
         if not isinstance(dtype, torch.dtype) or not _same_kind(dtype, b.dtype):
             faults.append(f"buffer {n} is {_word(b.dtype)}, not {header['unsaved'][n][:40]!r}")
-        elif not faults:
+        elif not faults and n not in tensors:
             b.data = b.data.to(dtype)
     if faults:
         raise LoadError(
@@ -373,6 +495,26 @@ def _fill(net: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any], fo
     for n, p in net.named_parameters():
         p.requires_grad_(n not in frozen)
     _tie(net, own, shared)
+
+
+def _unsaved(net: nn.Module, name: str, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Return the buffer, not in the state dict, that takes a tensor of the file; made where needed."""
+    path, _, last = name.rpartition(".")
+    try:
+        owner = net.get_submodule(path)
+    except AttributeError:
+        return None
+    if name not in tensors or last not in owner._buffers:
+        return None
+    buffer, new = owner._buffers[last], tensors[name]
+    # Made in a forward, as a cache, or one number at many places.
+    if (
+        buffer is None
+        or buffer.shape != new.shape
+        or any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
+    ):
+        buffer = owner._buffers[last] = torch.empty_like(new)
+    return buffer
 
 
 def _same_kind(a: torch.dtype, b: torch.dtype) -> bool:

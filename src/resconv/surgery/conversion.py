@@ -30,6 +30,7 @@ from ..analysis.layers import find_layers
 from ..analysis.recorder import record
 from ..errors import ConversionError, TraceError
 from ..nn.gates import Gate, is_leaf
+from .copying import as_normal_tensors, copy_model
 from .edits import indexed_containers
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
@@ -40,6 +41,7 @@ from .verification import relative_error
 __all__ = ["convert", "units"]
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     example_inputs: Any,
@@ -88,10 +90,8 @@ def convert(
         raise ConversionError(
             "The model has gates already. Fuse it first (resconv.fuse) to convert it anew."
         )
-    try:
-        model = copy.deepcopy(model)
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
+    model = copy_model(model, ConversionError)
+    example_inputs = as_normal_tensors(example_inputs)
     found = _find(model, example_inputs)
     if reparameterize:
         model = merge_branches(model, found.graph, example_inputs)
@@ -116,6 +116,7 @@ def convert(
     return gated
 
 
+@torch.inference_mode(False)
 def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
     """List every conv layer and residual branch, with its cost and, where it stays, the reason.
 
@@ -128,6 +129,7 @@ def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
         ConversionError: the model cannot be copied.
     """
     model = unwrap(model)
+    example_inputs = as_normal_tensors(example_inputs)
     found = _find(model, example_inputs)
     warn_of_branches(found.graph)
     listed = {id(c): c.unit for c in found.every}

@@ -48,7 +48,6 @@ def as_graph_module(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
     """
     path = edit["path"]
     modes = [(m, m.training) for m in module.modules()]
-    training = module.training
     module.eval()
     try:
         fixed = {name: _placeholders(decode(v)) for name, v in edit["constants"].items()}
@@ -66,4 +65,4 @@ def as_graph_module(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         )
     pass_by(graph, edit["nodes"], path)
     graph._tracer_cls = None  # or a copy of it would ask for this tracer's arguments
-    return fx.GraphModule(module, graph, type(module).__name__).train(training)
+    return fx.GraphModule(module, graph, type(module).__name__)

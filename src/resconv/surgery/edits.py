@@ -111,7 +111,11 @@ def apply_edit(model: nn.Module, edit: dict[str, Any]) -> nn.Module:
         ) from None
     if not path and op != "bypass":
         raise PruneError(f"An edit {op!r} cannot replace the whole model.")
+    known = {id(m) for m in module.modules()}
     new = _edited(module, edit)
+    for made in new.modules():  # each module that was there keeps its own mode
+        if id(made) not in known:
+            made.training = module.training
     if not path:
         return new
     parent_path, _, name = path.rpartition(".")
@@ -191,7 +195,7 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             raise PruneError(f"Not a convolution at {path!r}: {error}") from error
         for parameter in made.parameters():
             parameter.requires_grad_(like.requires_grad or not like.numel())
-        return made.train(module.training)
+        return made
     if op == "children":
         names = edit["names"]
         children = dict(module.named_children())

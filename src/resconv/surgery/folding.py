@@ -1,6 +1,6 @@
 """BatchNorms into the convs before them: the form to deploy."""
 
-import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from ..analysis.candidates import owner_of, why_untouchable
 from ..analysis.graph import Ref
-from ..analysis.inputs import unwrap
+from ..analysis.inputs import evaluating, unwrap
 from ..analysis.layers import norm_after
 from ..analysis.recorder import record
+from ..errors import FusionError
 from ..nn.algebra import fold_norm
+from .copying import copy_model
 from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
 
-__all__ = ["conv_edit", "fill_convs", "fold_norms"]
+__all__ = ["Fused", "conv_edit", "fill_convs", "fold_norms"]
 
 
 def conv_edit(path: str, conv: nn.Module, bias: bool) -> dict[str, Any]:
@@ -27,25 +29,45 @@ def conv_edit(path: str, conv: nn.Module, bias: bool) -> dict[str, Any]:
     return {"op": "conv", "path": path, "type": name, "args": {**args, "bias": bias}}
 
 
-def fill_convs(model: nn.Module, kernels: dict[str, tuple[Tensor, Tensor | None]]) -> None:
-    """Copy kernels and biases into the named convs, each rounded once to its own type."""
+@dataclass(frozen=True)
+class Fused:
+    """What a new conv holds, and the layers whose place it takes."""
+
+    weight: Tensor
+    bias: Tensor | None
+    conv: nn.Module
+    norm: nn.Module | None
+
+
+def fill_convs(model: nn.Module, kernels: dict[str, Fused]) -> None:
+    """Copy kernels and biases into the named convs, each rounded once to its own type.
+
+    The new conv lies in memory as the old one did, and what was frozen stays so.
+    """
     with torch.no_grad():
-        for path, (weight, bias) in kernels.items():
-            conv = model.get_submodule(path)
-            assert isinstance(conv.weight, Tensor)
-            conv.weight.copy_(weight.to(conv.weight))
-            if bias is not None:
-                assert isinstance(conv.bias, Tensor)
-                conv.bias.copy_(bias.to(conv.bias))
+        for path, fused in kernels.items():
+            conv: Any = model.get_submodule(path)
+            old: Any = fused.conv
+            conv.training = old.training
+            # Memory that is channels-last keeps its strides.
+            conv.weight.data = torch.empty_like(old.weight)
+            conv.weight.copy_(fused.weight.to(conv.weight))
+            conv.weight.requires_grad_(old.weight.requires_grad)
+            if fused.bias is not None:
+                conv.bias.copy_(fused.bias.to(conv.bias))
+                shifts = (old.bias, None if fused.norm is None else fused.norm.bias)
+                given = [b.requires_grad for b in shifts if isinstance(b, Tensor)]
+                conv.bias.requires_grad_(any(given) if given else old.weight.requires_grad)
 
 
+@torch.inference_mode(False)
 def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Return a copy with every BatchNorm that alone reads a conv folded into that conv."""
-    model = copy.deepcopy(unwrap(model))
+    model = copy_model(unwrap(model), FusionError)
     with indexed_containers() as indexed:
         graph = record(model, example_inputs)
     edits: list[dict[str, Any]] = []
-    kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
+    kernels: dict[str, Fused] = {}
     for node in graph.nodes:
         if node.op != "convolution" or node.args[6] or not isinstance(node.args[1], Ref):
             continue
@@ -62,10 +84,8 @@ def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         if norm is None:
             continue
         bn = model.get_submodule(norm)
-        modes = bn.training
-        bn.eval()
-        kernels[path] = fold_norm(conv.weight, conv.bias, bn)
-        bn.train(modes)
+        with evaluating(bn):
+            kernels[path] = Fused(*fold_norm(conv.weight, conv.bias, bn), conv, bn)
         edits.append(conv_edit(path, conv, True))
         edits.append({"op": "children", "path": norm, "names": list(children)})
         left = [n for n in children if not isinstance(bn.get_submodule(n), nn.Identity)]

@@ -1,6 +1,5 @@
 """Gates into a copy of a net: each conv becomes a ResConv, the end of each branch gets a scale."""
 
-import copy
 from collections import Counter
 
 import torch
@@ -12,6 +11,7 @@ from ..errors import ConversionError
 from ..nn.algebra import add_identity
 from ..nn.gates import BranchGate, Gate, ResConv, is_plain_norm
 from ..nn.geometry import tap
+from .copying import copy_model
 from .edits import apply_edit, droppable
 from .state import State, set_submodule
 
@@ -24,11 +24,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     Raises:
         ConversionError: a module cannot be copied.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    try:
-        return copy.deepcopy(model, {id(t): t for t in tensors})
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied: {error}") from error
+    return copy_model(model, ConversionError, share=True)
 
 
 def with_gates(
@@ -145,7 +141,7 @@ def plain_norm(norm: nn.Module) -> nn.Module:
     plain.weight, plain.bias = norm.weight, norm.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(plain, name, getattr(norm, name))
-    plain.train(norm.training)
+    plain.training = norm.training
     return plain
 
 

@@ -5,7 +5,6 @@ of torch replaced by a pattern that depends on its shape alone, so that dropout 
 act on both nets alike.
 """
 
-import copy
 import inspect
 import random
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..analysis.graph import Graph, Ref
 from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of
 from ..errors import VerificationError
+from .copying import copy_model
 from .verification import relative_error
 
 __all__ = ["TrainingDiffersError", "Witness", "trains_as_identity", "values_in_training_code"]
@@ -109,7 +109,9 @@ class Witness:
     """Keeps what a net computes, to be compared with the net that a surgery makes of it."""
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model = copy.deepcopy(model)  # what a forward leaves on a net stays on the copy
+        self.model = copy_model(
+            model, VerificationError
+        )  # what a forward leaves on a net stays on the copy
         self.example_inputs = example_inputs
         with evaluating(self.model):
             self.evaluated = _run(self.model, example_inputs)
@@ -124,7 +126,7 @@ class Witness:
         Raises:
             VerificationError: with the reason and the numbers.
         """
-        made = copy.deepcopy(made)
+        made = copy_model(made, VerificationError)
         try:
             with evaluating(made):
                 after = _run(made, self.example_inputs)
@@ -176,7 +178,7 @@ def trains_as_identity(module: nn.Module, like: Tensor) -> bool:
 
     True also where that cannot be told. The module may multiply by a constant.
     """
-    trial = copy.deepcopy(module)
+    trial = copy_model(module, VerificationError)
     try:
         with evaluating(trial):
             settled = _is_multiple(trial(like.clone()), like)

@@ -11,17 +11,18 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
 from ..nn.gates import BranchGate, Gate, gates, is_leaf
 from ..planning.plan import Plan
+from .copying import copy_model
 from .decisions import original_path
 from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
-from .folding import conv_edit, fill_convs
+from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
 from .state import State, require_finite, set_submodule, state_of
 from .trial import FAITHFUL, decisions
@@ -63,12 +64,13 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
     return operate(model, tuple(plan.remove), fuse=fuse)
 
 
+@torch.inference_mode(False)
 def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
     state = copy.copy(state_of(model))
     require_finite(model, PruneError)
-    model = copy.deepcopy(model)
+    model = copy_model(model, PruneError)
     for gate in gates(model, fixed=True).values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
     with torch.no_grad():
@@ -85,7 +87,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
     faithful = 0
     while True:
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
-            made, edits = _operated(copy.deepcopy(model), state, remove, fuse, faithful)
+            made, edits = _operated(copy_model(model, PruneError), state, remove, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -108,11 +110,12 @@ def _operated(
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
-    kernels: dict[str, tuple[Tensor, Tensor | None]] = {}
+    kernels: dict[str, Fused] = {}
     for path, (weight, bias, like) in kept.items():
         original = original_path(model, path)
         convs.append(conv_edit(original, like, bias is not None))
-        kernels[original] = (weight, bias)
+        layer: Any = model.get_submodule(path)
+        kernels[original] = Fused(weight, bias, like, layer.norm)
     model = _without_gates(model, everything=fuse, removed=remove)
     if not fuse:
         structure = [_gated_path(model, e) for e in structure]
