@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import resconv
 from resconv.analysis.recorder import record
 from resconv.analysis.saved import kept_for_backward
+from resconv.errors import VerificationError
 from resconv.surgery import rewriting
 from resconv.surgery.inplace import Writes
 
@@ -184,10 +185,10 @@ def test_gradients_are_those_of_the_gated_net(net, fuse):
 def test_without_the_care_it_would_go_wrong(net, monkeypatch):
     monkeypatch.setattr(rewriting, "unsafe_writes", lambda *args: Writes())
     x = images()
-    converted, compact = without_the_conv(net, x, True)
-    wanted = gradients(converted, x)
     same = False
-    with suppress(RuntimeError):  # autograd notices
+    with suppress(RuntimeError, VerificationError):  # autograd or prune's own comparison notices
+        converted, compact = without_the_conv(net, x, True)
+        wanted = gradients(converted, x)
         found = gradients(compact, x)
         same = all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True))
     assert not same

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resconv
-from resconv.errors import PruneError, VerificationError
+from resconv.errors import ConversionError, PruneError, VerificationError
 from resconv.surgery.edits import apply_edits
 from resconv.surgery.rewritten import PassThrough
 
@@ -262,11 +262,13 @@ def test_dropout_and_stochastic_depth_are_still_there_in_training():
 
 @pytest.mark.parametrize("block", [Tossing, TossingTensor])
 def test_a_training_path_that_tosses_coins_is_refused_by_name(block):
-    gated, _ = converted(block(), units="blocks")
+    """Before anything is trained: convert leaves such units out, with that reason."""
     with pytest.raises(
-        PruneError, match=r"block .*training mode cannot be kept .*(random|numbers)"
+        ConversionError, match=r"block .*training mode cannot be kept .*(random|numbers)"
     ):
-        resconv.prune(gated, resconv.Plan(("block/b.1",)))
+        converted(block(), units="blocks")
+    gated, _ = converted(Two(), units="blocks")  # the same without the coin
+    assert list(resconv.gates(gated)) == ["block/a.1", "block/b.1"]
 
 
 class Layered(nn.Module):

@@ -6,9 +6,11 @@ has) is decided by the caller, and the decision is asserted in the graph.
 
 import hashlib
 import inspect
+import itertools
 import operator
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -108,7 +110,7 @@ class _OwnForward(fx.Tracer):
         while frame is not None and frame.f_code is not getattr(self, "start", None):
             code = frame.f_code
             if not code.co_filename.startswith(_FX):
-                place.append((code.co_filename, code.co_firstlineno, frame.f_lasti))
+                place.append((code.co_filename, code.co_firstlineno, _position(frame)))
             frame = frame.f_back  # type: ignore[assignment]
         return tuple(place)
 
@@ -178,6 +180,15 @@ def trace_forward(
     # A graph is copied and pickled with its tracer's class, which nobody needs any more.
     graph._tracer_cls = None
     return Trace(graph, tracer.decisions, tracer.places, made)
+
+
+def _position(frame: types.FrameType) -> Any:
+    """Return the lines and columns that run in a frame.
+
+    Not the instruction: CPython runs the same call by other instructions once it is specialised.
+    """
+    found = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    return frame.f_lasti if None in found else found
 
 
 @contextmanager
