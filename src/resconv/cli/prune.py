@@ -30,18 +30,11 @@ def prune(
 ) -> None:
     """Remove the planned units of a trained run, verify the compact net, and finetune it."""
     from resconv import run as runs
-    from resconv.planning.plan import Plan
 
     current = runs.open_run(run, typer.echo)
     if plan is None:
         runs.run_stage(current, "plan", again=True)
     else:
-        chosen = Plan.load(plan)
-        missing = [s for s in ("dense", "sparse") if s not in current.folder.done()]
-        if missing:
-            runs.run_stage(current, "plan")  # says which stage is missing
-        current.folder.unmark(runs.FROM_PRUNE)
-        chosen.save(current.folder / "plan.json")
-        current.folder.mark("plan")
+        runs.use_plan(current, plan)
     for stage in ("prune", "finetune"):
         runs.run_stage(current, stage)

@@ -17,6 +17,7 @@ from resconv.files import write_atomic
 from resconv.planning.plan import Plan
 from resconv.train import Ranks, Recipe, choose_precision
 
+from .fingerprint import fingerprint
 from .folder import RunFolder
 
 __all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
@@ -34,6 +35,15 @@ class Run:
         self.config = folder.config()
         self.precision = choose_precision(self.config.precision)
         self._data: ImageData | None = None
+        self._fingerprint: dict[str, str] | None = None
+        self.bound = ""  # what the checkpoints of the stage that runs are bound to
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What tells these images and labels from others (see fingerprint.py)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.data)
+        return self._fingerprint
 
     @property
     def data(self) -> ImageData:

@@ -1,6 +1,5 @@
 """The stages between training and deployment: which units go, and the net without them."""
 
-import shutil
 from itertools import islice
 from typing import Any
 
@@ -63,8 +62,6 @@ def prune(run: Run) -> None:
         metrics["top1_recalibrated"] = evaluate(compact, run.data)
         run.say(f"BatchNorm statistics collected anew: top-1 {metrics['top1_recalibrated']:.2f} %.")
     save_compact(run, compact, plan)
-    # A checkpoint of another plan's finetuning would not fit.
-    shutil.rmtree(run.folder.logs / "finetune", ignore_errors=True)
     run.folder.add_metrics(
         **metrics,
         verify={

@@ -36,6 +36,8 @@ def dense(run: Run) -> None:
             progress=config.progress,
             devices=config.devices,
             cuda_graphs=config.cuda_graphs,
+            bound=run.bound,
+            say=run.say,
         )
     if not run.ranks.leads:
         return
@@ -86,6 +88,8 @@ def sparse(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return
@@ -143,6 +147,8 @@ def finetune(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return
