@@ -16,7 +16,7 @@ from resconv.train.seeds import seed_all
 
 from . import deployment, exchange, stages, surgery, training
 from .config import Config
-from .folder import RunFolder
+from .folder import RunFolder, log_files
 from .job import LATENCY, Run, Say
 from .lock import locked
 from .timing import check_reach
@@ -96,12 +96,16 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
         if bound is None or not (run.ranks.leads or stage in _SHARED):
             return
         run.bound = bound
-        seed_all(run.config.seed)  # a stage's draws do not depend on what ran before in this process
+        seed_all(
+            run.config.seed
+        )  # a stage's draws do not depend on what ran before in this process
         start = time.perf_counter()
         STAGES[stage](run)
         if run.ranks.leads:
             seconds = run.folder.metrics().get("seconds", {})
-            run.folder.add_metrics(seconds={**seconds, stage: round(time.perf_counter() - start, 1)})
+            run.folder.add_metrics(
+                seconds={**seconds, stage: round(time.perf_counter() - start, 1)}
+            )
             run.folder.finish(stage, stages.record(run, stage))
 
 
@@ -119,9 +123,9 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
         )
     stages.check(run, stage)
     run.folder.undo(order[order.index(stage) :], keep=stages.WRITES[stage])
-    run.folder.claim((*stages.WRITES[stage], *(stages.log_files(stage) if stage in _SHARED else ())))
+    run.folder.claim(stages.WRITES[stage])
     if stage == "prune":  # of another plan's finetuning
-        run.folder.remove(stages.log_files("finetune"))
+        run.folder.remove(log_files("finetune"))
     run.folder.added.clear()
     return stages.bind(run, stage)
 

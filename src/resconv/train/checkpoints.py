@@ -55,7 +55,10 @@ class Checkpoints(CheckpointIO):
                 "command goes on from there."
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, **_: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Never unpickles more than tensors and plain types, whatever the caller says."""
         return _load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from resconv.errors import ResConvError, RunError
 
@@ -32,7 +34,12 @@ class EndsWithParent(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
-            _start(lambda: (parent.join(), os._exit(143)))
+            _start(partial(_end_after, parent))
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(143)
 
 
 def end_with_launcher() -> None:
@@ -55,7 +62,7 @@ def join_store(rank: int, world_size: int) -> Any:
     """
     wait = timedelta(seconds=_JOIN)
     try:
-        store, _, _ = next(distributed.rendezvous("env://", rank, world_size, timeout=wait))
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=wait))
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise RunError(
             f"Process {rank} of {world_size} finds no other within {_JOIN:.0f} s ({str(error)[:200]}). Is "
@@ -77,7 +84,9 @@ def join_store(rank: int, world_size: int) -> Any:
 class Group:
     """Watches the other processes of a launcher, for as long as the command runs."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, end: Callable[[str], None] | None = None):
+    def __init__(
+        self, store: Any, rank: int, world_size: int, end: Callable[[str], None] | None = None
+    ) -> None:
         self.store, self.rank, self.world_size = store.clone(), rank, world_size
         self._end = end or _say_and_exit
         self._over = threading.Event()
@@ -130,7 +139,9 @@ class Group:
 
 
 def _say_and_exit(text: str) -> None:
-    print(f"{text} The same command goes on from the last whole epoch.", file=sys.stderr, flush=True)
+    print(
+        f"{text} The same command goes on from the last whole epoch.", file=sys.stderr, flush=True
+    )
     os._exit(2)
 
 
