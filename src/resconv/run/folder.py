@@ -1,7 +1,9 @@
 """The run folder: which stages are done, and the files they left."""
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +42,42 @@ class RunFolder:
         Raises:
             RunError: it holds another run, or things that are no run.
         """
+        cls.refuse(path, config, fresh=fresh)
         folder = cls(path)
-        if path.is_file():
-            raise RunError(f"{path} is a file. Choose another --out.")
         if path.is_dir() and any(path.iterdir()):
-            if not (path / "config.json").is_file():
-                raise RunError(f"{path} holds files but no run. Choose another --out.")
             if fresh:
                 shutil.rmtree(path)
-            elif not folder.is_bare():
-                there = folder.config()
-                if differences := there.differences(config):
-                    raise RunError(
-                        f"{path} holds a run with other settings ({'; '.join(differences)}). "
-                        "Choose another --out, or add --fresh to start anew."
-                    )
-                if there.differences(config, late=True):
-                    folder.unmark(FROM_PRUNE)
+            elif folder.is_bare():
+                if not folder.holds(config):
+                    folder.clear()
+            elif folder.config().differences(config, late=True):
+                folder.unmark(FROM_PRUNE)
         path.mkdir(parents=True, exist_ok=True)
         folder.write_json("config.json", config.to_dict())
         return folder
+
+    @classmethod
+    def refuse(cls, path: Path, config: Config, *, fresh: bool = False) -> None:
+        """Refuse a folder that :meth:`begin` could not take; nothing is written.
+
+        Raises:
+            RunError: it cannot be made or written, holds another run, or things that are no run.
+        """
+        _check_place(path)
+        folder = cls(path)
+        if not path.is_dir() or not any(path.iterdir()):
+            return
+        if not (path / "config.json").is_file():
+            raise RunError(f"{path} holds files but no run. Choose another --out.")
+        if fresh or folder.is_bare():
+            return
+        if differences := folder.config().differences(config):
+            dense = path / "dense.safetensors"
+            kept = f" (with --weights {dense} its dense net is taken along)"
+            raise RunError(
+                f"{path} holds a run with other settings ({'; '.join(differences)}). Choose another "
+                f"--out{kept if dense.is_file() else ''}, or add --fresh to start anew."
+            )
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -76,8 +94,25 @@ class RunFolder:
         return cls(path)
 
     def is_bare(self) -> bool:
-        """Return whether a run was begun here but refused before it made anything."""
-        return {p.name for p in self.path.iterdir()} <= {"config.json", _STAGES} and not self.done()
+        """Return whether a run was begun here but failed before an epoch of training was over."""
+        return not self.done() and not any(self.logs.glob("*/*.ckpt"))
+
+    def holds(self, config: Config) -> bool:
+        """Return whether the folder was begun with these settings."""
+        if not (self.path / "config.json").is_file():
+            return False
+        try:
+            return not self.config().differences(config)
+        except RunError:
+            return False
+
+    def clear(self) -> None:
+        """Take away what a bare run measured and logged for other settings."""
+        for path in self.path.iterdir():
+            if path.name == self.logs.name:
+                shutil.rmtree(path)
+            elif path.name in ("latency.json", "metrics.json"):
+                path.unlink()
 
     def config(self) -> Config:
         return Config.from_dict(self.read_json("config.json"))
@@ -102,6 +137,12 @@ class RunFolder:
     def add_metrics(self, **values: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **values})
 
+    def forget_warnings(self, stages: Sequence[str]) -> None:
+        """Drop what was said of stages that are about to be run."""
+        said = self.metrics().get("warnings")
+        if said:
+            self.add_metrics(warnings={s: texts for s, texts in said.items() if s not in stages})
+
     def done(self) -> list[str]:
         found = self.read_json(_STAGES) if (self.path / _STAGES).is_file() else []
         return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
@@ -111,3 +152,16 @@ class RunFolder:
 
     def unmark(self, stages: tuple[str, ...]) -> None:
         self.write_json(_STAGES, [s for s in self.done() if s not in stages])
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path where no folder can be made, or into which nothing can be written."""
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise RunError(f"--out {path}: {error.strerror}. Choose another --out.") from error
+    if not there.is_dir():
+        what = f"{path} is a file" if there == path else f"{there} is a file, not a folder"
+        raise RunError(f"{what}. Choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{there} cannot be written ({path} was asked for). Choose another --out.")

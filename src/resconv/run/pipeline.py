@@ -1,20 +1,21 @@
 """The stages of the main job, in order: each reads what those before it left, and is done once."""
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from resconv.errors import RunError
-from resconv.latency.table import require_runtime
+from resconv.errors import ResConvWarning, RunError
 from resconv.selection.outcome import Snapshot
 from resconv.train import join
 
 from . import deployment, surgery, training
+from .checks import check
 from .config import Config
 from .folder import RunFolder
 from .job import Run, Say
-from .timing import check_reach
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage"]
 
@@ -35,15 +36,39 @@ STAGES: dict[str, Callable[[Run], None]] = {
 _SHARED = ("dense", "sparse", "finetune")
 
 
-def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) -> Run:
-    """Make (or open again) a run folder; under a launcher, once for all its processes.
+def begin(
+    path: Path,
+    config: Config,
+    *,
+    fresh: bool = False,
+    say: Say = print,
+    dense_only: bool = False,
+) -> Run:
+    """Check a run, and make (or open again) its folder; under a launcher, once for all its processes.
+
+    What can be known before anything is trained is asked first, and a run that is refused leaves
+    nothing. With ``dense_only`` no target is asked for.
 
     Raises:
-        RunError: see :meth:`RunFolder.begin`.
+        RunError: see :meth:`RunFolder.refuse`.
+        ResConvError: see :func:`resconv.run.checks.check`.
     """
     ranks = join()
-    ranks.by_first(lambda: RunFolder.begin(path, config, fresh=fresh) and None)
-    return Run(RunFolder.open(path), say, ranks)
+    run = Run(RunFolder(path), say, ranks, config)
+
+    def make() -> None:
+        if not dense_only:
+            config.budget()
+        RunFolder.refuse(path, config, fresh=fresh)
+        run.owns_folder = not fresh and run.folder.holds(config)
+        check(run, [] if fresh else run.folder.done(), sparse=not dense_only)
+        RunFolder.begin(path, config, fresh=fresh)
+        run.owns_folder = True
+        if run.latency is not None:
+            run.keep_latency(run.latency)
+
+    ranks.by_first(make)
+    return run
 
 
 def open_run(path: Path, say: Say = print) -> Run:
@@ -74,18 +99,34 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             f"`resconv compress` with the same settings does all that is missing."
         )
     run.folder.unmark(tuple(order[order.index(stage) :]))
+    run.folder.forget_warnings(order[order.index(stage) :])
     start = time.perf_counter()
-    STAGES[stage](run)
+    with _told(run, stage):
+        STAGES[stage](run)
     seconds = run.folder.metrics().get("seconds", {})
     run.folder.add_metrics(seconds={**seconds, stage: round(time.perf_counter() - start, 1)})
     run.folder.mark(stage)
 
 
+@contextmanager
+def _told(run: Run, stage: str) -> Iterator[None]:
+    """Let what resconv itself warns of reach the user and the report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ResConvWarning)
+        other = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ResConvWarning):
+                run.warn(stage, str(message))
+            else:
+                other(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def compress(run: Run) -> dict[str, Any]:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
-    require_runtime(run.config.budget().runtime)
-    if "sparse" not in run.ranks.by_first(run.folder.done):
-        run.ranks.by_first(lambda: check_reach(run))
     for stage in STAGES:
         run_stage(run, stage)
     return run.folder.metrics() if run.ranks.leads else {}
