@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 def compress(
     config: "Config",
     out: Out,
-    fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Move an earlier run in the folder aside.")] = False,
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
 

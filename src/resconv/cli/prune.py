@@ -38,15 +38,14 @@ def prune(
     from resconv.planning.plan import Plan
 
     current = runs.open_run(run, lambda text: typer.echo(as_options(text)))
-    chosen = None if plan is None else Plan.load(plan)
     done = current.folder.done()
     # Stopped while it finetuned: the same command goes on there.
     stopped = "prune" in done and "finetune" not in done
-    if stopped and (chosen is None or chosen.remove == current.plan().remove):
-        current.say("[prune] done already.")
-    elif chosen is None or "sparse" not in done:
-        runs.run_stage(current, "plan", again=True)  # says which stage is missing
+    if stopped and (plan is None or Plan.load(plan).remove == current.plan().remove):
+        current.say("The plan is carried out already.")
+    elif plan is None:
+        runs.run_stage(current, "plan", again=True)
     else:
-        runs.adopt(current, chosen)
+        runs.use_plan(current, plan)
     for stage in ("prune", "finetune"):
         runs.run_stage(current, stage)

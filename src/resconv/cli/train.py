@@ -31,7 +31,7 @@ def train(
     config: "Config",
     out: Out,
     dense_only: Annotated[bool, typer.Option(help="Stop after dense training.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Move an earlier run in the folder aside.")] = False,
 ) -> None:
     """Train a network, then train its scales towards the target. `prune` goes on from there."""
     from resconv import run as runs

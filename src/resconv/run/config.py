@@ -77,7 +77,7 @@ class Config:
         if self.mix is not None:
             check_mix(self.mix)
         asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
-        if self._has_target() or asked:
+        if self.has_target() or asked:
             self._budget()
 
     def _number_faults(self) -> list[str]:
@@ -122,7 +122,7 @@ class Config:
         """Return the peak learning rate of finetuning."""
         return self.sparse_rate() / 2 if self.finetune_lr is None else self.finetune_lr
 
-    def _has_target(self) -> bool:
+    def has_target(self) -> bool:
         limits = (self.macs, self.num_params, self.latency_ms, self.latency)
         return any(v is not None for v in limits)
 
@@ -143,7 +143,7 @@ class Config:
         Raises:
             RunError: none was given.
         """
-        if not self._has_target():
+        if not self.has_target():
             raise RunError(
                 "Nothing is asked for: give --macs 0.5 (half the MACs), --params 0.5, "
                 "--latency-ms 8 or --latency 0.5 (of the dense net's)."
@@ -172,6 +172,10 @@ class Config:
             return cls(**content)
         except (TypeError, BudgetError) as error:
             raise RunError(f"config.json is damaged: {error}") from error
+
+    def bearing(self) -> dict[str, Any]:
+        """Return the settings that bear on training and planning."""
+        return {k: v for k, v in self.to_dict().items() if k not in _FREE | _LATE}
 
     def differences(self, other: "Config", *, late: bool = False) -> list[str]:
         """Return in words which settings differ that bear on training and planning.

@@ -21,7 +21,7 @@ __all__ = ["export", "measure", "report"]
 
 def export(run: Run) -> None:
     path = run.folder / "model.onnx"
-    path.unlink(missing_ok=True)  # of another net, perhaps
+    run.folder.remove(("model.onnx", "model.onnx.data"))  # of another net, perhaps
     compact = compact_of(run)
     try:
         done = resconv.export(compact, path, run.example(), plan=run.plan())

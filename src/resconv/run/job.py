@@ -22,6 +22,7 @@ from resconv.train import Ranks, Recipe, choose_precision
 from resconv.train.precision import Precision
 
 from .config import Config
+from .fingerprint import fingerprint
 from .folder import RunFolder
 
 __all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
@@ -45,8 +46,18 @@ class Run:
         self.config = folder.config() if config is None else config
         # While a run is checked, the folder may be missing, or hold what was tried before.
         self.owns_folder = config is None
+        self.is_checked = False
         self.latency: LatencyTable | None = None  # measured before the folder was this run's
         self._data: ImageData | None = None
+        self._fingerprint: dict[str, str] | None = None
+        self.bound = ""  # what the checkpoints of the stage that runs are bound to
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What tells these images and labels from others (see fingerprint.py)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.data)
+        return self._fingerprint
 
     @property
     def data(self) -> ImageData:
@@ -68,6 +79,7 @@ class Run:
     def keep_latency(self, table: LatencyTable) -> None:
         """Write the measured latency into the folder, or hold it until there is one."""
         if self.owns_folder:
+            self.folder.claim((LATENCY,))
             table.save(self.folder / LATENCY)
             self.latency = None
         else:
@@ -78,7 +90,8 @@ class Run:
         self.say(f"Warning: {text}")
         if self.ranks.leads:
             said = self.folder.metrics().get("warnings", {})
-            self.folder.add_metrics(warnings={**said, stage: [*said.get(stage, []), text]})
+            texts = list(dict.fromkeys([*said.get(stage, []), text]))
+            self.folder.add_metrics(warnings={**said, stage: texts})
 
     def create(self) -> nn.Module:
         """Build the net for this data, with random weights from the seed.

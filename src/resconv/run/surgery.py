@@ -1,7 +1,6 @@
 """The stages between training and deployment: which units go, and the net without them."""
 
 import math
-import shutil
 from itertools import islice
 from typing import Any
 
@@ -17,11 +16,10 @@ from resconv.surgery.pruning import leftovers
 from resconv.surgery.verification import Verification
 from resconv.train import evaluate
 
-from .folder import FROM_PRUNE
 from .job import LATENCY, Run
 from .timing import latency_table
 
-__all__ = ["adopt", "compact_of", "in_convs", "plan", "prune", "save_compact", "try_plan"]
+__all__ = ["compact_of", "in_convs", "plan", "prune", "save_compact", "try_plan"]
 
 
 def plan(run: Run) -> None:
@@ -61,18 +59,6 @@ def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module
     return compact, resconv.verify(gated, compact, example, plan=plan)
 
 
-def adopt(run: Run, plan: Plan) -> None:
-    """Make a plan the run's own, once it has been tried; what was done with another is done anew.
-
-    Raises:
-        ResConvError: see :func:`try_plan`; then the run is as it was.
-    """
-    try_plan(run, plan)
-    run.folder.unmark(("plan", *FROM_PRUNE))
-    plan.save(run.folder / "plan.json")
-    run.folder.mark("plan")
-
-
 def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
     """Warn where a plan, written by hand perhaps, leaves more than the run was asked for."""
     costs = ledger(gated, run.example())
@@ -109,8 +95,6 @@ def prune(run: Run) -> None:
         metrics["top1_recalibrated"] = metrics["top1_compact"] = evaluate(compact, run.data)
         run.say(f"BatchNorm statistics collected anew: top-1 {metrics['top1_recalibrated']:.2f} %.")
     save_compact(run, compact, plan)
-    # A checkpoint of another plan's finetuning would not fit.
-    shutil.rmtree(run.folder.logs / "finetune", ignore_errors=True)
     run.folder.add_metrics(
         **metrics,
         verify={

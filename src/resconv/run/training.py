@@ -44,6 +44,8 @@ def dense(run: Run) -> None:
             progress=config.progress,
             devices=config.devices,
             cuda_graphs=config.cuda_graphs,
+            bound=run.bound,
+            say=run.say,
         )
     if not run.ranks.leads:
         return
@@ -100,6 +102,8 @@ def sparse(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return
@@ -178,6 +182,8 @@ def finetune(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return

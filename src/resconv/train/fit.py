@@ -1,7 +1,9 @@
 """One training run by Lightning's Trainer: resumable, logged, in the machine's best precision."""
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from resconv.data import ImageData
@@ -19,13 +20,17 @@ from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
 from resconv.planning.costs import excess, ledger
+from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
 from resconv.surgery.state import state_of
 
+from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
 from .precision import Precision, choose_precision
 from .ranks import choose_devices, raised_inside
 from .recipe import Recipe
+from .rowlog import RowLog
+from .watch import EndsWithParent
 
 __all__ = ["FitResult", "Recipe", "fit"]
 
@@ -57,11 +62,14 @@ def fit(
     cuda_graphs: bool = False,
     progress: bool = True,
     callbacks: tuple[Callback, ...] = (),
+    bound: str = "",
+    say: Callable[[str], None] = print,
 ) -> FitResult:
     """Train ``model`` in place; ``folder`` keeps the checkpoints and ``metrics.csv``.
 
     A run that was stopped goes on from its last whole epoch when called again with the same
-    folder.
+    folder, the same recipe and the same ``bound``: any text that says what is trained on what. Other
+    checkpoints are not used, nor are damaged ones, and ``say`` tells so (see checkpoints.py).
 
     With a ``target`` it is sparse training towards that budget, with units weighed by ``latency``
     where it limits that. A ``teacher`` is followed in its logits and in what the layers named by
@@ -102,10 +110,19 @@ def fit(
         sparsity = [SparsityCallback(strength=0.0)]
     # One file, written over after every epoch.
     checkpoint = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, enable_version_counter=False
+        folder,
+        filename=Path(LAST).stem,
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
     shown: list[Callback] = [RichProgressBar(leave=False)] if progress else []
-    last = folder / "last.ckpt"
+    last = folder / LAST
+    bound = hashlib.sha256(f"{bound} {recipe}".encode()).hexdigest()
+    start = processes.by_first(
+        lambda: choose_checkpoint(folder, bound, say), processes.are_several()
+    )
+    kept = [Bound(bound), RowLog(folder / "metrics.csv", sparsity), EndsWithParent()]
     kwargs = choose_devices(devices)
     spawns = kwargs["strategy"] == "ddp_spawn"
     with warnings.catch_warnings():
@@ -114,18 +131,18 @@ def fit(
         trainer = lightning.Trainer(
             max_epochs=recipe.epochs,
             precision=precision.name,  # type: ignore[arg-type]
-            callbacks=[*sparsity, checkpoint, *shown, *callbacks],
-            logger=CSVLogger(folder.parent, name=folder.name, version=""),
+            callbacks=[*sparsity, *kept, checkpoint, *shown, *callbacks],
+            plugins=[Checkpoints()],
+            logger=False,
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             benchmark=torch.cuda.is_available(),
-            log_every_n_steps=20,
             **kwargs,
         )
         try:
-            trainer.fit(module, ckpt_path=str(last) if last.is_file() else None)
+            trainer.fit(module, ckpt_path=None if start is None else str(start))
         except SystemExit:
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None
