@@ -21,6 +21,7 @@ __all__ = [
     "Threads",
     "amount",
     "example_for",
+    "say_warnings",
     "share",
     "show_table",
 ]
@@ -64,8 +65,11 @@ def amount(text: str | None, name: str) -> float | int | None:
         if raw and raw[-1] in units:
             value = float(raw[:-1]) * units[raw[-1]]
             return value if raw[-1] == "%" else round(value)
-        return float(raw) if "." in raw or "e" in raw or raw == "1" else int(raw)
-    except ValueError:
+        value = float(raw)
+        # 1e7 and 10000000.0 are numbers, 1 and 1.0 the whole net.
+        is_fraction = value <= 1 and ("." in raw or "e" in raw or raw == "1")
+        return value if is_fraction or not value.is_integer() else round(value)
+    except (ValueError, OverflowError):
         raise BudgetError(
             f"--{name} {text}: give a fraction (0.5 or 50%) or a number (40000000 or 40M)."
         ) from None
@@ -93,6 +97,15 @@ def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:
     if image_size is not None:
         height = width = image_size
     return model, torch.randn(1, channels, height, width)
+
+
+def say_warnings(metrics: dict[str, Any]) -> None:
+    """Repeat what a run warned of, where it would be lost above."""
+    from .messages import as_options
+
+    for texts in metrics.get("warnings", {}).values():
+        for text in texts:
+            typer.echo(f"Warning: {as_options(text)}")
 
 
 def show_table(title: str, header: list[str], rows: list[Any]) -> None:

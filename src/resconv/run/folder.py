@@ -21,9 +21,11 @@ __all__ = ["RunFolder", "from_prune", "log_files"]
 _STAGES = "stages.json"
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
-_FIRST = (_CONFIG, _STAGES)  # written before anything was made
+_LATENCY = "latency.json"
+# Written before anything was trained.
+_FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 # The metrics that every stage adds to.
-_COMMON = {"seconds"}
+_COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
 
 
@@ -58,8 +60,8 @@ class RunFolder:
         Raises:
             RunError: it holds another run, or things that are no run, or it is in use.
         """
+        cls.refuse(path, config, fresh=fresh)
         folder = cls(path)
-        folder._refuse_foreign()
         path.mkdir(parents=True, exist_ok=True)
         with folder.locked():
             exchange.go_on(path)
@@ -69,16 +71,46 @@ class RunFolder:
                     new = cls(exchange.make_room(path))
                     new._start(config)
                     return new
-                there = folder.config()
-                if differences := there.differences(config):
-                    raise RunError(
-                        f"{path} holds a run with other settings ({'; '.join(differences)}). "
-                        "Choose another --out, or add --fresh to start anew."
-                    )
-                if there.differences(config, late=True):
+                folder._refuse_others(config)
+                if folder.config().differences(config, late=True):
                     folder.undo(from_prune(folder.done()))
+            elif folder.is_marked() and not folder.holds(config):
+                folder.remove((_METRICS, _LATENCY))  # of other settings
             folder._start(config)
         return folder
+
+    @classmethod
+    def refuse(cls, path: Path, config: Config, *, fresh: bool = False) -> None:
+        """Refuse a folder that :meth:`begin` could not take, before anything is written.
+
+        Raises:
+            RunError: it cannot be made or written, is in use, or holds another run, or things that
+                are no run.
+        """
+        _refuse_place(path)
+        folder = cls(path)
+        folder._refuse_foreign()
+        if not folder.is_marked() or exchange.is_under_way(path):
+            return
+        with folder.locked():
+            if not fresh and not folder.is_bare():
+                folder._refuse_others(config)
+
+    def _refuse_others(self, config: Config) -> None:
+        if differences := self.config().differences(config):
+            dense = self.path / "dense.safetensors"
+            kept = f" (with --weights {dense} its dense net is taken along)"
+            raise RunError(
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}). Choose "
+                f"another --out{kept if dense.is_file() else ''}, or add --fresh to start anew."
+            )
+
+    def holds(self, config: Config) -> bool:
+        """Return whether the folder was begun with these settings."""
+        try:
+            return self.is_marked() and not self.config().differences(config)
+        except RunError:  # a damaged config.json
+            return False
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -100,13 +132,11 @@ class RunFolder:
     def _start(self, config: Config) -> None:
         if not self.is_marked():
             Mark().write(self.path)
-        self.claim((*_FIRST, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
+        self.claim((_CONFIG, _STAGES, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
         self.write_json(_CONFIG, config.to_dict())
 
     def _refuse_foreign(self) -> None:
         path = self.path
-        if any(p.is_file() for p in (path, *path.parents)):
-            raise RunError(f"{path} is a file, or lies below one. Choose another --out.")
         if path.is_symlink() and not path.exists():
             raise RunError(f"{path} is a link to nothing. Choose another --out.")
         if not path.is_dir():
@@ -145,7 +175,7 @@ class RunFolder:
         return Mark.read(self.path)
 
     def is_bare(self) -> bool:
-        """Return whether a run was begun here but refused before it made anything."""
+        """Return whether a run was begun here but failed before an epoch of training was over."""
         mark = self.mark()
         made = (n for n in mark.files if n not in _FIRST and os.path.lexists(self.path / n))
         return not mark.stages and not any(made)
@@ -202,7 +232,7 @@ class RunFolder:
         self.write_json(_METRICS, {**self.metrics(), **values})
 
     def done(self) -> list[str]:
-        return list(self.mark().stages)
+        return list(self.mark().stages) if self.is_marked() else []
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """Return the SHA-256 of those of the named files that are there."""
@@ -215,6 +245,12 @@ class RunFolder:
         mark.stages[stage] = record
         mark.write(self.path)
         self.write_json(_STAGES, list(mark.stages))
+
+    def forget_warnings(self, stages: Iterable[str]) -> None:
+        """Drop what was said of stages that are about to be run."""
+        gone, said = set(stages), self.metrics().get("warnings", {})
+        if gone & said.keys():
+            self.add_metrics(warnings={s: texts for s, texts in said.items() if s not in gone})
 
     def undo(self, stages: Iterable[str], keep: Iterable[str] = ()) -> None:
         """Take back stages: what they alone wrote is deleted, and their metrics are struck out.
@@ -243,3 +279,16 @@ def from_prune(done: list[str]) -> list[str]:
 def log_files(stage: str) -> tuple[str, ...]:
     """Return what a stage's training leaves below the run folder."""
     return tuple(f"logs/{stage}/{name}" for name in (*CHECKPOINT_FILES, "metrics.csv"))
+
+
+def _refuse_place(path: Path) -> None:
+    """Refuse a path where no folder can be made, or into which nothing can be written."""
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}. Choose another --out.") from error
+    if not there.is_dir():
+        below = "" if there == path else f", and {path} would lie below it"
+        raise RunError(f"{there} is a file{below}. Choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{there} cannot be written ({path} was asked for). Choose another --out.")

@@ -1,25 +1,24 @@
 """The stages of the main job, in order: each reads what those before it left, and is done once."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import resconv
-from resconv.errors import RunError
-from resconv.latency.table import require_runtime
+from resconv.errors import ResConvWarning, RunError
 from resconv.planning.plan import Plan
 from resconv.selection.outcome import Snapshot
 from resconv.train import join
 from resconv.train.seeds import seed_all
 
 from . import deployment, exchange, stages, surgery, training
+from .checks import check
 from .config import Config
 from .folder import RunFolder, log_files
-from .job import LATENCY, Run, Say
+from .job import Run, Say
 from .lock import locked
-from .timing import check_reach
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
 
@@ -40,44 +39,49 @@ STAGES: dict[str, Callable[[Run], None]] = {
 _SHARED = ("dense", "sparse", "finetune")
 
 
-def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) -> Run:
-    """Make (or open again) a run folder; under a launcher, once for all its processes.
+def begin(
+    path: Path,
+    config: Config,
+    *,
+    fresh: bool = False,
+    say: Say = print,
+    dense_only: bool = False,
+) -> Run:
+    """Check a run, and make (or open again) its folder; under a launcher, once for all its processes.
 
-    With ``fresh`` an earlier run in the folder is moved aside, when nothing more can be refused.
+    What can be known before anything is trained is asked first, and a run that is refused leaves
+    nothing. With ``fresh`` an earlier run in the folder is then moved aside. With ``dense_only`` no
+    target is asked for.
 
     Raises:
         RunError: see :meth:`RunFolder.begin`.
+        ResConvError: see :func:`resconv.run.checks.check`.
     """
     ranks = join()
-    ranks.by_first(lambda: _begin(path, config, fresh, say))
-    return Run(RunFolder.open(path), say, ranks)
+    run = Run(RunFolder(path), say, ranks, config)
+    ranks.by_first(lambda: _begin(run, fresh, dense_only))
+    run.owns_folder = run.is_checked = True
+    return run
 
 
-def _begin(path: Path, config: Config, fresh: bool, say: Say) -> None:
+def _begin(run: Run, fresh: bool, dense_only: bool) -> None:
+    path, config = run.folder.path, run.config
+    if not dense_only:
+        config.budget()
+    RunFolder.refuse(path, config, fresh=fresh)
+    run.owns_folder = not fresh and run.folder.holds(config)
+    check(run, [] if fresh else run.folder.done(), sparse=not dense_only)
     folder = RunFolder.begin(path, config, fresh=fresh)
-    if folder.path == path:
-        return
-    with locked(path):
-        try:
-            _check(Run(folder, say))
-        except BaseException:
-            exchange.discard(path)
-            raise
-        say(f"The earlier run in {path} is now in {exchange.complete(path)}.")
-
-
-def _check(run: Run) -> None:
-    """Refuse what can be before anything is trained.
-
-    Raises:
-        ResConvError: the net, the data or the target.
-    """
-    if run.config.has_target():
-        require_runtime(run.config.budget().runtime)
-        run.folder.claim((LATENCY,))
-        check_reach(run)
-    else:
-        run.create()
+    if folder.path != path:
+        with locked(path):
+            try:
+                run.say(f"The earlier run in {path} is now in {exchange.complete(path)}.")
+            except BaseException:
+                exchange.discard(path)
+                raise
+    run.owns_folder = True
+    if run.latency is not None:
+        run.keep_latency(run.latency)
 
 
 def open_run(path: Path, say: Say = print) -> Run:
@@ -100,7 +104,8 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             run.config.seed
         )  # a stage's draws do not depend on what ran before in this process
         start = time.perf_counter()
-        STAGES[stage](run)
+        with _told(run, stage):
+            STAGES[stage](run)
         if run.ranks.leads:
             seconds = run.folder.metrics().get("seconds", {})
             run.folder.add_metrics(
@@ -126,8 +131,26 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
     run.folder.claim(stages.WRITES[stage])
     if stage == "prune":  # of another plan's finetuning
         run.folder.remove(log_files("finetune"))
+    run.folder.forget_warnings(order[order.index(stage) :])
     run.folder.added.clear()
     return stages.bind(run, stage)
+
+
+@contextmanager
+def _told(run: Run, stage: str) -> Iterator[None]:
+    """Let what resconv itself warns of reach the user and the report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ResConvWarning)
+        other = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ResConvWarning):
+                run.warn(stage, str(message))
+            else:
+                other(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager
@@ -154,7 +177,7 @@ def use_plan(run: Run, path: Path) -> None:
                 "compress` with the same settings does all that is missing."
             )
         stages.check(run, "plan")
-        resconv.prune(run.gated(), chosen)  # before anything is changed
+        surgery.try_plan(run, chosen)  # before anything is changed
         run.folder.undo(list(STAGES)[2:], keep=stages.WRITES["plan"])
         run.folder.claim(stages.WRITES["plan"])
         run.folder.added.clear()
@@ -166,8 +189,8 @@ def compress(run: Run) -> dict[str, Any]:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
     run.config.budget()
     with _owned(run):
-        if "sparse" not in run.ranks.by_first(run.folder.done):
-            run.ranks.by_first(lambda: _check(run))
+        if not run.is_checked:
+            run.ranks.by_first(lambda: check(run, run.folder.done()))
         for stage in STAGES:
             run_stage(run, stage)
     return run.folder.metrics() if run.ranks.leads else {}

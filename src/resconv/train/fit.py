@@ -14,13 +14,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from torch import nn
 
 from resconv.data import ImageData
-from resconv.errors import RunError
+from resconv.errors import ResConvWarning, RunError
 from resconv.integrations.lightning import SparsityCallback
 from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
+from resconv.planning.costs import excess, ledger
 from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
+from resconv.surgery.state import state_of
 
 from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
@@ -77,6 +79,9 @@ def fit(
     how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on
     the GPU (see recorded.py).
 
+    Warns:
+        ResConvWarning: the zeros of sparse training leave more than the target.
+
     Raises:
         RunError: the checkpoint does not fit the model, there are not as many devices, or the net
             cannot be recorded.
@@ -121,7 +126,8 @@ def fit(
     kwargs = choose_devices(devices)
     spawns = kwargs["strategy"] == "ddp_spawn"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Lightning's, of settings that the user cannot change
+        warnings.simplefilter("always", ResConvWarning)
         trainer = lightning.Trainer(
             max_epochs=recipe.epochs,
             precision=precision.name,  # type: ignore[arg-type]
@@ -164,7 +170,27 @@ def fit(
                 latency = LatencyTable.from_json(state["latency"])
         elif (sparsifier := sparsity[0].sparsifier) is not None:
             history, latency = sparsifier.history, sparsifier.latency
+        if missed := _missed(model, target, latency):
+            warnings.warn(missed, ResConvWarning, stacklevel=2)
     return FitResult(history, recipe.epochs if spawns else trainer.current_epoch, latency)
+
+
+def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> str:
+    """Say by how much the zeros miss the target; empty where they meet it.
+
+    It is worked out from the trained net: other processes may have trained it, or an earlier call.
+    """
+    costs = ledger(model, state_of(model).example_inputs)
+    if latency is not None:
+        costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
+    zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]
+    over = excess(costs.left(zero), costs.whole, target.limits(*costs.whole))
+    if not over:
+        return ""
+    return (
+        f"Sparse training missed its target: {len(zero)} scales are exactly 0, which leaves {over}. "
+        "To remove more units changes the outputs; longer sparse training may bring them to 0."
+    )
 
 
 def _stored_state(checkpoint: Path) -> dict[str, Any]:

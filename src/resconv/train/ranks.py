@@ -109,7 +109,7 @@ def choose_devices(asked: int | str) -> dict[str, Any]:
     """Return the Trainer's accelerator, devices, num_nodes and strategy.
 
     Raises:
-        RunError: fewer GPUs than asked for, or a number below 1.
+        RunError: fewer GPUs (or CPU cores) than asked for, or a number below 1.
     """
     ranks = find_ranks()
     cuda = torch.cuda.is_available()
@@ -121,11 +121,14 @@ def choose_devices(asked: int | str) -> dict[str, Any]:
             "num_nodes": ranks.world_size // ranks.local_size,
             "strategy": "ddp",
         }
-    there = torch.cuda.device_count() if cuda else None
-    count = (there or 1) if asked == "auto" else int(asked)
-    if count < 1 or (there is not None and count > there):
-        limit = "" if there is None else f" and at most {there}, the GPUs of this machine"
-        raise RunError(f"devices={asked}: at least 1{limit}.")
+    there = torch.cuda.device_count() if cuda else (os.cpu_count() or 1)
+    count = (there if cuda else 1) if asked == "auto" else int(asked)
+    if not 1 <= count <= there:
+        kind = "GPU" if cuda else "CPU core"
+        raise RunError(
+            f"devices={asked}: at least 1 and at most {there}, the {kind}{'s' * (there != 1)} of this "
+            "machine."
+        )
     strategy = "ddp_spawn" if count > 1 else "auto"
     return {"accelerator": accelerator, "devices": count, "num_nodes": 1, "strategy": strategy}
 
