@@ -2,14 +2,11 @@
 
 import sys
 
-from .signals import end_on_signals
-
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run ``resconv``; errors meant for a user end as one panel and exit status 2."""
-    end_on_signals()
     try:
         from .app import app
     except ImportError as error:

@@ -99,10 +99,14 @@ def join() -> Ranks:
     return ranks
 
 
-def leave(error: BaseException | None = None) -> None:
-    """Tell the other processes of a launcher that this one ends, or which error it fails with."""
+def leave(error: BaseException | None = None) -> BaseException | None:
+    """Tell the other processes of a launcher that this one ends, or which error it fails with.
+
+    What comes back is that error, or one that says more where it came from another process.
+    """
     while _groups:
-        _groups.pop().leave(error)
+        error = _groups.pop().leave(error)
+    return error
 
 
 def choose_devices(asked: int | str) -> dict[str, Any]:

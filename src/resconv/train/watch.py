@@ -7,6 +7,7 @@ main one may wait inside a collective call that never returns.
 
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ __all__ = ["EndsWithParent", "Group", "end_with_launcher", "join_store"]
 
 # Seconds: to wait for all to come, between two looks, and of silence after which one counts as gone.
 _JOIN, _LOOK, _SILENCE = 45.0, 1.0, 45.0
+_WORD = 3 * _LOOK  # for another process's reason to come through
+_LOST = re.compile(r"connection|closed by peer|socket|gloo|nccl", re.IGNORECASE)
 _FAILED, _LEFT = "resconv/failed", "left"
 
 
@@ -92,8 +95,18 @@ class Group:
         self._over = threading.Event()
         self._thread = _start(self._watch)
 
-    def leave(self, error: BaseException | None = None) -> None:
-        """Tell the others that this process is done, or why it failed."""
+    def leave(self, error: BaseException | None = None) -> BaseException | None:
+        """Tell the others that this process is done, or why it failed; return what to tell the user.
+
+        Where the error is that a connection was lost, the reason is another process's: it is waited
+        for, and ends this one.
+        """
+        if error is not None and not isinstance(error, ResConvError) and _LOST.search(str(error)):
+            self._thread.join(_WORD)
+            error = RunError(
+                f"The connection to another process was lost ({str(error).splitlines()[0][:160]}): it "
+                "was killed, or its machine is gone. The same command goes on from the last whole epoch."
+            )
         self._over.set()
         self._thread.join()
         try:
@@ -104,6 +117,7 @@ class Group:
             self.store.set(self._key(self.rank), _LEFT)
         except RuntimeError:
             pass  # the store went with its host
+        return error
 
     def _key(self, rank: int) -> str:
         return f"resconv/alive/{rank}"

@@ -1,17 +1,29 @@
 """Ctrl-C and SIGTERM end a command at once, with a word on how to go on.
 
 Whatever a run has written is whole at every moment, so nothing has to be tidied up. The signals are
-read by a thread: the main one may be importing, or waiting inside a call that runs no Python.
+read by a thread: the main one may be importing, or waiting inside a call that runs no Python. Torch
+alone imports for seconds, so this module is the first that ``resconv`` imports; where the process is
+not the command, it does nothing.
 """
 
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 __all__ = ["end_on_signals"]
 
-_STOPPED = "Stopped. The same command goes on from here."
+_RESUMED = ("compress", "train", "prune")
+
+
+def _is_command() -> bool:
+    """Whether this process was started as ``resconv ...`` or ``python -m resconv ...``, not by one."""
+    given = sys.orig_argv
+    if "--multiprocessing-fork" in given:
+        return False
+    as_module = "-m" in given[:-1] and given[given.index("-m") + 1] == "resconv"
+    return as_module or Path(sys.argv[0] if sys.argv else "").stem == "resconv"
 
 
 def end_on_signals() -> None:
@@ -42,8 +54,19 @@ def _end(number: int) -> None:
             sys.stdout.write("\x1b[?25h")  # the progress bar hides the cursor
         sys.stdout.flush()
         if leads:
-            sys.stderr.write(f"\n{_STOPPED}\n")
+            sys.stderr.write(f"\n{_farewell(sys.argv[1:])}\n")
             sys.stderr.flush()
     except (OSError, ValueError, RuntimeError):
         pass  # no one reads it
     os._exit(128 + number)
+
+
+def _farewell(given: list[str]) -> str:
+    if not any(command in given[:1] for command in _RESUMED):
+        return "Stopped. The same command does it anew."
+    same = "The same command, without --fresh," if "--fresh" in given else "The same command"
+    return f"Stopped. {same} goes on from the last whole epoch."
+
+
+if _is_command():
+    end_on_signals()
