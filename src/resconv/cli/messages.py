@@ -43,9 +43,11 @@ _VALUED = (
 _NOT_IN_A_CALL = r"(?<!\w\()(?<![\w.-])"
 _FLAG = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_FLAGS)})=(True|False)\b")
 _VALUE = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_VALUED)})=('[^']*'|-?\w+(?:[.-]\w+)*%?)")
+# In a list of settings that differ.
+_SETTING = re.compile(rf"\b({'|'.join((*_FLAGS, *_VALUED))}): (?=[^;]* there, )")
 # Names of several words are settings wherever they stand; "limit" or "model" may be just a word.
 _BARE = re.compile(
-    rf"(?<![\w.'-])({'|'.join(n for n in (*_FLAGS, *_VALUED) if '_' in n)})(?![\w='.(])"
+    rf"(?<![\w.'-])({'|'.join(n for n in (*_FLAGS, *_VALUED) if '_' in n)})(?![\w='(]|\.\w)"
 )
 
 
@@ -67,6 +69,7 @@ def as_options(text: str) -> str:
     text = _VALUE.sub(
         lambda found: f"{_option(found[1])} {found[2].strip(chr(39)) or repr('')}", text
     )
+    text = _SETTING.sub(lambda found: f"{_option(found[1])}: ", text)
     text = _BARE.sub(lambda found: _option(found[1]), text)
     return re.sub(r"(--[\w-]+ \S+) \(\1\)", r"\1", text)  # a hint that names both
 
