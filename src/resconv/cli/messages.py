@@ -40,6 +40,8 @@ _VALUED = (
     ),
     *("devices", "model", "data", "tolerance", "trust_source"),
 )
+# What a user of the command line types where one of Python calls something.
+_CALLS = {"resconv.units(model, example_inputs)": "resconv inspect"}
 _NOT_IN_A_CALL = r"(?<!\w\()(?<![\w.-])"
 _FLAG = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_FLAGS)})=(True|False)\b")
 _VALUE = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_VALUED)})=('[^']*'|-?\w+(?:[.-]\w+)*%?)")
@@ -65,6 +67,8 @@ def as_options(text: str) -> str:
         option = _option(found[1])
         return option if found[2] == "True" else option.replace("--", "--no-", 1)
 
+    for call, same in _CALLS.items():
+        text = text.replace(call, same)
     text = _FLAG.sub(flag, text)
     text = _VALUE.sub(
         lambda found: f"{_option(found[1])} {found[2].strip(chr(39)) or repr('')}", text

@@ -142,7 +142,7 @@ def warn_of_chance(run: Run, stage: str, what: str, top1: float, advice: str) ->
         run.warn(
             stage,
             f"{what} does no better than guessing: top-1 {top1:.2f} % on {len(labels):,} images, of which "
-            f"{share:.1%} are of one class. What follows says nothing about the method; {advice}.",
+            f"{share:.1%} are of one class: {advice}.",
         )
 
 
