@@ -3,6 +3,7 @@
 convert -> train with a Sparsifier -> plan -> prune -> verify -> save and export.
 """
 
+from . import signals as signals  # first: it reads signals from here on
 from .analysis.counting import count as count
 from .analysis.listing import units as units
 from .errors import ResConvError as ResConvError

@@ -75,7 +75,9 @@ def sweep(folder: Path) -> int:
     if folder.is_symlink() or not folder.is_dir():
         return 0
     found = [
-        p for p in folder.iterdir() if p.name.startswith(_PART) and p.is_dir() and not p.is_symlink()
+        p
+        for p in folder.iterdir()
+        if p.name.startswith(_PART) and p.is_dir() and not p.is_symlink()
     ]
     for part in found:
         shutil.rmtree(part, ignore_errors=True)  # which follows no links

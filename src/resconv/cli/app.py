@@ -1,6 +1,7 @@
 """The commands of ``resconv``, one thin file each."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -49,9 +50,17 @@ def run_app(application: typer.Typer) -> int:
     except KeyboardInterrupt:
         return STOPPED
     except SystemExit as stop:
+        _leave(None)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         from .messages import show_error  # which loads torch
 
-        return show_error(error)
+        return show_error(_leave(error) or error)
+    _leave(None)
     return 0
+
+
+def _leave(error: Exception | None) -> Any:
+    """Tell the other processes of a launcher, where there are any: then their module is loaded."""
+    ranks = sys.modules.get("resconv.train.ranks")
+    return error if ranks is None else ranks.leave(error)

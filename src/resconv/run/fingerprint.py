@@ -60,7 +60,9 @@ def _of_files(name: str, split: LazySplit) -> dict[str, str]:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read any more: {error.strerror}.") from error
     return {
-        f"names of {name}": _digest("\n".join(os.path.relpath(p, root) for p in split.paths).encode()),
+        f"names of {name}": _digest(
+            "\n".join(os.path.relpath(p, root) for p in split.paths).encode()
+        ),
         f"sizes of {name}": _digest(repr(sizes).encode()),
         f"images of {name}": _digest(*heads),
     }

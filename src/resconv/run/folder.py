@@ -9,13 +9,14 @@ from typing import Any
 
 from resconv.errors import RunError
 from resconv.files import OURS, digest, sweep, write_text
+from resconv.train.checkpoints import CHECKPOINT_FILES
 
 from . import exchange
 from .config import Config
 from .lock import locked
 from .mark import MARK, Mark, Record
 
-__all__ = ["RunFolder", "from_prune"]
+__all__ = ["RunFolder", "from_prune", "log_files"]
 
 _STAGES = "stages.json"
 _CONFIG = "config.json"
@@ -25,6 +26,7 @@ _LATENCY = "latency.json"
 _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 # The metrics that every stage adds to.
 _COMMON = {"seconds", "warnings"}
+_TRAINED = ("dense", "sparse", "finetune")
 
 
 class RunFolder:
@@ -134,7 +136,7 @@ class RunFolder:
     def _start(self, config: Config) -> None:
         if not self.is_marked():
             Mark().write(self.path)
-        self.claim((_CONFIG, _STAGES, _METRICS))
+        self.claim((_CONFIG, _STAGES, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
         self.write_json(_CONFIG, config.to_dict())
 
     def _refuse_foreign(self) -> None:
@@ -154,7 +156,7 @@ class RunFolder:
         self._refuse_links()
 
     def _refuse_links(self) -> None:
-        for place in (self.logs, *(self.logs / s for s in ("dense", "sparse", "finetune"))):
+        for place in (self.logs, *(self.logs / s for s in _TRAINED)):
             if place.is_symlink():
                 raise RunError(
                     f"{place} is a link: what a run writes and deletes lies in its own folder. Remove "
@@ -167,11 +169,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed process left half written."""
-        for place in (
-            self.path,
-            self.logs,
-            *(self.logs / s for s in ("dense", "sparse", "finetune")),
-        ):
+        for place in (self.path, self.logs, *(self.logs / s for s in _TRAINED)):
             sweep(place)
 
     def is_marked(self) -> bool:
@@ -280,6 +278,11 @@ class RunFolder:
 def from_prune(done: list[str]) -> list[str]:
     """Return those of the done stages that depend on what is pruned and how that is trained on."""
     return [s for s in done if s not in ("dense", "sparse", "plan")]
+
+
+def log_files(stage: str) -> tuple[str, ...]:
+    """Return what a stage's training leaves below the run folder."""
+    return tuple(f"logs/{stage}/{name}" for name in (*CHECKPOINT_FILES, "metrics.csv"))
 
 
 def _refuse_place(path: Path) -> None:

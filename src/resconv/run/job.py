@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import resconv
@@ -189,4 +189,9 @@ def load_state(model: nn.Module, path: Path) -> None:
 
 def save_state(model: nn.Module, path: Path) -> None:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary))
+    # Not by save_file, whose errors are not the system's.
+    write_atomic(path, lambda temporary: _write(temporary, save(state)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

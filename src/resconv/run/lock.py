@@ -98,7 +98,7 @@ def _lock(handle: int, owner: dict[str, Any]) -> bool:
 def _lives(owner: dict[str, Any]) -> bool:
     """Whether the process is there still, and is not another one with its number."""
     try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2)
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
 
@@ -119,7 +119,9 @@ def _read(handle: int) -> dict[str, Any]:
 def _words(owner: dict[str, Any]) -> str:
     try:
         started = datetime.fromtimestamp(owner["started"], UTC).strftime("%Y-%m-%d %H:%M:%S")
-        return f"process {int(owner['pid'])} on {str(owner['host'])[:80]!r}, started at {started} UTC"
+        return (
+            f"process {int(owner['pid'])} on {str(owner['host'])[:80]!r}, started at {started} UTC"
+        )
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return "another process"
 

@@ -82,10 +82,15 @@ class Mark:
 
 
 def _record(found: Any) -> Record:
+    def texts(key: str) -> dict[str, str]:
+        return {_text(k): _text(v) for k, v in found[key].items()}
+
     return Record(
-        dict(found["settings"]),
-        *({_text(k): _text(v) for k, v in found[key].items()} for key in ("data", "read", "wrote")),
-        [_text(name) for name in found["metrics"]],
+        settings=dict(found["settings"]),
+        data=texts("data"),
+        read=texts("read"),
+        wrote=texts("wrote"),
+        metrics=[_text(name) for name in found["metrics"]],
     )
 
 
@@ -97,7 +102,8 @@ def _text(value: Any) -> str:
 
 def _inside(value: Any) -> str:
     """Return a name that leads to a place below the folder: others would let files outside go."""
-    path = Path(_text(value))
+    name = _text(value)
+    path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"{value[:80]!r} is no place in the folder")
-    return value
+        raise ValueError(f"{name[:80]!r} is no place in the folder")
+    return name

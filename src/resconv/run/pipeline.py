@@ -16,7 +16,7 @@ from resconv.train.seeds import seed_all
 from . import deployment, exchange, stages, surgery, training
 from .checks import check
 from .config import Config
-from .folder import RunFolder
+from .folder import RunFolder, log_files
 from .job import Run, Say
 from .lock import locked
 
@@ -128,11 +128,9 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
         )
     stages.check(run, stage)
     run.folder.undo(order[order.index(stage) :], keep=stages.WRITES[stage])
-    run.folder.claim(
-        (*stages.WRITES[stage], *(stages.log_files(stage) if stage in _SHARED else ()))
-    )
+    run.folder.claim(stages.WRITES[stage])
     if stage == "prune":  # of another plan's finetuning
-        run.folder.remove(stages.log_files("finetune"))
+        run.folder.remove(log_files("finetune"))
     run.folder.forget_warnings(order[order.index(stage) :])
     run.folder.added.clear()
     return stages.bind(run, stage)

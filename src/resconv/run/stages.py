@@ -7,20 +7,14 @@ from typing import Any
 
 from resconv.errors import RunError
 from resconv.files import digest
-from resconv.train.checkpoints import CHECKPOINT_FILES
 
 from .fingerprint import differing_parts
 from .job import LATENCY, Run
 from .mark import Record
 
-__all__ = ["READS", "WRITES", "bind", "check", "log_files", "record"]
+__all__ = ["READS", "WRITES", "bind", "check", "record"]
 
 _NET = ("model.safetensors", "model.json")
-
-
-def log_files(stage: str) -> tuple[str, ...]:
-    """Return what a stage's training leaves below the run folder."""
-    return tuple(f"logs/{stage}/{name}" for name in (*CHECKPOINT_FILES, "metrics.csv"))
 
 
 _GATED = ("dense.safetensors", "gated.safetensors")
@@ -58,7 +52,9 @@ def check(run: Run, stage: str) -> None:
     settings = run.config.bearing()
     for name, found in before.items():
         if differing := [k for k in settings if found.settings.get(k) != settings[k]]:
-            words = "; ".join(f"{k}: {found.settings.get(k)!r} there, {settings[k]!r} now" for k in differing)
+            words = "; ".join(
+                f"{k}: {found.settings.get(k)!r} there, {settings[k]!r} now" for k in differing
+            )
             raise RunError(
                 f"{run.folder / 'config.json'} is not what the stage {name!r} ran with ({words}). Put "
                 "that back, or start anew with --fresh."
@@ -69,10 +65,11 @@ def check(run: Run, stage: str) -> None:
                 "trained on the old data says nothing about the new. Put it back, or start anew with "
                 "--fresh."
             )
-        for path, there in found.read.items():
-            if Path(path).is_absolute() and Path(path).is_file() and digest(Path(path)) != there:
+        for outside, there in found.read.items():
+            source = Path(outside)
+            if source.is_absolute() and source.is_file() and digest(source) != there:
                 raise RunError(
-                    f"{path} changed since the stage {name!r} read it. Put it back, or start anew "
+                    f"{outside} changed since the stage {name!r} read it. Put it back, or start anew "
                     "with --fresh."
                 )
     wrote = {f: (name, there) for name, found in before.items() for f, there in found.wrote.items()}

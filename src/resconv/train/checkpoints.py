@@ -5,6 +5,7 @@ A new one is written beside, read back and moved into the place of ``last.ckpt``
 the new one and of the two before it. So whatever lies there after a kill can be told from damage.
 """
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +37,11 @@ class Checkpoints(CheckpointIO):
     ) -> None:
         path = Path(path)
         if path.name != LAST:
-            write_atomic(path, lambda temporary: torch.save(checkpoint, temporary))
+            write_atomic(path, lambda temporary: _dump(checkpoint, temporary))
             return
 
         def write(temporary: Path) -> None:
-            torch.save(checkpoint, temporary)
+            _dump(checkpoint, temporary)
             _load(temporary)  # read back before the one before it gives way
             seals = [digest(temporary), *_seals(path.parent)[:2]]
             write_text(path.parent / _SEALS, json.dumps(seals))
@@ -55,13 +56,23 @@ class Checkpoints(CheckpointIO):
                 "command goes on from there."
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, **_: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Never unpickles more than tensors and plain types, whatever the caller says."""
         return _load(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
         if Path(path).name == ".temp.ckpt":  # in a folder that Lightning made for it
             Path(path).parent.rmdir()
+
+
+def _dump(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write by way of memory: torch's own writer does not say that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -19,9 +19,12 @@ from resconv import errors
 from resconv.errors import ResConvError, RunError
 from resconv.selection import processes
 
-__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside"]
+from .watch import Group, end_with_launcher, join_store
+
+__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "leave", "raised_inside"]
 
 T = TypeVar("T")
+_groups: list[Group] = []  # the one that this process watches
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,39 @@ def find_ranks() -> Ranks:
 
 
 def join() -> Ranks:
-    """Return this process's ranks; connect them, where there are several and none has yet."""
+    """Return this process's ranks; connect them, where there are several and none has yet.
+
+    From then on each looks after the others, and ends where one fails (see watch.py).
+
+    Raises:
+        RunError: some did not come.
+    """
     ranks = find_ranks()
     if ranks.are_several and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = join_store(ranks.rank, ranks.world_size)
         # The others wait while the first one evaluates and prunes.
         distributed.init_process_group(
             backend,
+            store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(days=1),
         )
+        _groups.append(Group(store, ranks.rank, ranks.world_size))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_launcher()
     return ranks
+
+
+def leave(error: BaseException | None = None) -> BaseException | None:
+    """Tell the other processes of a launcher that this one ends, or which error it fails with.
+
+    What comes back is that error, or one that says more where it came from another process.
+    """
+    while _groups:
+        error = _groups.pop().leave(error)
+    return error
 
 
 def choose_devices(asked: int | str) -> dict[str, Any]:

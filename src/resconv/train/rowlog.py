@@ -43,7 +43,9 @@ class RowLog(Callback):
             for c in self.sparsity
             if c.sparsifier is not None and c.target is not None
         ]
-        self._add(trainer, top1=None if top1 is None else top1.item(), macs=macs[0] if macs else None)
+        self._add(
+            trainer, top1=None if top1 is None else top1.item(), macs=macs[0] if macs else None
+        )
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,15 +7,18 @@ main one may wait inside a collective call that never returns.
 
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from resconv.errors import ResConvError, RunError
 
@@ -23,6 +26,8 @@ __all__ = ["EndsWithParent", "Group", "end_with_launcher", "join_store"]
 
 # Seconds: to wait for all to come, between two looks, and of silence after which one counts as gone.
 _JOIN, _LOOK, _SILENCE = 45.0, 1.0, 45.0
+_WORD = 3 * _LOOK  # for another process's reason to come through
+_LOST = re.compile(r"connection|closed by peer|socket|gloo|nccl", re.IGNORECASE)
 _FAILED, _LEFT = "resconv/failed", "left"
 
 
@@ -32,7 +37,12 @@ class EndsWithParent(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
-            _start(lambda: (parent.join(), os._exit(143)))
+            _start(partial(_end_after, parent))
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(143)
 
 
 def end_with_launcher() -> None:
@@ -55,7 +65,7 @@ def join_store(rank: int, world_size: int) -> Any:
     """
     wait = timedelta(seconds=_JOIN)
     try:
-        store, _, _ = next(distributed.rendezvous("env://", rank, world_size, timeout=wait))
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=wait))
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise RunError(
             f"Process {rank} of {world_size} finds no other within {_JOIN:.0f} s ({str(error)[:200]}). Is "
@@ -77,14 +87,26 @@ def join_store(rank: int, world_size: int) -> Any:
 class Group:
     """Watches the other processes of a launcher, for as long as the command runs."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, end: Callable[[str], None] | None = None):
+    def __init__(
+        self, store: Any, rank: int, world_size: int, end: Callable[[str], None] | None = None
+    ) -> None:
         self.store, self.rank, self.world_size = store.clone(), rank, world_size
         self._end = end or _say_and_exit
         self._over = threading.Event()
         self._thread = _start(self._watch)
 
-    def leave(self, error: BaseException | None = None) -> None:
-        """Tell the others that this process is done, or why it failed."""
+    def leave(self, error: BaseException | None = None) -> BaseException | None:
+        """Tell the others that this process is done, or why it failed; return what to tell the user.
+
+        Where the error is that a connection was lost, the reason is another process's: it is waited
+        for, and ends this one.
+        """
+        if error is not None and not isinstance(error, ResConvError) and _LOST.search(str(error)):
+            self._thread.join(_WORD)
+            error = RunError(
+                f"The connection to another process was lost ({str(error).splitlines()[0][:160]}): it "
+                "was killed, or its machine is gone. The same command goes on from the last whole epoch."
+            )
         self._over.set()
         self._thread.join()
         try:
@@ -95,6 +117,7 @@ class Group:
             self.store.set(self._key(self.rank), _LEFT)
         except RuntimeError:
             pass  # the store went with its host
+        return error
 
     def _key(self, rank: int) -> str:
         return f"resconv/alive/{rank}"
@@ -130,7 +153,9 @@ class Group:
 
 
 def _say_and_exit(text: str) -> None:
-    print(f"{text} The same command goes on from the last whole epoch.", file=sys.stderr, flush=True)
+    print(
+        f"{text} The same command goes on from the last whole epoch.", file=sys.stderr, flush=True
+    )
     os._exit(2)
 
 
