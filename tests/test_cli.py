@@ -487,3 +487,31 @@ def test_prune_goes_on_with_the_finetuning_that_was_stopped(copied, monkeypatch,
     assert command("prune", copied) == 0
     assert "carried out already" in said(capsys)
     assert "finetune" in run.open_run(copied).folder.done()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "plan.json", "report.html", "model.safetensors"])
+def test_a_file_that_is_gone_is_made_anew(name, copied, capsys):
+    """What training left is never made anew unasked: that is refused where it is read."""
+    (copied / name).unlink()
+    assert compress(copied) == 0
+    assert f"is done anew: {name} is missing" in said(capsys)
+    assert (copied / name).is_file()
+    (copied / "dense.safetensors").unlink()
+    assert compress(copied) == 0
+    assert "done anew" not in said(capsys)
+    assert command("prune", copied) == 2
+    assert "dense.safetensors is missing" in said(capsys)
+
+
+def test_metrics_that_are_gone(copied, capsys):
+    (copied / "metrics.json").unlink()
+    assert command("measure", copied) == 2
+    assert "Make it anew: resconv prune" in said(capsys)
+    assert command("prune", copied) == 0
+    assert command("export", copied) == 0
+    assert command("measure", copied) == 0
+
+
+def test_inspect_of_no_pixels(capsys):
+    assert command("inspect", "resnet20", "--image-size", -3) == 2
+    assert "--image-size -3: at least 1" in said(capsys)

@@ -97,7 +97,10 @@ def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:
     import torch
 
     from resconv import nets
+    from resconv.errors import ModelError
 
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"--image-size {image_size}: at least 1.")
     model = nets.create(name).eval()
     channels, height, width = nets.default_input_size(name, model)
     if image_size is not None:

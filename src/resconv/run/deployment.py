@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import resconv
-from resconv.errors import ExportError, MissingExtraError, VerificationError
+from resconv.errors import ExportError, MissingExtraError, RunError, VerificationError
 from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
@@ -133,6 +133,11 @@ def measure(run: Run) -> None:
 
 def report(run: Run) -> None:
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
+    if "verify" not in run.folder.metrics():
+        raise RunError(
+            f"{run.folder / 'metrics.json'} lacks what pruning found. Make it anew: resconv prune "
+            f"{run.folder.path}."
+        )
     if "removed_units" not in run.folder.metrics():  # a run of an older version
         run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
     try:

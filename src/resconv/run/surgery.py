@@ -88,6 +88,7 @@ def prune(run: Run) -> None:
         "epochs_finetune": 0,
         "finetuned_kept": None,
         "top1_compact": top1,
+        "num_units": len(resconv.gates(gated)),
         "removed_units": removed_units(run, gated, plan),
         "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
         "num_convs_compact": resconv.count(compact, run.example()).num_convs,
