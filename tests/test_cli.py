@@ -515,3 +515,24 @@ def test_metrics_that_are_gone(copied, capsys):
 def test_inspect_of_no_pixels(capsys):
     assert command("inspect", "resnet20", "--image-size", -3) == 2
     assert "--image-size -3: at least 1" in said(capsys)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:mobilenetv3_small_050"])
+def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
+    """Writes in place, by the net's own code, spoil no gradient where a layer went."""
+    config = run.Config(model=name, data="digits", image_size=32, limit=16, batch_size=8, macs=0.8)
+    current = Run(run.RunFolder(tmp_path), lambda text: None, config=config)
+    gated = resconv.convert(
+        current.create().eval(), current.example(2), units="layers", start="identity"
+    )
+    gone = tuple(list(resconv.gates(gated))[:4])
+    with torch.no_grad():
+        for unit in gone:
+            resconv.gates(gated)[unit].scale.zero_()
+    model = resconv.prune(gated, resconv.Plan(gone), fuse=False)
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    recipe = current.recipe(1, 0.01)
+    fit(model.train(), current.data, recipe, tmp_path / "logs", progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
+    assert len(moved) > 0.9 * len(before)
