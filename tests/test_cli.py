@@ -36,6 +36,12 @@ BASE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Long paths are not folded."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
