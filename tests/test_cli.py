@@ -535,6 +535,7 @@ def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
     with torch.no_grad():
         for unit in gone:
             resconv.gates(gated)[unit].scale.zero_()
+            resconv.gates(gated)[unit].control.fill_(1.0)
     model = resconv.prune(gated, resconv.Plan(gone), fuse=False)
     before = {k: v.clone() for k, v in model.named_parameters()}
     recipe = current.recipe(1, 0.01)
