@@ -33,8 +33,8 @@ def in_words(error: BaseException) -> ResConvError | None:
     text = next((line for line in str(error).splitlines() if _MEMORY.search(line)), "")
     if is_out_of_memory(error):
         return RunError(
-            f"There is not enough memory{f' ({text.strip()[:200]})' if text else ''}. Ask for less at a "
-            "time: a smaller batch_size, image_size or limit."
+            f"There is not enough memory{f' ({text.strip()[:200]})' if text else ''}. Ask for less: a "
+            "smaller batch_size or image_size, or fewer images (limit=1000)."
         )
     if isinstance(error, OSError) and error.errno is not None:
         return RunError(_of_system(error))

@@ -40,12 +40,16 @@ _VALUED = (
     ),
     *("devices", "model", "data", "tolerance", "trust_source"),
 )
+# What a user of the command line types where one of Python calls something.
+_CALLS = {"resconv.units(model, example_inputs)": "resconv inspect"}
 _NOT_IN_A_CALL = r"(?<!\w\()(?<![\w.-])"
 _FLAG = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_FLAGS)})=(True|False)\b")
 _VALUE = re.compile(rf"{_NOT_IN_A_CALL}({'|'.join(_VALUED)})=('[^']*'|-?\w+(?:[.-]\w+)*%?)")
+# In a list of settings that differ.
+_SETTING = re.compile(rf"\b({'|'.join((*_FLAGS, *_VALUED))}): (?=[^;]* there, )")
 # Names of several words are settings wherever they stand; "limit" or "model" may be just a word.
 _BARE = re.compile(
-    rf"(?<![\w.'-])({'|'.join(n for n in (*_FLAGS, *_VALUED) if '_' in n)})(?![\w='.(])"
+    rf"(?<![\w.'-])({'|'.join(n for n in (*_FLAGS, *_VALUED) if '_' in n)})(?![\w='(]|\.\w)"
 )
 
 
@@ -63,10 +67,13 @@ def as_options(text: str) -> str:
         option = _option(found[1])
         return option if found[2] == "True" else option.replace("--", "--no-", 1)
 
+    for call, same in _CALLS.items():
+        text = text.replace(call, same)
     text = _FLAG.sub(flag, text)
     text = _VALUE.sub(
         lambda found: f"{_option(found[1])} {found[2].strip(chr(39)) or repr('')}", text
     )
+    text = _SETTING.sub(lambda found: f"{_option(found[1])}: ", text)
     text = _BARE.sub(lambda found: _option(found[1]), text)
     return re.sub(r"(--[\w-]+ \S+) \(\1\)", r"\1", text)  # a hint that names both
 

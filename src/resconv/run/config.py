@@ -76,8 +76,18 @@ class Config:
             )
         if self.mix is not None:
             check_mix(self.mix)
-        asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
-        if self.has_target() or asked:
+        asked = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name in ("runtime", "latency_batch", "threads")
+            and getattr(self, f.name) != f.default
+        ]
+        if asked and self.latency is None and self.latency_ms is None:
+            raise BudgetError(
+                f"{' and '.join(asked)} says how a latency is measured, but no latency is limited; add "
+                "latency_ms=8 or latency=0.5."
+            )
+        if self.has_target():
             self._budget()
 
     def _number_faults(self) -> list[str]:

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 import resconv
-from resconv.errors import ExportError, MissingExtraError, VerificationError
+from resconv.errors import ExportError, MissingExtraError, RunError, VerificationError
 from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
-from resconv.planning.costs import ledger
 
 from .job import LATENCY, Run
 from .report import write_report
-from .surgery import compact_of
+from .surgery import compact_of, removed_units
 
 __all__ = ["export", "measure", "report"]
 
@@ -134,9 +133,13 @@ def measure(run: Run) -> None:
 
 def report(run: Run) -> None:
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
+    if "verify" not in run.folder.metrics():
+        raise RunError(
+            f"{run.folder / 'metrics.json'} lacks what pruning found. Make it anew: resconv prune "
+            f"{run.folder.path}."
+        )
     if "removed_units" not in run.folder.metrics():  # a run of an older version
-        gone = ledger(run.gated(), run.example()).gone(run.plan().remove)
-        run.folder.add_metrics(removed_units=sorted(gone))
+        run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
     try:
         path = write_report(
             run.folder / "report.html",

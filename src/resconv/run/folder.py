@@ -62,7 +62,11 @@ class RunFolder:
         """
         cls.refuse(path, config, fresh=fresh)
         folder = cls(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise RunError(f"{path} cannot be made: {why}. Choose another --out.") from error
         with folder.locked():
             exchange.go_on(path)
             folder.sweep()

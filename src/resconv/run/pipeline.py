@@ -37,6 +37,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 # The stages that every process takes part in; the leading one does the rest.
 _SHARED = ("dense", "sparse", "finetune")
+_TRAINED = ("dense", "sparse")
 
 
 def begin(
@@ -118,8 +119,11 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
     """Return what the stage's checkpoints are bound to, or None where it is done already."""
     order, done = list(STAGES), run.folder.done()
     if stage in done and not again:
-        run.say(f"[{stage}] done already.")
-        return None
+        gone = [f for f in run.folder.mark().stages[stage].wrote if not (run.folder / f).is_file()]
+        if not gone or stage in _TRAINED:  # which is too dear to be done anew unasked
+            run.say(f"[{stage}] done already.")
+            return None
+        run.say(f"[{stage}] is done anew: {gone[0]} is missing.")
     missing = [s for s in order[: order.index(stage)] if s not in done]
     if missing:
         raise RunError(

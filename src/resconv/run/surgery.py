@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import resconv
 from resconv import nets
 from resconv.data import BatchLoader
+from resconv.nn.gates import BranchGate
 from resconv.planning.costs import excess, ledger
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
@@ -19,7 +20,7 @@ from resconv.train import evaluate
 from .job import LATENCY, Run
 from .timing import latency_table
 
-__all__ = ["compact_of", "in_convs", "plan", "prune", "save_compact", "try_plan"]
+__all__ = ["compact_of", "in_convs", "plan", "prune", "removed_units", "save_compact", "try_plan"]
 
 
 def plan(run: Run) -> None:
@@ -64,7 +65,8 @@ def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
     costs = ledger(gated, run.example())
     macs, num_params, _ = run.config.budget().limits(costs.macs, costs.num_params)
     # Milliseconds are not predicted but measured, at the end.
-    over = excess(costs.left(plan.remove), costs.whole, (macs, num_params, math.inf))
+    left = costs.left(removed_units(run, gated, plan))
+    over = excess(left, costs.whole, (macs, num_params, math.inf))
     if over:
         run.warn("prune", f"The plan misses the target of the run: it leaves {over}.")
 
@@ -86,7 +88,10 @@ def prune(run: Run) -> None:
         "epochs_finetune": 0,
         "finetuned_kept": None,
         "top1_compact": top1,
-        **_what_goes(run, gated, compact, plan),
+        "num_units": len(resconv.gates(gated)),
+        "removed_units": removed_units(run, gated, plan),
+        "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
+        "num_convs_compact": resconv.count(compact, run.example()).num_convs,
     }
     run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
     asked = run.config.recalibrate
@@ -112,14 +117,16 @@ def prune(run: Run) -> None:
         )
 
 
-def _what_goes(run: Run, gated: nn.Module, compact: nn.Module, plan: Plan) -> dict[str, Any]:
-    """Return the units that are gone, also those inside of others, and how many convs that leaves."""
-    gone = ledger(gated, run.example()).gone(plan.remove)
-    return {
-        "removed_units": [n for n in resconv.gates(gated) if n in gone],
-        "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
-        "num_convs_compact": resconv.count(compact, run.example()).num_convs,
-    }
+def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
+    """Return the units that the net without its gates lacks, also those inside of others.
+
+    Beside the planned ones these are branches that count nothing: they are not computed either.
+    """
+    still = resconv.gates(trained)
+    idle = [n for n, g in still.items() if isinstance(g, BranchGate) and g.scale.item() == 0]
+    gated = run.gated()
+    gone = ledger(gated, run.example()).gone([*plan.remove, *idle])
+    return [n for n in resconv.gates(gated) if n in gone]
 
 
 def in_convs(metrics: dict[str, Any]) -> str:

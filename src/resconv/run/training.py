@@ -9,7 +9,7 @@ from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
-from .surgery import save_compact
+from .surgery import removed_units, save_compact
 from .timing import latency_table
 
 __all__ = ["dense", "finetune", "sparse"]
@@ -142,7 +142,7 @@ def warn_of_chance(run: Run, stage: str, what: str, top1: float, advice: str) ->
         run.warn(
             stage,
             f"{what} does no better than guessing: top-1 {top1:.2f} % on {len(labels):,} images, of which "
-            f"{share:.1%} are of one class. What follows says nothing about the method; {advice}.",
+            f"{share:.1%} are of one class: {advice}.",
         )
 
 
@@ -202,7 +202,11 @@ def finetune(run: Run) -> None:
     run.say(f"Finetuned: top-1 {top1:.2f} %.")
     if better:
         save_compact(run, compact, plan)
-        run.folder.add_metrics(top1_compact=top1)
+        run.folder.add_metrics(
+            top1_compact=top1,
+            removed_units=removed_units(run, model, plan),
+            num_convs_compact=resconv.count(compact, run.example()).num_convs,
+        )
     else:
         run.warn(
             "finetune",
