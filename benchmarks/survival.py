@@ -29,7 +29,18 @@ __all__ = ["main"]
 QUICK = "--quick" in sys.argv[1:]
 RUN = [
     *(("train" if QUICK else "compress"), "--model", "benchmarks.noisy:net", "--data", "digits"),
-    *("--limit", "64", "--batch-size", "16", "--macs", "0.6", "--epochs", "2", "--sparse-epochs", "5"),
+    *(
+        "--limit",
+        "64",
+        "--batch-size",
+        "16",
+        "--macs",
+        "0.6",
+        "--epochs",
+        "2",
+        "--sparse-epochs",
+        "5",
+    ),
     *("--finetune-epochs", "2", "--out"),
 ]
 
@@ -106,6 +117,9 @@ def in_two_processes(work: Path) -> tuple[Tally, list[Check]]:
         process = _launch(folder)
         while process.poll() is None and not (folder / "logs" / stage / "last.ckpt").is_file():
             time.sleep(0.05)
+        if process.poll() is not None:
+            tally.raw.append(f"ended before {stage} was stopped: {process.communicate()[0][-400:]}")
+            break
         family = psutil.Process(process.pid).children(recursive=True)
         workers = [p for p in family if "--multiprocessing-fork" in p.cmdline()]
         (process if victim == "launcher" else workers[-1]).send_signal(signal.SIGKILL)
@@ -313,6 +327,7 @@ def damage(work: Path, whole: Path) -> list[Check]:
 
 
 def main() -> None:
+    tallies: list[Tally] = []
     checks: list[Check] = []
     with (
         tempfile.TemporaryDirectory() as name,
@@ -321,58 +336,61 @@ def main() -> None:
         work = Path(name)
         whole, again = work / "whole", work / "again"
         try_command([*RUN, str(whole)], whole)
-        tallies = [chain("dropout and stochastic depth", work, whole, 20, 25)] if QUICK else []
-        if not QUICK:
-            tallies += [
-                chain("dropout and stochastic depth", work, whole, *p) for p in ((3, 5), (1, 7))
-            ]
-            tallies.append(chain("TMPDIR on another file system", work, whole, 5, 8, Path(other)))
-            tallies.append(at_times(work, whole, 12))
-            tally, checks = in_two_processes(work)
-            tallies.append(tally)
-            checks += starve(work, whole) + damage(work, whole) + meet(work, whole)
         try_command([*RUN, str(again), "--seed", "1"], again)
-        control = Check("control: another seed", "is told apart", bool(differences(again, whole)))
-        checks.append(control)
-    if QUICK:
-        print(json.dumps([[asdict(t) for t in tallies], [asdict(c) for c in checks]]))
-        return
+        told = bool(differences(again, whole))
+        checks.append(Check("control: another seed", "is told apart", told))
+        if QUICK:
+            tallies.append(chain("dropout and stochastic depth", work, whole, 20, 25))
+            print(json.dumps([[asdict(t) for t in tallies], [asdict(c) for c in checks]]))
+            return
+        # The figures are written after every part: the whole takes a while.
+        for first, step in ((3, 5), (1, 7)):
+            tallies.append(chain("dropout and stochastic depth", work, whole, first, step))
+            _report(tallies, checks)
+        tallies.append(chain("TMPDIR on another file system", work, whole, 5, 8, Path(other)))
+        tallies.append(at_times(work, whole, 12))
+        _report(tallies, checks)
+        for part in (damage, meet, starve):
+            checks += part(work, whole)
+            _report(tallies, checks)
+        tally, more = in_two_processes(work)
+        tallies.append(tally)
+        checks += more
+        _report(tallies, checks)
+    for wrong in [d for t in tallies for d in (*t.differing, *t.raw)]:
+        print(wrong, file=sys.stderr)
+    for check in checks:
+        if not check.kept:
+            print(f"{check.what}: {check.found}", file=sys.stderr)
+
+
+def _report(tallies: list[Tally], checks: list[Check]) -> None:
+    total = [t for t in tallies if t.runs]
     rows = [
         [
             t.what,
             str(t.kills),
-            str(len(set(t.places))),
-            f"{t.runs - bool(t.differing)} of {t.runs}",
+            str(len(set(t.places))) if t.places else "",
+            "yes" if t.runs and not t.differing else "**no**",
             str(len(t.raw)),
         ]
         for t in tallies
     ]
-    rows.append(
-        [
-            "all",
-            str(sum(t.kills for t in tallies)),
-            "",
-            f"{sum(not t.differing for t in tallies)} of {len(tallies)}",
-            str(sum(len(t.raw) for t in tallies)),
-        ]
-    )
+    same = sum(not t.differing for t in total)
+    all_raw = sum(len(t.raw) for t in tallies)
+    kills = sum(t.kills for t in tallies)
+    rows.append(["all", str(kills), "", f"{same} of {len(tallies)} series", str(all_raw)])
     header = [
         "series",
         "kills",
-        "different places",
-        "runs with the undisturbed run's files",
+        "places",
+        "ends with the undisturbed run's files",
         "raw exceptions",
     ]
-    faults = [[c.what, c.promised, ("yes" if c.kept else "**no**")] for c in checks]
-    body = "\n\n".join(
-        [stamp(), table(header, rows), table(["what was done", "promised", "kept"], faults)]
-    )
-    write_between("survival", body, "reliability.md")
-    for wrong in [
-        *(d for t in tallies for d in (*t.differing, *t.raw)),
-        *(f"{c.what}: {c.found}" for c in checks if not c.kept),
-    ]:
-        print(wrong, file=sys.stderr)
+    faults = [[c.what, c.promised, "yes" if c.kept else "**no**"] for c in checks]
+    first = table(header, rows)
+    second = table(["what was done", "promised", "kept"], faults)
+    write_between("survival", "\n\n".join([stamp(), first, second]), "reliability.md")
 
 
 if __name__ == "__main__":

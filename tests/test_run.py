@@ -300,8 +300,11 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
     kept = [n for n, s in scales.items() if s > 0.2 and "conv" not in n]  # branches
     (tmp_path / "plan.json").write_text(json.dumps({"remove": kept[-2:]}))
     current = run.open_run(out, lambda t: None)
-    resconv.Plan.load(tmp_path / "plan.json").save(out / "plan.json")
-    run.run_stage(current, "prune", again=True)
+    run.use_plan(current, tmp_path / "plan.json")
+    # What the old plan led to is gone, files and figures.
+    assert not (out / "model.onnx").exists()
+    assert not {"onnx", "latency", "top1_pruned"} & current.folder.metrics().keys()
+    run.run_stage(current, "prune")
     metrics = current.folder.metrics()
     assert sorted(metrics["removed_with_nonzero_scale"]) == sorted(kept[-2:])
     assert metrics["top1_recalibrated"] is not None
