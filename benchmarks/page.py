@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resconv.latency.timing import machine
 
-__all__ = ["anchor", "stamp", "table", "write_section"]
+__all__ = ["anchor", "stamp", "table", "write_between", "write_section"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -49,3 +49,13 @@ def write_section(title: str, body: str, page: str = "results.md") -> None:
     )
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     print(section if len(section) < 10_000 else f"{title}: written to docs/{page}")
+
+
+def write_between(marker: str, body: str, page: str) -> None:
+    """Replace what stands between ``<!-- marker -->`` and ``<!-- end of marker -->`` in docs/."""
+    path = DOCS / page
+    before, start, rest = path.read_text(encoding="utf-8").partition(f"<!-- {marker} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {marker} -->")
+    assert end, f"docs/{page} has lost its markers"
+    path.write_text(f"{before}{start}\n{body.strip()}\n\n{end}{after}", encoding="utf-8")
+    print(body)

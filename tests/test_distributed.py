@@ -22,6 +22,7 @@ import resconv
 from resconv import run
 from resconv.cli.app import app
 from resconv.errors import BudgetError, MissingExtraError
+from resconv.run import stages
 from resconv.selection.processes import by_first
 from resconv.train import fit
 
@@ -299,6 +300,7 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
             devices=2,
             progress=False,
             callbacks=(Die(),),
+            bound=stages.bind(stopped, "sparse"),
         )
     args = [
         *("compress", "--model", "resnet20", "--data", "digits", "--macs", "0.6"),
@@ -313,10 +315,10 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     assert metrics["removed_with_nonzero_scale"] == []
     steps = [step for step, *_ in json.loads((out / "scales.json").read_text())]
     assert steps == list(range(4 * 6 + 1))
-    # The log is of the epochs that were still to do.
+    # The log has the rows from before the crash, and those after it, each once.
     rows = [r.split(",") for r in (out / "logs/sparse/metrics.csv").read_text().splitlines()]
-    epochs = {int(r[rows[0].index("epoch")]) for r in rows[1:]}
-    assert epochs == {2, 3}
+    ends = [int(r[0]) for r in rows[1:] if r[rows[0].index("macs")]]
+    assert ends == [0, 1, 2, 3]
 
 
 def test_an_error_in_a_process_stays_an_error_for_the_user():

@@ -67,9 +67,12 @@ def test_compress_leaves_everything_behind(finished):
     assert "top1_finetuned" in metrics
     assert {"torch", "onnxruntime"} <= set(metrics["latency"])
     # Figures of top-1 beside the dense net's say how long each side was trained.
-    assert ("epochs of training", "1", "6", "") in rows(metrics)
+    # Those of finetuning count where it made the net better, or the one before it was kept.
+    assert metrics["finetuned_kept"] is (metrics["top1_finetuned"] >= metrics["top1_pruned"])
+    kept = {"finetuned_kept": True, "epochs_finetune": 1}
+    assert ("epochs of training", "1", "6", "") in rows(metrics | kept)
     assert ("epochs of training", "as given", "5 more", "") in rows(
-        metrics | {"epochs_dense": None}
+        metrics | kept | {"epochs_dense": None}
     )
     page = (out / "report.html").read_text()
     assert "<svg" in page
@@ -105,8 +108,11 @@ def test_another_configuration_is_refused(finished):
     assert "macs: 0.5 there, 0.4 now" in str(result.exception)
 
 
-def test_finetuning_may_be_asked_for_anew(finished, tmp_path):
+def test_finetuning_may_be_asked_for_anew(finished, tmp_path, monkeypatch):
     """What was trained before it stays; the net is the one of a run that asked for it at once."""
+    from resconv.run import training
+
+    monkeypatch.setattr(training, "evaluate", lambda *args: 100.0)  # or it might not be kept
     out, whole = tmp_path / "mine", tmp_path / "whole"
     shutil.copytree(finished[0], out)
     first = resconv.load(out)
@@ -294,8 +300,11 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
     kept = [n for n, s in scales.items() if s > 0.2 and "conv" not in n]  # branches
     (tmp_path / "plan.json").write_text(json.dumps({"remove": kept[-2:]}))
     current = run.open_run(out, lambda t: None)
-    resconv.Plan.load(tmp_path / "plan.json").save(out / "plan.json")
-    run.run_stage(current, "prune", again=True)
+    run.use_plan(current, tmp_path / "plan.json")
+    # What the old plan led to is gone, files and figures.
+    assert not (out / "model.onnx").exists()
+    assert not {"onnx", "latency", "top1_pruned"} & current.folder.metrics().keys()
+    run.run_stage(current, "prune")
     metrics = current.folder.metrics()
     assert sorted(metrics["removed_with_nonzero_scale"]) == sorted(kept[-2:])
     assert metrics["top1_recalibrated"] is not None
@@ -307,7 +316,7 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--macs", "2.0"], r"macs=2.0: a float is a fraction"),
+        (["--macs", "2.0"], r"--macs 2.0: give a fraction .* a whole number"),
         (["--macs", "abc"], "--macs abc: give a fraction"),
         (["--latency-ms", "-1"], "latency_ms=-1.0: give milliseconds above 0"),
         (["--latency", "8"], "For milliseconds give --latency-ms"),

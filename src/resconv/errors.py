@@ -14,6 +14,7 @@ __all__ = [
     "PlanError",
     "PruneError",
     "ResConvError",
+    "ResConvWarning",
     "RunError",
     "SaveError",
     "TraceError",
@@ -23,6 +24,10 @@ __all__ = [
 
 class ResConvError(Exception):
     """Base of every error that resconv raises for a user's mistake or an impossible request."""
+
+
+class ResConvWarning(UserWarning):
+    """What a user should know of a result that is no error: a target that was missed, say."""
 
 
 class TraceError(ResConvError):

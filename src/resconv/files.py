@@ -1,12 +1,25 @@
 """Files that are either whole or not there: written beside, then moved into place."""
 
+import hashlib
 import os
-import stat
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["write_atomic", "write_text", "write_together"]
+__all__ = [
+    "OURS",
+    "digest",
+    "sweep",
+    "sync_folder",
+    "write_atomic",
+    "write_text",
+    "write_together",
+]
+
+# What begins so is ours: a folder that holds nothing else counts as empty.
+OURS = ".resconv-"
+_PART = f"{OURS}part-"
 
 
 def write_together(paths: Sequence[Path], write: Callable[[Sequence[Path]], None]) -> None:
@@ -15,14 +28,18 @@ def write_together(paths: Sequence[Path], write: Callable[[Sequence[Path]], None
     All ``paths`` lie in one folder, and the last one is the file that a reader opens first. Of
     several, that one is taken away before the others are replaced: a crash leaves the old files, no
     net at all, or the new files, but never an old file beside a new one. A file in ``paths`` that
-    ``write`` does not make is left alone. The files have the permissions of the user's umask.
+    ``write`` does not make is left alone. The temporary files lie in the same folder, never in
+    TMPDIR: only within a file system is a move all or nothing. The files have the permissions of
+    the user's umask.
     """
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{paths[-1].name}.") as beside:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as beside:
+        probe = Path(beside) / f"{OURS}mode"
+        probe.touch()
+        mode = probe.stat().st_mode & 0o777  # what the user's umask leaves; writers differ
         temporaries = [Path(beside) / p.name for p in paths]
         write(temporaries)
-        mode = _usual_mode(Path(beside))
         moves = [(t, p) for t, p in zip(temporaries, paths, strict=True) if t.exists()]
         for temporary, _ in moves:
             with temporary.open("rb+") as file:
@@ -32,7 +49,7 @@ def write_together(paths: Sequence[Path], write: Callable[[Sequence[Path]], None
             paths[-1].unlink(missing_ok=True)
         for temporary, path in moves:
             temporary.replace(path)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -48,21 +65,27 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _usual_mode(folder: Path) -> int:
-    """Return the permissions that a new file gets here; some writers make their files private.
-
-    Asked of a new file: the umask itself can only be read by changing it, for all threads at once.
-    """
-    probe = folder / ".mode"
-    handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-        probe.unlink()
+def digest(path: Path) -> str:
+    """Return the SHA-256 of the file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sweep(folder: Path) -> int:
+    """Remove what killed processes left half written in ``folder``, and return how many it was."""
+    if folder.is_symlink() or not folder.is_dir():
+        return 0
+    found = [
+        p
+        for p in folder.iterdir()
+        if p.name.startswith(_PART) and p.is_dir() and not p.is_symlink()
+    ]
+    for part in found:
+        shutil.rmtree(part, ignore_errors=True)  # which follows no links
+    return len(found)
+
+
+def sync_folder(folder: Path) -> None:
     """Make the renames last through a loss of power, where the system lets a folder be synced."""
     try:
         handle = os.open(folder, os.O_RDONLY)

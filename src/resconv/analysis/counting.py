@@ -13,14 +13,18 @@ __all__ = ["Count", "count"]
 
 @dataclass(frozen=True)
 class Count:
-    """Multiply-accumulates of one forward pass at the example's batch size 1, and parameters."""
+    """Multiply-accumulates of one forward pass at the example's batch size 1, and parameters.
+
+    ``num_convs`` are the convolutions that the pass computes.
+    """
 
     macs: int
     num_params: int
+    num_convs: int = 0
 
 
 def count(model: nn.Module, example_inputs: Any) -> Count:
-    """Return the MACs of one forward pass and the number of parameters.
+    """Return the MACs of one forward pass, its convolutions, and the number of parameters.
 
     MACs are multiply-accumulates of convolutions and matrix products (torch's own formulas, two
     FLOPs each), divided by the example's batch size. Elementwise work is not counted.
@@ -30,4 +34,5 @@ def count(model: nn.Module, example_inputs: Any) -> Count:
     return Count(
         sum(node.macs for node in graph.nodes) // batch_size(example_inputs),
         sum(p.numel() for p in model.parameters()),
+        sum(node.op == "convolution" for node in graph.nodes),
     )

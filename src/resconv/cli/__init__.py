@@ -7,6 +7,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run ``resconv``; errors meant for a user end as one panel and exit status 2."""
+    from .signals import end_on_signals
+
+    end_on_signals()
     try:
         from .app import app
     except ImportError as error:

@@ -1,13 +1,12 @@
 """The commands of ``resconv``, one thin file each."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
 
 from . import compress, export, inspect, measure, prune, train, verify
+from .stopping import STOPPED
 
 __all__ = ["app", "run_app"]
 
@@ -46,17 +45,22 @@ def run_app(application: typer.Typer) -> int:
 
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    from resconv.errors import ResConvError
-
-    console = Console(stderr=True)
     try:
         application()
-    except ResConvError as error:
-        console.print(Panel(escape(str(error)), title="resconv", border_style="red"))
-        return 2
     except KeyboardInterrupt:
-        console.print("\nStopped. The same command goes on from here.")
-        return 130
+        return STOPPED
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        _leave(None)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        from .messages import show_error  # which loads torch
+
+        return show_error(_leave(error) or error)
+    _leave(None)
     return 0
+
+
+def _leave(error: Exception | None) -> Any:
+    """Tell the other processes of a launcher, where there are any: then their module is loaded."""
+    ranks = sys.modules.get("resconv.train.ranks")
+    return error if ranks is None else ranks.leave(error)

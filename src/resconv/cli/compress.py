@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Out, show_table
+from .options import Out, say_warnings, show_table
 from .settings import takes_config
+from .stopping import Resumable
 
 if TYPE_CHECKING:
     from resconv.run import Config
@@ -30,14 +31,14 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(compress)
+    app.command(epilog=EXAMPLES, cls=Resumable)(compress)
 
 
 @takes_config
 def compress(
     config: "Config",
     out: Out,
-    fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Move an earlier run in the folder aside.")] = False,
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
 
@@ -46,18 +47,20 @@ def compress(
     With other settings of finetuning, pruning and finetuning alone are done anew.
     """
     from resconv import run as runs
+    from resconv.cli.messages import as_options
     from resconv.run.report.table import rows
+    from resconv.run.surgery import in_convs
 
-    config.budget()
-    run = runs.begin(out, config, fresh=fresh, say=typer.echo)
+    run = runs.begin(out, config, fresh=fresh, say=lambda text: typer.echo(as_options(text)))
     metrics = runs.compress(run)
     if not run.ranks.leads:
         return
     show_table(
-        f"{config.model} on {config.data}, {metrics['num_zero']} of {metrics['num_units']} units at 0",
+        f"{config.model} on {config.data}: {in_convs(metrics)}",
         ["", "dense", "compact", "change"],
         rows(metrics),
     )
+    say_warnings(metrics)
     typer.echo("Written:")
     for name in (
         "plan.json",

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .stopping import Stoppable
+
 __all__ = ["register"]
 
 EXAMPLES = """
@@ -19,7 +21,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(export)
+    app.command(epilog=EXAMPLES, cls=Stoppable)(export)
 
 
 def export(
@@ -37,6 +39,7 @@ def export(
     """Write a compact net for another runtime, and check the file by running it."""
     import resconv
     from resconv import run as runs
+    from resconv.errors import ExportError
     from resconv.run.surgery import compact_of
 
     if (run / "model.json").is_file() and not (run / "config.json").is_file():
@@ -45,6 +48,8 @@ def export(
     current = runs.open_run(run, typer.echo)
     if to is None:
         runs.run_stage(current, "export", again=True)
+        if not (run / "model.onnx").is_file():
+            raise ExportError(f"{run} has no ONNX file now; the reason is above.")
         return
     _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan()))
 

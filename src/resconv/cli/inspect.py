@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .options import ImageSize, example_for, show_table
+from .stopping import Stoppable
 
 __all__ = ["register"]
 
@@ -20,7 +21,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(inspect)
+    app.command(epilog=EXAMPLES, cls=Stoppable)(inspect)
 
 
 def inspect(

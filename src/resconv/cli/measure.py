@@ -2,7 +2,8 @@
 
 import typer
 
-from .options import RunPath, show_table
+from .options import RunPath, say_warnings, show_table
+from .stopping import Stoppable
 
 __all__ = ["register"]
 
@@ -14,7 +15,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(measure)
+    app.command(epilog=EXAMPLES, cls=Stoppable)(measure)
 
 
 def measure(run: RunPath) -> None:
@@ -25,4 +26,6 @@ def measure(run: RunPath) -> None:
     current = runs.open_run(run, typer.echo)
     runs.run_stage(current, "measure", again=True)
     runs.run_stage(current, "report", again=True)
-    show_table(str(run), ["", "dense", "compact", "change"], rows(current.folder.metrics()))
+    metrics = current.folder.metrics()
+    show_table(str(run), ["", "dense", "compact", "change"], rows(metrics))
+    say_warnings(metrics)

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Threads",
     "amount",
     "example_for",
+    "say_warnings",
     "share",
     "show_table",
 ]
@@ -58,23 +60,31 @@ def amount(text: str | None, name: str) -> float | int | None:
     """Read a fraction (0.5, 50%) or an absolute number (40000000, 40M)."""
     if text is None:
         return None
+    fault = BudgetError(
+        f"--{name} {text}: give a fraction above 0 and up to 1 (0.5 or 50%), or a whole number from 1 up "
+        "(40000000 or 40M)."
+    )
     units = {"%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
     raw = text.strip().lower().replace("_", "").replace(",", "")
     try:
         if raw and raw[-1] in units:
             value = float(raw[:-1]) * units[raw[-1]]
-            return value if raw[-1] == "%" else round(value)
-        return float(raw) if "." in raw or "e" in raw or raw == "1" else int(raw)
+            is_fraction = raw[-1] == "%"
+        else:
+            value = float(raw)
+            # 1e7 is a number, and 1 the whole net.
+            is_fraction = "." in raw or value <= 1
     except ValueError:
-        raise BudgetError(
-            f"--{name} {text}: give a fraction (0.5 or 50%) or a number (40000000 or 40M)."
-        ) from None
+        raise fault from None
+    if not (0 < value <= 1 if is_fraction else 1 <= value < math.inf):
+        raise fault
+    return value if is_fraction else round(value)
 
 
 def share(text: str | None, name: str) -> float | None:
     """Read a fraction (0.5, 50%)."""
     value = amount(text, name)
-    if value is None or (isinstance(value, float) and 0 < value < 1):
+    if value is None or 0 < value < 1:
         return value
     raise BudgetError(
         f"--{name} {text}: a share of the dense net's latency lies between 0 and 1 (0.5 or 50%). "
@@ -87,12 +97,24 @@ def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:
     import torch
 
     from resconv import nets
+    from resconv.errors import ModelError
 
+    if image_size is not None and image_size < 1:
+        raise ModelError(f"--image-size {image_size}: at least 1.")
     model = nets.create(name).eval()
     channels, height, width = nets.default_input_size(name, model)
     if image_size is not None:
         height = width = image_size
     return model, torch.randn(1, channels, height, width)
+
+
+def say_warnings(metrics: dict[str, Any]) -> None:
+    """Repeat what a run warned of, where it would be lost above."""
+    from .messages import as_options
+
+    for texts in metrics.get("warnings", {}).values():
+        for text in texts:
+            typer.echo(f"Warning: {as_options(text)}")
 
 
 def show_table(title: str, header: list[str], rows: list[Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import RunPath
+from .stopping import Resumable
 
 __all__ = ["register"]
 
@@ -19,7 +20,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(prune)
+    app.command(epilog=EXAMPLES, cls=Resumable)(prune)
 
 
 def prune(
@@ -28,20 +29,23 @@ def prune(
         Path | None, typer.Option(help="A plan written by hand, in place of the run's own.")
     ] = None,
 ) -> None:
-    """Remove the planned units of a trained run, verify the compact net, and finetune it."""
+    """Remove the planned units of a trained run, verify the compact net, and finetune it.
+
+    A plan that does not fit the run is refused, and the run stays as it was.
+    """
     from resconv import run as runs
+    from resconv.cli.messages import as_options
     from resconv.planning.plan import Plan
 
-    current = runs.open_run(run, typer.echo)
-    if plan is None:
+    current = runs.open_run(run, lambda text: typer.echo(as_options(text)))
+    done = current.folder.done()
+    # Stopped while it finetuned: the same command goes on there.
+    stopped = "prune" in done and "finetune" not in done
+    if stopped and (plan is None or Plan.load(plan).remove == current.plan().remove):
+        current.say("The plan is carried out already.")
+    elif plan is None:
         runs.run_stage(current, "plan", again=True)
     else:
-        chosen = Plan.load(plan)
-        missing = [s for s in ("dense", "sparse") if s not in current.folder.done()]
-        if missing:
-            runs.run_stage(current, "plan")  # says which stage is missing
-        current.folder.unmark(runs.FROM_PRUNE)
-        chosen.save(current.folder / "plan.json")
-        current.folder.mark("plan")
+        runs.use_plan(current, plan)
     for stage in ("prune", "finetune"):
         runs.run_stage(current, stage)

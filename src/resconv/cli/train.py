@@ -6,6 +6,7 @@ import typer
 
 from .options import Out
 from .settings import takes_config
+from .stopping import Resumable
 
 if TYPE_CHECKING:
     from resconv.run import Config
@@ -22,7 +23,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(train)
+    app.command(epilog=EXAMPLES, cls=Resumable)(train)
 
 
 @takes_config
@@ -30,14 +31,19 @@ def train(
     config: "Config",
     out: Out,
     dense_only: Annotated[bool, typer.Option(help="Stop after dense training.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Move an earlier run in the folder aside.")] = False,
 ) -> None:
     """Train a network, then train its scales towards the target. `prune` goes on from there."""
     from resconv import run as runs
+    from resconv.cli.messages import as_options
 
-    if not dense_only:
-        config.budget()
-    run = runs.begin(out, config, fresh=fresh, say=typer.echo)
+    run = runs.begin(
+        out,
+        config,
+        fresh=fresh,
+        say=lambda text: typer.echo(as_options(text)),
+        dense_only=dense_only,
+    )
     runs.run_stage(run, "dense")
     if not dense_only:
         runs.run_stage(run, "sparse")

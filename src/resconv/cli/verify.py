@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .stopping import Stoppable
+
 __all__ = ["register"]
 
 EXAMPLES = """
@@ -19,7 +21,7 @@ EXAMPLES = """
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog=EXAMPLES)(verify)
+    app.command(epilog=EXAMPLES, cls=Stoppable)(verify)
 
 
 def verify(

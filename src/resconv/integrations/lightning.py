@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any
 
-from resconv.errors import MissingExtraError, RunError
+from resconv.errors import MissingExtraError, ResConvWarning, RunError
 from resconv.planning.budget import Budget
 from resconv.selection.sparsifier import Sparsifier
 
@@ -70,6 +70,7 @@ class SparsityCallback(Callback):
             warnings.warn(
                 "The converted net is in eval mode, and Lightning leaves modes alone: its BatchNorms "
                 "would be frozen. Call net.train() before Trainer.fit, unless that is meant.",
+                ResConvWarning,
                 stacklevel=2,
             )
         steps = self.total_steps

@@ -1,11 +1,10 @@
 """The main job as a run folder: stages that are done once, and picked up where they stopped."""
 
 from .config import Config
-from .folder import FROM_PRUNE, RunFolder
-from .pipeline import STAGES, begin, compress, open_run, run_stage
+from .folder import RunFolder
+from .pipeline import STAGES, begin, compress, open_run, run_stage, use_plan
 
 __all__ = [
-    "FROM_PRUNE",
     "STAGES",
     "Config",
     "RunFolder",
@@ -13,4 +12,5 @@ __all__ = [
     "compress",
     "open_run",
     "run_stage",
+    "use_plan",
 ]

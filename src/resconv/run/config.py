@@ -1,11 +1,13 @@
 """What a run was asked to do."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from resconv.errors import RunError
+from resconv.errors import BudgetError, RunError
 from resconv.planning.budget import Budget
 from resconv.train.mixing import check_mix
+from resconv.train.precision import PRECISIONS
 
 __all__ = ["Config"]
 
@@ -15,6 +17,12 @@ _DEFAULT_EPOCHS = (30, 20, 10)
 _FREE = {"progress", "devices", "cuda_graphs"}
 # These are read after pruning alone, which trains nothing.
 _LATE = {"finetune_epochs", "finetune_lr"}
+_LEAST = {
+    **dict.fromkeys(("epochs", "finetune_epochs", "seed"), 0),
+    **dict.fromkeys(("sparse_epochs", "batch_size", "image_size", "limit"), 1),
+    **dict.fromkeys(("latency_batch", "threads"), 1),
+}
+_UNITS = ("layers", "blocks", "all")
 
 
 @dataclass(frozen=True)
@@ -54,15 +62,13 @@ class Config:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "sparse_epochs", "finetune_epochs"):
-            value = getattr(self, key)
-            least = 1 if key == "sparse_epochs" else 0
-            if value is not None and value < least:
-                raise RunError(f"{key}={value}: at least {least}.")
+        faults = [*self._number_faults(), *self._choice_faults()]
+        if faults:
+            raise RunError("; ".join(faults) + ".")
         if self.from_random and self.distill:
             raise RunError(
                 "distill=True with epochs=0: there is no dense net to learn from. Give its weights, or "
-                "epochs to train it."
+                "more epochs to train it."
             )
         if self.hints and not self.distill:
             raise RunError(
@@ -70,13 +76,46 @@ class Config:
             )
         if self.mix is not None:
             check_mix(self.mix)
-        for key in ("lr", "sparse_lr", "finetune_lr", "batch_size"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise RunError(f"{key}={value}: it must be above 0.")
-        asked = self.runtime != "torch" or self.latency_batch != 1 or self.threads is not None
-        if self._has_target() or asked:
+        asked = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name in ("runtime", "latency_batch", "threads")
+            and getattr(self, f.name) != f.default
+        ]
+        if asked and self.latency is None and self.latency_ms is None:
+            raise BudgetError(
+                f"{' and '.join(asked)} says how a latency is measured, but no latency is limited; add "
+                "latency_ms=8 or latency=0.5."
+            )
+        if self.has_target():
             self._budget()
+
+    def _number_faults(self) -> list[str]:
+        """Return what is out of range, in words; a comparison with NaN is false."""
+        faults = []
+        for key, least in _LEAST.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                faults.append(f"{key}={value}: at least {least}")
+        for key in ("lr", "sparse_lr", "finetune_lr"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                faults.append(f"{key}={value}: it must be above 0, and finite")
+        if not 0 <= self.holdout < 1:
+            faults.append(f"holdout={self.holdout}: a share from 0 to below 1")
+        if self.seed >= 2**32:
+            faults.append(f"seed={self.seed}: below {2**32}")
+        return faults
+
+    def _choice_faults(self) -> list[str]:
+        faults = []
+        if self.channels not in (None, 1, 3):
+            faults.append(f"channels={self.channels}: images are grey (1) or RGB (3)")
+        if self.units not in _UNITS:
+            faults.append(f"units={self.units!r}: choose one of {', '.join(_UNITS)}")
+        if self.precision not in PRECISIONS:
+            faults.append(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        return faults
 
     @property
     def from_random(self) -> bool:
@@ -93,7 +132,7 @@ class Config:
         """Return the peak learning rate of finetuning."""
         return self.sparse_rate() / 2 if self.finetune_lr is None else self.finetune_lr
 
-    def _has_target(self) -> bool:
+    def has_target(self) -> bool:
         limits = (self.macs, self.num_params, self.latency_ms, self.latency)
         return any(v is not None for v in limits)
 
@@ -114,7 +153,7 @@ class Config:
         Raises:
             RunError: none was given.
         """
-        if not self._has_target():
+        if not self.has_target():
             raise RunError(
                 "Nothing is asked for: give --macs 0.5 (half the MACs), --params 0.5, "
                 "--latency-ms 8 or --latency 0.5 (of the dense net's)."
@@ -141,8 +180,12 @@ class Config:
             raise RunError(f"config.json has unknown keys: {', '.join(unknown)}.")
         try:
             return cls(**content)
-        except TypeError as error:
-            raise RunError(f"config.json is damaged: {error}.") from error
+        except (TypeError, BudgetError) as error:
+            raise RunError(f"config.json is damaged: {error}") from error
+
+    def bearing(self) -> dict[str, Any]:
+        """Return the settings that bear on training and planning."""
+        return {k: v for k, v in self.to_dict().items() if k not in _FREE | _LATE}
 
     def differences(self, other: "Config", *, late: bool = False) -> list[str]:
         """Return in words which settings differ that bear on training and planning.

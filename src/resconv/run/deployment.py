@@ -7,24 +7,27 @@ import torch
 from torch import nn
 
 import resconv
-from resconv.errors import MissingExtraError
+from resconv.errors import ExportError, MissingExtraError, RunError, VerificationError
 from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
 from .job import LATENCY, Run
 from .report import write_report
-from .surgery import compact_of
+from .surgery import compact_of, removed_units
 
 __all__ = ["export", "measure", "report"]
 
 
 def export(run: Run) -> None:
+    path = run.folder / "model.onnx"
+    run.folder.remove(("model.onnx", "model.onnx.data"))  # of another net, perhaps
+    compact = compact_of(run)
     try:
-        done = resconv.export(
-            compact_of(run), run.folder / "model.onnx", run.example(), plan=run.plan()
-        )
-    except MissingExtraError as error:
-        run.say(f"No ONNX file: {error}")
+        done = resconv.export(compact, path, run.example(), plan=run.plan())
+    except (MissingExtraError, ExportError, VerificationError) as error:
+        # The net itself is saved: that it has no other form is no reason to stop here.
+        run.folder.add_metrics(onnx=None)
+        run.warn("export", f"No ONNX file: {error}")
         return
     run.folder.add_metrics(
         onnx={
@@ -61,17 +64,33 @@ def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> dict[str,
         "table_error": table.error,
         "nets_timed": len(table.nets),
     }
-    run.say(
-        f"Target: at most {limit:.3g} ms in {table.runtime}; the net takes "
-        f"{after.median_ms:.3g} ms"
-        + (
-            "."
-            if found["met"]
-            else ", which is over it now: the machine is slower than when it was "
-            "planned, or busy. Measure again: resconv measure."
-        )
+    text = (
+        f"Target: at most {limit:.3g} ms in {table.runtime}; the net takes {after.median_ms:.3g} ms"
     )
+    if found["met"]:
+        run.say(f"{text}.")
+    else:
+        run.warn(
+            "measure",
+            f"{text}, which is over it now: the machine is slower than when it was planned, or "
+            "busy. Measure again: resconv measure.",
+        )
     return found
+
+
+def _onnx_runners(run: Run, dense: nn.Module) -> dict[str, Any]:
+    """Return the two nets in ONNX Runtime, or nothing where one of them does not get there."""
+    example, threads = run.example(), torch.get_num_threads()
+    other = run.folder / "dense.onnx"
+    try:
+        resconv.export(dense, other, example)
+        return {
+            "onnxruntime/dense": onnx_runner(other, example, threads),
+            "onnxruntime/compact": onnx_runner(run.folder / "model.onnx", example, threads),
+        }
+    except (MissingExtraError, ExportError, VerificationError) as error:
+        run.warn("measure", f"Not measured in ONNX Runtime: {error}")
+        return {}
 
 
 def measure(run: Run) -> None:
@@ -85,12 +104,7 @@ def measure(run: Run) -> None:
         "torch/compact": torch_runner(compact, example),
     }
     if (run.folder / "model.onnx").is_file():
-        other = run.folder / "dense.onnx"
-        resconv.export(dense, other, example)
-        runners["onnxruntime/dense"] = onnx_runner(other, example, torch.get_num_threads())
-        runners["onnxruntime/compact"] = onnx_runner(
-            run.folder / "model.onnx", example, torch.get_num_threads()
-        )
+        runners |= _onnx_runners(run, dense)
     timings = time_together(runners, repeats=50, warmup=5)
     latency: dict[str, dict[str, float]] = {}
     for name, timing in timings.items():
@@ -119,6 +133,13 @@ def measure(run: Run) -> None:
 
 def report(run: Run) -> None:
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
+    if "verify" not in run.folder.metrics():
+        raise RunError(
+            f"{run.folder / 'metrics.json'} lacks what pruning found. Make it anew: resconv prune "
+            f"{run.folder.path}."
+        )
+    if "removed_units" not in run.folder.metrics():  # a run of an older version
+        run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
     try:
         path = write_report(
             run.folder / "report.html",
@@ -129,6 +150,6 @@ def report(run: Run) -> None:
             run.folder.read_json(LATENCY) if run.config.budget().times else None,
         )
     except MissingExtraError as error:
-        run.say(f"No report: {error}")
+        run.warn("report", f"No report: {error}")
         return
     run.say(f"Report: {path}")

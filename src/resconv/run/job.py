@@ -1,11 +1,12 @@
 """A run folder with its data and nets, loaded when a stage needs them."""
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import resconv
@@ -13,10 +14,15 @@ from resconv import data as datasets
 from resconv import nets
 from resconv.data import ImageData
 from resconv.errors import ModelError, RunError
+from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
+from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
 from resconv.train import Ranks, Recipe, choose_precision
+from resconv.train.precision import Precision
 
+from .config import Config
+from .fingerprint import fingerprint
 from .folder import RunFolder
 
 __all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
@@ -28,12 +34,30 @@ LATENCY = "latency.json"
 class Run:
     """A run folder with its data and nets, loaded when a stage needs them."""
 
-    def __init__(self, folder: RunFolder, say: Say = print, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        say: Say = print,
+        ranks: Ranks | None = None,
+        config: Config | None = None,
+    ) -> None:
         self.ranks = ranks or Ranks()
         self.folder, self.say = folder, say if self.ranks.leads else lambda text: None
-        self.config = folder.config()
-        self.precision = choose_precision(self.config.precision)
+        self.config = folder.config() if config is None else config
+        # While a run is checked, the folder may be missing, or hold what was tried before.
+        self.owns_folder = config is None
+        self.is_checked = False
+        self.latency: LatencyTable | None = None  # measured before the folder was this run's
         self._data: ImageData | None = None
+        self._fingerprint: dict[str, str] | None = None
+        self.bound = ""  # what the checkpoints of the stage that runs are bound to
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What tells these images and labels from others (see fingerprint.py)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.data)
+        return self._fingerprint
 
     @property
     def data(self) -> ImageData:
@@ -47,6 +71,27 @@ class Run:
                 limit=config.limit,
             )
         return self._data
+
+    @cached_property
+    def precision(self) -> Precision:
+        return choose_precision(self.config.precision)
+
+    def keep_latency(self, table: LatencyTable) -> None:
+        """Write the measured latency into the folder, or hold it until there is one."""
+        if self.owns_folder:
+            self.folder.claim((LATENCY,))
+            table.save(self.folder / LATENCY)
+            self.latency = None
+        else:
+            self.latency = table
+
+    def warn(self, stage: str, text: str) -> None:
+        """Say what the user should know of the stage, and keep it for the report."""
+        self.say(f"Warning: {text}")
+        if self.ranks.leads:
+            said = self.folder.metrics().get("warnings", {})
+            texts = list(dict.fromkeys([*said.get(stage, []), text]))
+            self.folder.add_metrics(warnings={**said, stage: texts})
 
     def create(self) -> nn.Module:
         """Build the net for this data, with random weights from the seed.
@@ -106,9 +151,11 @@ def build(name: str, data: ImageData) -> nn.Module:
     except resconv.ResConvError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise RunError(
             f"{name} does not run on images of {data.channels}x{side}x{side} "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}). "
             "Choose another size with --image-size."
         ) from error
     if not isinstance(out, Tensor) or out.ndim != 2:
@@ -142,4 +189,9 @@ def load_state(model: nn.Module, path: Path) -> None:
 
 def save_state(model: nn.Module, path: Path) -> None:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    write_atomic(path, lambda temporary: save_file(state, temporary))
+    # Not by save_file, whose errors are not the system's.
+    write_atomic(path, lambda temporary: _write(temporary, save(state)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -1,26 +1,30 @@
 """The stages between training and deployment: which units go, and the net without them."""
 
-import shutil
+import math
 from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import resconv
 from resconv import nets
 from resconv.data import BatchLoader
+from resconv.nn.gates import BranchGate
+from resconv.planning.costs import excess, ledger
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
 from resconv.surgery.pruning import leftovers
+from resconv.surgery.verification import Verification
 from resconv.train import evaluate
 
 from .job import LATENCY, Run
 from .timing import latency_table
 
-__all__ = ["compact_of", "plan", "prune", "save_compact"]
+__all__ = ["compact_of", "in_convs", "plan", "prune", "removed_units", "save_compact", "try_plan"]
 
 
 def plan(run: Run) -> None:
+    """Choose the units that go, for the run's target."""
     gated = run.gated()
     plan, table = plan_measured(
         gated, run.example(), run.config.budget(), latency_table(run, gated)
@@ -41,10 +45,36 @@ def plan(run: Run) -> None:
         )
 
 
+def try_plan(run: Run, plan: Plan) -> None:
+    """Carry a plan out, up to the comparison of the outputs; nothing is written.
+
+    Raises:
+        ResConvError: the plan does not fit the run's net, or its units cannot go.
+    """
+    gated, example = run.gated(), run.example(4)
+    _carry_out(gated, plan, example)
+
+
+def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module, Verification]:
+    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    return compact, resconv.verify(gated, compact, example, plan=plan)
+
+
+def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
+    """Warn where a plan, written by hand perhaps, leaves more than the run was asked for."""
+    costs = ledger(gated, run.example())
+    macs, num_params, _ = run.config.budget().limits(costs.macs, costs.num_params)
+    # Milliseconds are not predicted but measured, at the end.
+    left = costs.left(removed_units(run, gated, plan))
+    over = excess(left, costs.whole, (macs, num_params, math.inf))
+    if over:
+        run.warn("prune", f"The plan misses the target of the run: it leaves {over}.")
+
+
 def prune(run: Run) -> None:
     gated, plan, example = run.gated(), run.plan(), run.example(4)
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
-    check = resconv.verify(gated, compact, example, plan=plan)
+    compact, check = _carry_out(gated, plan, example)
+    _warn_of_target(run, gated, plan)
     top1 = evaluate(compact, run.data)
     nonzero = [n for n in plan.remove if resconv.gates(gated)[n].scale.item() != 0]
     run.say(
@@ -56,15 +86,20 @@ def prune(run: Run) -> None:
         "top1_recalibrated": None,
         "top1_finetuned": None,
         "epochs_finetune": 0,
+        "finetuned_kept": None,
+        "top1_compact": top1,
+        "num_units": len(resconv.gates(gated)),
+        "removed_units": removed_units(run, gated, plan),
+        "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
+        "num_convs_compact": resconv.count(compact, run.example()).num_convs,
     }
+    run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
     asked = run.config.recalibrate
     if asked or (asked is None and nonzero):
         compact = _recalibrated(run, gated, plan)
-        metrics["top1_recalibrated"] = evaluate(compact, run.data)
+        metrics["top1_recalibrated"] = metrics["top1_compact"] = evaluate(compact, run.data)
         run.say(f"BatchNorm statistics collected anew: top-1 {metrics['top1_recalibrated']:.2f} %.")
     save_compact(run, compact, plan)
-    # A checkpoint of another plan's finetuning would not fit.
-    shutil.rmtree(run.folder.logs / "finetune", ignore_errors=True)
     run.folder.add_metrics(
         **metrics,
         verify={
@@ -80,6 +115,29 @@ def prune(run: Run) -> None:
             f"{len(left)} factors of removed layers could not be absorbed and stay as one multiply "
             f"each: {', '.join(list(left)[:4])}{', ...' if len(left) > 4 else ''}."
         )
+
+
+def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
+    """Return the units that the net without its gates lacks, also those inside of others.
+
+    Beside the planned ones these are branches that count nothing: they are not computed either.
+    """
+    still = resconv.gates(trained)
+    idle = [n for n, g in still.items() if isinstance(g, BranchGate) and g.scale.item() == 0]
+    gated = run.gated()
+    gone = ledger(gated, run.example()).gone([*plan.remove, *idle])
+    return [n for n in resconv.gates(gated) if n in gone]
+
+
+def in_convs(metrics: dict[str, Any]) -> str:
+    """Say what the removed units are in convolutions; empty in a run of an older version."""
+    if "num_convs_compact" not in metrics:
+        return ""
+    gone, before = len(metrics["removed_units"]), metrics["num_convs_dense"]
+    return (
+        f"{gone} of {metrics['num_units']} units are removed, those inside of others counted: {before} "
+        f"convolution{'s' * (before != 1)} became {metrics['num_convs_compact']}"
+    )
 
 
 def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:

@@ -1,5 +1,7 @@
 """The stages that train: dense, sparse, and finetuning of what is left."""
 
+import math
+
 import resconv
 from resconv import nets
 from resconv.errors import RunError
@@ -7,7 +9,7 @@ from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
-from .surgery import save_compact
+from .surgery import removed_units, save_compact
 from .timing import latency_table
 
 __all__ = ["dense", "finetune", "sparse"]
@@ -16,6 +18,12 @@ __all__ = ["dense", "finetune", "sparse"]
 def dense(run: Run) -> None:
     config = run.config
     model = run.create()
+    if config.weights is not None and config.epochs:
+        run.warn(
+            "dense",
+            f"epochs={config.epochs} is not used: weights={config.weights!r} is the dense net, and is not "
+            "trained on before sparse training.",
+        )
     if config.weights is not None:
         nets.load_weights(model, config.weights)
         run.say(f"Weights of {config.weights} loaded.")
@@ -36,6 +44,8 @@ def dense(run: Run) -> None:
             progress=config.progress,
             devices=config.devices,
             cuda_graphs=config.cuda_graphs,
+            bound=run.bound,
+            say=run.say,
         )
     if not run.ranks.leads:
         return
@@ -51,6 +61,12 @@ def dense(run: Run) -> None:
     )
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
+    if top1 is not None:
+        origin = f"{config.weights} may be of other classes, or of images prepared in another way"
+        advice = (
+            origin if config.weights is not None else "train for more epochs, or with another lr"
+        )
+        warn_of_chance(run, "dense", "The dense net", top1, advice)
 
 
 def sparse(run: Run) -> None:
@@ -86,6 +102,8 @@ def sparse(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return
@@ -105,6 +123,27 @@ def sparse(run: Run) -> None:
         epochs_sparse=epochs,
     )
     run.say(f"Gated: top-1 {top1:.2f} %, {len(zero)} scales are exactly 0.")
+    warn_of_chance(
+        run,
+        "sparse",
+        "The net after sparse training",
+        top1,
+        "give it more sparse_epochs or another lr",
+    )
+
+
+def warn_of_chance(run: Run, stage: str, what: str, top1: float, advice: str) -> None:
+    """Warn where a net is right as often as one that always names the most frequent class."""
+    labels = run.data.val.labels
+    share = labels.bincount().max().item() / len(labels)
+    # Two standard deviations of what guessing gives on so many images.
+    chance = share + 2 * math.sqrt(share * (1 - share) / len(labels))
+    if top1 <= 100 * chance:
+        run.warn(
+            stage,
+            f"{what} does no better than guessing: top-1 {top1:.2f} % on {len(labels):,} images, of which "
+            f"{share:.1%} are of one class: {advice}.",
+        )
 
 
 def _epochs(number: int) -> str:
@@ -143,6 +182,8 @@ def finetune(run: Run) -> None:
         progress=config.progress,
         devices=config.devices,
         cuda_graphs=config.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
     )
     if not run.ranks.leads:
         return
@@ -150,8 +191,28 @@ def finetune(run: Run) -> None:
     compact = resconv.fuse(model, example)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
-    save_compact(run, compact, plan)
+    before = run.folder.metrics()["top1_compact"]
+    better = top1 >= before
     run.folder.add_metrics(
-        top1_finetuned=top1, verify_finetuned=check.max_rel_error, epochs_finetune=epochs
+        top1_finetuned=top1,
+        finetuned_kept=better,
+        verify_finetuned=check.max_rel_error,
+        epochs_finetune=epochs if better else 0,
     )
     run.say(f"Finetuned: top-1 {top1:.2f} %.")
+    if better:
+        save_compact(run, compact, plan)
+        run.folder.add_metrics(
+            top1_compact=top1,
+            removed_units=removed_units(run, model, plan),
+            num_convs_compact=resconv.count(compact, run.example()).num_convs,
+        )
+    else:
+        run.warn(
+            "finetune",
+            f"Finetuning made the net worse (top-1 {before:.2f} % before, {top1:.2f} % after {_epochs(epochs)}): "
+            "the net as it was pruned is kept. Try a lower finetune_lr, or more finetune_epochs.",
+        )
+    warn_of_chance(
+        run, "finetune", "The compact net", max(top1, before), "give it more finetune_epochs"
+    )

@@ -39,7 +39,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..analysis.inputs import unwrap
-from ..errors import BudgetError, ConversionError, ExportError, PruneError, RunError
+from ..errors import (
+    BudgetError,
+    ConversionError,
+    ExportError,
+    PruneError,
+    ResConvWarning,
+    RunError,
+)
 from ..latency.table import (
     LatencyTable,
     check_latency,
@@ -375,7 +382,8 @@ class Sparsifier:
         except (PruneError, ExportError) as error:
             # Not worth losing the run for; the plan will meet it again.
             self._untimed = True
-            warnings.warn(f"The net was not timed during training: {error}", stacklevel=2)
+            text = f"The net was not timed during training: {error}"
+            warnings.warn(text, ResConvWarning, stacklevel=2)
             return
         found = self.latency.check_of(steering.zero)
         assert found is not None

@@ -1,7 +1,9 @@
 """One training run by Lightning's Trainer: resumable, logged, in the machine's best precision."""
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,26 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from resconv.data import ImageData
-from resconv.errors import RunError
+from resconv.errors import ResConvWarning, RunError
 from resconv.integrations.lightning import SparsityCallback
 from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
+from resconv.planning.costs import excess, ledger
+from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
+from resconv.surgery.state import state_of
 
+from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
 from .precision import Precision, choose_precision
 from .ranks import choose_devices, raised_inside
 from .recipe import Recipe
+from .rowlog import RowLog
+from .watch import EndsWithParent
 
 __all__ = ["FitResult", "Recipe", "fit"]
 
@@ -55,11 +62,14 @@ def fit(
     cuda_graphs: bool = False,
     progress: bool = True,
     callbacks: tuple[Callback, ...] = (),
+    bound: str = "",
+    say: Callable[[str], None] = print,
 ) -> FitResult:
     """Train ``model`` in place; ``folder`` keeps the checkpoints and ``metrics.csv``.
 
     A run that was stopped goes on from its last whole epoch when called again with the same
-    folder.
+    folder, the same recipe and the same ``bound``: any text that says what is trained on what. Other
+    checkpoints are not used, nor are damaged ones, and ``say`` tells so (see checkpoints.py).
 
     With a ``target`` it is sparse training towards that budget, with units weighed by ``latency``
     where it limits that. A ``teacher`` is followed in its logits and in what the layers named by
@@ -68,6 +78,9 @@ def fit(
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
     how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on
     the GPU (see recorded.py).
+
+    Warns:
+        ResConvWarning: the zeros of sparse training leave more than the target.
 
     Raises:
         RunError: the checkpoint does not fit the model, there are not as many devices, or the net
@@ -97,29 +110,39 @@ def fit(
         sparsity = [SparsityCallback(strength=0.0)]
     # One file, written over after every epoch.
     checkpoint = ModelCheckpoint(
-        folder, filename="last", save_top_k=1, enable_version_counter=False
+        folder,
+        filename=Path(LAST).stem,
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
     shown: list[Callback] = [RichProgressBar(leave=False)] if progress else []
-    last = folder / "last.ckpt"
+    last = folder / LAST
+    bound = hashlib.sha256(f"{bound} {recipe}".encode()).hexdigest()
+    start = processes.by_first(
+        lambda: choose_checkpoint(folder, bound, say), processes.are_several()
+    )
+    kept = [Bound(bound), RowLog(folder / "metrics.csv", sparsity), EndsWithParent()]
     kwargs = choose_devices(devices)
     spawns = kwargs["strategy"] == "ddp_spawn"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Lightning's, of settings that the user cannot change
+        warnings.simplefilter("always", ResConvWarning)
         trainer = lightning.Trainer(
             max_epochs=recipe.epochs,
             precision=precision.name,  # type: ignore[arg-type]
-            callbacks=[*sparsity, checkpoint, *shown, *callbacks],
-            logger=CSVLogger(folder.parent, name=folder.name, version=""),
+            callbacks=[*sparsity, *kept, checkpoint, *shown, *callbacks],
+            plugins=[Checkpoints()],
+            logger=False,
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             benchmark=torch.cuda.is_available(),
-            log_every_n_steps=20,
             **kwargs,
         )
         try:
-            trainer.fit(module, ckpt_path=str(last) if last.is_file() else None)
+            trainer.fit(module, ckpt_path=None if start is None else str(start))
         except SystemExit:
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None
@@ -147,7 +170,27 @@ def fit(
                 latency = LatencyTable.from_json(state["latency"])
         elif (sparsifier := sparsity[0].sparsifier) is not None:
             history, latency = sparsifier.history, sparsifier.latency
+        if missed := _missed(model, target, latency):
+            warnings.warn(missed, ResConvWarning, stacklevel=2)
     return FitResult(history, recipe.epochs if spawns else trainer.current_epoch, latency)
+
+
+def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> str:
+    """Say by how much the zeros miss the target; empty where they meet it.
+
+    It is worked out from the trained net: other processes may have trained it, or an earlier call.
+    """
+    costs = ledger(model, state_of(model).example_inputs)
+    if latency is not None:
+        costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
+    zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]
+    over = excess(costs.left(zero), costs.whole, target.limits(*costs.whole))
+    if not over:
+        return ""
+    return (
+        f"Sparse training missed its target: {len(zero)} scales are exactly 0, which leaves {over}. "
+        "To remove more units changes the outputs; longer sparse training may bring them to 0."
+    )
 
 
 def _stored_state(checkpoint: Path) -> dict[str, Any]:

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Precision", "choose_precision"]
+from resconv.errors import RunError
+
+__all__ = ["PRECISIONS", "Precision", "choose_precision"]
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,18 @@ class Precision:
 
 
 def choose_precision(asked: str = "auto") -> Precision:
-    """Return bf16 autocast with channels-last where the hardware computes in bf16, else float32."""
+    """Return bf16 autocast with channels-last where the hardware computes in bf16, else float32.
+
+    Raises:
+        RunError: ``asked`` is none of :data:`PRECISIONS`, or this machine cannot train in it.
+    """
+    if asked not in PRECISIONS:
+        raise RunError(f"precision={asked!r}: choose one of {', '.join(PRECISIONS)}.")
+    if asked == "16-mixed" and not torch.cuda.is_available():
+        raise RunError(
+            f"precision={asked!r} needs a GPU, and torch finds none here. Choose bf16-mixed, 32-true or "
+            "auto."
+        )
     if asked != "auto":
         return Precision(asked, asked != "32-true", "asked for")
     if torch.cuda.is_available():

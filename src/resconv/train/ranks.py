@@ -19,9 +19,12 @@ from resconv import errors
 from resconv.errors import ResConvError, RunError
 from resconv.selection import processes
 
-__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "raised_inside"]
+from .watch import Group, end_with_launcher, join_store
+
+__all__ = ["Ranks", "choose_devices", "find_ranks", "join", "leave", "raised_inside"]
 
 T = TypeVar("T")
+_groups: list[Group] = []  # the one that this process watches
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,46 @@ def find_ranks() -> Ranks:
 
 
 def join() -> Ranks:
-    """Return this process's ranks; connect them, where there are several and none has yet."""
+    """Return this process's ranks; connect them, where there are several and none has yet.
+
+    From then on each looks after the others, and ends where one fails (see watch.py).
+
+    Raises:
+        RunError: some did not come.
+    """
     ranks = find_ranks()
     if ranks.are_several and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = join_store(ranks.rank, ranks.world_size)
         # The others wait while the first one evaluates and prunes.
         distributed.init_process_group(
             backend,
+            store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(days=1),
         )
+        _groups.append(Group(store, ranks.rank, ranks.world_size))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_launcher()
     return ranks
+
+
+def leave(error: BaseException | None = None) -> BaseException | None:
+    """Tell the other processes of a launcher that this one ends, or which error it fails with.
+
+    What comes back is that error, or one that says more where it came from another process.
+    """
+    while _groups:
+        error = _groups.pop().leave(error)
+    return error
 
 
 def choose_devices(asked: int | str) -> dict[str, Any]:
     """Return the Trainer's accelerator, devices, num_nodes and strategy.
 
     Raises:
-        RunError: fewer GPUs than asked for, or a number below 1.
+        RunError: fewer GPUs (or CPU cores) than asked for, or a number below 1.
     """
     ranks = find_ranks()
     cuda = torch.cuda.is_available()
@@ -101,11 +125,14 @@ def choose_devices(asked: int | str) -> dict[str, Any]:
             "num_nodes": ranks.world_size // ranks.local_size,
             "strategy": "ddp",
         }
-    there = torch.cuda.device_count() if cuda else None
-    count = (there or 1) if asked == "auto" else int(asked)
-    if count < 1 or (there is not None and count > there):
-        limit = "" if there is None else f" and at most {there}, the GPUs of this machine"
-        raise RunError(f"devices={asked}: at least 1{limit}.")
+    there = torch.cuda.device_count() if cuda else (os.cpu_count() or 1)
+    count = (there if cuda else 1) if asked == "auto" else int(asked)
+    if not 1 <= count <= there:
+        kind = "GPU" if cuda else "CPU core"
+        raise RunError(
+            f"devices={asked}: at least 1 and at most {there}, the {kind}{'s' * (there != 1)} of this "
+            "machine."
+        )
     strategy = "ddp_spawn" if count > 1 else "auto"
     return {"accelerator": accelerator, "devices": count, "num_nodes": 1, "strategy": strategy}
 

@@ -38,23 +38,26 @@ def write_report(
     template = environment.from_string(
         files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
     )
+    units = _units(plan, metrics["removed_units"], history, latency)
     page = template.render(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
-        units=_units(plan, history, latency),
+        units=units,
+        num_removed=len(metrics["removed_units"]),
+        warnings=[text for texts in metrics.get("warnings", {}).values() for text in texts],
         target=metrics.get("latency_target"),
-        plot=_plot(history, plan["remove"], latency),
-        removed=plan["remove"],
+        plot=_plot(history, metrics["removed_units"], latency),
     )
     write_text(path, page)
     return path
 
 
 def _units(
-    plan: dict[str, Any], history: list[Any], latency: dict[str, Any] | None
+    plan: dict[str, Any], gone: list[str], history: list[Any], latency: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
-    removed = set(plan["remove"])
+    """Return the rows of the units; those inside of a removed one are removed, too."""
+    removed, named = set(gone), set(plan["remove"])
     controls = history[-1][2] if history else {}
     times = (latency or {}).get("unit_ms", {})
     return [
@@ -64,6 +67,7 @@ def _units(
             "control": controls.get(n),
             "ms": times.get(n),
             "removed": n in removed,
+            "inside": n in removed and n not in named,
         }
         for n, s in plan["scales"].items()
     ]

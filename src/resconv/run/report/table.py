@@ -16,6 +16,8 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("top1_finetuned", "top-1 finetuned (%)"),
     ):
         value = metrics.get(key)
+        if key == "top1_finetuned" and metrics.get("finetuned_kept") is False:
+            label = "top-1 finetuned, worse and not kept (%)"
         if value is not None and dense is None:
             table.append((label, "", f"{value:.2f}", ""))
         elif value is not None:
@@ -27,7 +29,11 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         here = before is not None
         cells = (f"{before}", f"{before + after}") if here else ("as given", f"{after} more")
         table.append(("epochs of training", *cells, ""))
-    for key, label in (("macs", "MACs"), ("num_params", "parameters")):
+    for key, label in (
+        ("num_convs", "convolutions"),
+        ("macs", "MACs"),
+        ("num_params", "parameters"),
+    ):
         before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
         if before and after is not None:
             table.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
