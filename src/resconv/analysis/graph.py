@@ -94,6 +94,8 @@ class Graph:
     exposed: set[int] = field(default_factory=set)
 
     kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
+    # What was found out about modules as they were recorded, by what is asked and the path.
+    known: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None

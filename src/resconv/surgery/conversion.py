@@ -34,6 +34,7 @@ from .copying import as_normal_tensors, copy_model
 from .edits import indexed_containers
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
+from .rehearsal import why_prune_fails
 from .state import State, require_finite
 from .trial import why_refused
 from .verification import relative_error
@@ -207,7 +208,7 @@ def _try(
         gated = with_gates(model, found.graph, found.indexed, chosen, found.branches, start, state)
         compare = start == "keep" or not is_fresh(model)
         graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
-        refused = why_refused(gated, graph, indexed)
+        refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen)
         if not refused:
             return gated, kept
         for c in chosen:

@@ -3,6 +3,7 @@
 import inspect
 import operator
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,9 +44,14 @@ class Form:
                 for name, shape in shapes.items()
                 for leaf in leaves(shape, given.get(name, ()))
             ]
-        self.trace = self.traced(training=False)
+        self.trace = self._traced(training=False)
 
-    def traced(self, *, training: bool) -> Trace:
+    @cached_property
+    def in_training(self) -> Trace:
+        """The same forward, traced in training mode."""
+        return self._traced(training=True)
+
+    def _traced(self, *, training: bool) -> Trace:
         return trace_forward(
             self.module,
             self.constants,

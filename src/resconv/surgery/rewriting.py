@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..analysis.graph import Call, Graph, Ref
+from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
 from ..nn.gates import BranchGate, ResConv
 from .arguments import encode
@@ -48,7 +48,11 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         if times[call.path] > 1 or _has_hooks(module):
             continue
-        if not trains_as_identity(module, fill(graph, read, device_of(module))):
+        key = "passes on in training", call.path
+        if key not in graph.known:
+            like = fill(graph, read, device_of(module))
+            graph.known[key] = trains_as_identity(module, like)
+        if not graph.known[key]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -140,7 +144,6 @@ def _rewrite(
     """
     graph = todo.graph
     module = model.get_submodule(path)
-    calls = graph.calls_of(path)
 
     def refuse(why: str) -> PruneError:
         return PruneError(
@@ -148,41 +151,14 @@ def _rewrite(
             f"be rewritten to remove a unit from it, and cannot be: {why}."
         )
 
-    if len(calls) != 1:
-        raise refuse(f"it is called {len(calls)} times in one pass")
-    if _has_hooks(module):
-        raise refuse("it carries hooks")
-    if getattr(vars(module).get("forward"), "__self__", module) is not module:
-        raise refuse("its forward belongs to another object")
-    call = calls[0]
-    mine = graph.nodes[call.start : call.end]
-    try:
-        bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
-    except (TypeError, ValueError) as error:
-        raise refuse(f"its arguments do not fit its signature: {error}") from error
-    bound.apply_defaults()
-    given = dict(bound.arguments)
-    why, found = "", None
-    # A size that is handed on should stay free; where the code needs to know it, it is fixed.
-    for free in (True, False):
-        try:
-            constants = _constants(given, free)
-            form = Form(graph, module, given, constants)
-            ran = form.ran()
-        except Exception as error:
-            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
-            continue
-        # torch.fx turns `x += y` into `x + y`.
-        if [n.op.rstrip("_") for n in mine] != [n.op.rstrip("_") for n in ran]:
-            why = why or "it does other things when it is traced"
-        elif not same_flow(mine, ran):
-            why = why or "it writes into a tensor that it also reads under another name"
-        else:
-            found = form, ran
-            break
+    # The same for every plan: a trial of many units asks again and again.
+    found = graph.known.get(("form", path))
     if found is None:
-        raise refuse(why)
+        found = graph.known["form", path] = _traced_as_recorded(graph, module, path)
+    if isinstance(found, str):
+        raise refuse(found)
     form, tags = found
+    call = graph.calls_of(path)[0]
     nodes: list[list[Any]] = []
     optional: set[str] = set()
     for index in indices:
@@ -205,7 +181,7 @@ def _rewrite(
         "nodes": nodes,
     }
     try:
-        edit |= both_modes(form.trace, form.traced(training=True), nodes, optional)
+        edit |= both_modes(form.trace.copy(), form.in_training.copy(), nodes, optional)
     except Exception as error:
         line = str(error).partition(chr(10))[0][:160]
         raise refuse(
@@ -214,6 +190,44 @@ def _rewrite(
         ) from error
     edit["removed"] = _outermost(module, graph, call, edit["removed"])
     return edit
+
+
+def _traced_as_recorded(
+    graph: Graph, module: nn.Module, path: str
+) -> tuple[Form, list[Node]] | str:
+    """Return the module's own forward, traced, with what it runs; or why it cannot be rewritten."""
+    calls = graph.calls_of(path)
+    if len(calls) != 1:
+        return f"it is called {len(calls)} times in one pass"
+    if _has_hooks(module):
+        return "it carries hooks"
+    if getattr(vars(module).get("forward"), "__self__", module) is not module:
+        return "its forward belongs to another object"
+    call = calls[0]
+    mine = graph.nodes[call.start : call.end]
+    try:
+        bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError) as error:
+        return f"its arguments do not fit its signature: {error}"
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    why = ""
+    # A size that is handed on should stay free; where the code needs to know it, it is fixed.
+    for free in (True, False):
+        try:
+            form = Form(graph, module, given, _constants(given, free))
+            ran = form.ran()
+        except Exception as error:
+            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
+            continue
+        # torch.fx turns `x += y` into `x + y`.
+        if [n.op.rstrip("_") for n in mine] != [n.op.rstrip("_") for n in ran]:
+            why = why or "it does other things when it is traced"
+        elif not same_flow(mine, ran):
+            why = why or "it writes into a tensor that it also reads under another name"
+        else:
+            return form, ran
+    return why
 
 
 def _constants(given: dict[str, Any], free: bool) -> dict[str, Any]:

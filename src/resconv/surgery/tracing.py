@@ -4,6 +4,7 @@ What fx cannot know from the code alone (which way a branch on a size goes, how 
 has) is decided by the caller, and the decision is asserted in the graph.
 """
 
+import copy
 import hashlib
 import inspect
 import itertools
@@ -13,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class Trace:
     decisions: list[bool | int] = field(default_factory=list)
     places: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # tensors that the code makes itself
+
+    def copy(self) -> "Trace":
+        """Return a trace whose graph may be changed without this one's."""
+        return replace(self, graph=copy.deepcopy(self.graph))
 
 
 class _Sized(fx.Proxy):

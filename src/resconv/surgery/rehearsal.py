@@ -1,0 +1,66 @@
+"""The whole removal, carried out before anything is trained, and its result run and compared.
+
+What ``trial`` works out on a record alone is cheap, and finds nearly all that ``prune`` would refuse.
+This finds the rest: a net that does not run without a unit, or computes something else than the
+record shows.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ..analysis.candidates import Candidate
+from ..errors import ResConvError
+from ..nn.gates import gates
+from .pruning import operate
+from .trial import generic
+
+__all__ = ["why_prune_fails"]
+
+
+def why_prune_fails(gated: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
+    """Return which of the chosen units ``prune`` would refuse, with the reasons.
+
+    Every second branch goes, and all layers that lie in none of these. ``gated`` is left as it was.
+    """
+    branches = [c for c in chosen if c.gate][::2]
+    inside = frozenset().union(*(c.nodes for c in branches))
+    layers = [c for c in chosen if c.unit.removable and not c.gate and not c.nodes & inside]
+    going = {c.unit.name for c in (*branches, *layers)}
+    names = [n for n in gates(gated) if n in going]
+    controls = [g.control for g in gates(gated).values() if g.control is not None]
+    refused: dict[str, str] = {}
+
+    def attempt(names: Sequence[str]) -> str | None:
+        if not names:
+            return None
+        with generic(controls):
+            try:
+                operate(gated, tuple(names), fuse=True)
+            except ResConvError as error:
+                return str(error).rstrip(".")
+            except Exception as error:
+                # Whatever it is, it would meet prune as well, after the training.
+                return f"removing it fails ({type(error).__name__}: {error})"
+        return None
+
+    while (reason := attempt(names)) is not None:
+        name, why = _first_refused(names, reason, attempt)
+        refused[name] = why
+        names.remove(name)
+    return refused
+
+
+def _first_refused(
+    names: list[str], reason: str, attempt: Callable[[Sequence[str]], str | None]
+) -> tuple[str, str]:
+    """Return the first unit that cannot go together with those before it, and why."""
+    good, bad = 0, len(names)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        found = attempt(names[:middle])
+        if found is None:
+            good = middle
+        else:
+            bad, reason = middle, found
+    return names[bad - 1], reason
