@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import resconv
 from resconv.errors import ConversionError, PruneError, VerificationError
+from resconv.surgery import conversion
 from resconv.surgery.edits import apply_edits
 from resconv.surgery.rewritten import PassThrough
 
@@ -483,9 +484,17 @@ class LooksInside(nn.Module):
 
 
 @pytest.mark.parametrize(("softly", "said"), [(True, "something else"), (False, "does not run")])
-def test_a_result_that_is_wrong_or_does_not_run_is_not_handed_out(softly, said):
+def test_a_result_that_is_wrong_or_does_not_run_is_not_handed_out(softly, said, monkeypatch):
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     net = LooksInside(softly).double().eval()
+    # Nothing is trained first: the unit has no gate to begin with, and its reason is that.
+    with pytest.raises(ConversionError, match=said):
+        resconv.convert(net, x, units="blocks")
+    (unit,) = [u for u in resconv.units(net, x) if u.kind == "block"]
+    assert not unit.removable
+    assert said in unit.reason
+    # And what has one all the same is not handed out.
+    monkeypatch.setattr(conversion, "why_prune_fails", lambda *args: {})
     gated = resconv.convert(net, x, units="blocks")
     with pytest.raises(VerificationError, match=said):
         resconv.prune(gated, resconv.Plan(tuple(resconv.gates(gated))))

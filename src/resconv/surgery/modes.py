@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import PruneError
 from .tracing import Trace, digest, pass_by, used
 
-__all__ = ["both_modes"]
+__all__ = ["both_modes", "still_called"]
 
 
 def both_modes(
@@ -48,6 +48,12 @@ def both_modes(
         edit["training"] = form
     edit["removed"] = sorted(before - used(running.graph, training.graph))
     return edit
+
+
+def still_called(trace: Trace, nodes: list[list[Any]]) -> set[str]:
+    """Return the modules that run once the named operations are passed by; the trace is used up."""
+    pass_by(trace.graph, nodes, "eval mode")
+    return _called(trace.graph)
 
 
 def _text(graph: fx.Graph) -> str:

@@ -19,7 +19,7 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
 from .forms import Form, device_of, fill
 from .inplace import same_flow, unsafe_writes
-from .modes import both_modes
+from .modes import both_modes, still_called
 from .proof import trains_as_identity
 from .rewritten import of_user
 
@@ -189,7 +189,22 @@ def _rewrite(
             f"({'' if isinstance(error, TraceError) else type(error).__name__ + ': '}{line})"
         ) from error
     edit["removed"] = _outermost(module, graph, call, edit["removed"])
+    running = still_called(form.trace.copy(), nodes)
+    if left := [n for n in _all_dead(todo, call) if n in running]:
+        raise refuse(f"{left[0]} would still run, since other code uses more than its output")
     return edit
+
+
+def _all_dead(todo: Surgery, call: Call) -> list[str]:
+    """Return the children that run within the call, and for what is removed alone."""
+    alive: dict[str, bool] = {}
+    for c in todo.graph.calls:
+        if c.parent is call:
+            name = c.path.removeprefix(f"{call.path}." if call.path else "")
+            own = [i for i in range(c.start, c.end) if todo.graph.nodes[i].op != "empty"]
+            lives = not own or any(i not in todo.dead for i in own)
+            alive[name] = alive.get(name, False) or lives
+    return [name for name, lives in alive.items() if not lives]
 
 
 def _traced_as_recorded(

@@ -12,7 +12,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,7 +256,8 @@ def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
         PruneError: there is no such operation, or it passes no value on.
     """
     by_name = {n.name: n for n in graph.nodes}
-    read = {n for n in graph.nodes if n.users}
+    # What nobody read from the start and is more than a look at a value acts by itself.
+    acting = {n for n in graph.nodes if not n.users and n.target not in _LOOKS}
     for name, argument, *copied in nodes:
         node = by_name.get(name)
         operands = [] if node is None else [*node.args, *node.kwargs.values()]
@@ -270,11 +271,39 @@ def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
                 replacement = _copy(graph, replacement, copied[0], place)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-    # An operation nobody read from the start writes in place, or checks something: it stays.
+    # It writes in place, or checks something, and stays. Only how many parts a value has no longer
+    # matters where nobody else reads it.
+    alive = _needed(n for n in acting if not _counts(n))
     for node in reversed(list(graph.nodes)):
-        if node in read and not node.users and node.op not in ("placeholder", "output"):
+        counts_dead = _counts(node) and _counts(node)[0] not in alive
+        unread = node not in acting and not node.users and node.op != "placeholder"
+        if unread or counts_dead:
             graph.erase_node(node)
     graph.lint()
+
+
+_LOOKS = {operator.getitem, getattr, len, operator.eq}
+
+
+def _counts(node: fx.Node) -> list[fx.Node]:
+    """Return the value whose number of parts the node asserts, in a list; empty for other nodes."""
+    condition = node.args[0] if node.target is torch._assert else None
+    size = condition.args[0] if isinstance(condition, fx.Node) and condition.args else None
+    if isinstance(size, fx.Node) and size.target is len:
+        return list(size.all_input_nodes)
+    return []
+
+
+def _needed(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _copy(graph: fx.Graph, x: fx.Node, kind: Any, place: str) -> fx.Node:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of, unwrap
 from ..analysis.recorder import restored
@@ -192,8 +192,8 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
 
     def look(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
-        for path, leaf in tree_flatten_with_path(tree)[0]:
-            here = place + "".join(map(str, path))
+        for path, leaf in _with_places(tree):
+            here = place + path
             fields = getattr(leaf, "__dict__", None)
             plain = isinstance(leaf, Tensor | type | Enum | nn.Module) or callable(leaf)
             if plain or fields is None or _numbers(leaf) is not None:
@@ -203,6 +203,13 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
                 yield from look(dict(fields), f"{here}.{type(leaf).__name__}")
 
     return look(tree, "")
+
+
+def _with_places(tree: Any) -> list[tuple[str, Any]]:
+    try:
+        return [("".join(map(str, path)), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
+    except ValueError:  # a class that was registered without the names of its parts
+        return [(f"[{i}]", leaf) for i, leaf in enumerate(tree_leaves(tree))]
 
 
 def _numbers(leaf: Any) -> Tensor | None:
