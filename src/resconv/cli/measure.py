@@ -2,7 +2,7 @@
 
 import typer
 
-from .options import RunPath, show_table
+from .options import RunPath, TrustSource, show_table
 
 __all__ = ["register"]
 
@@ -17,12 +17,12 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=EXAMPLES)(measure)
 
 
-def measure(run: RunPath) -> None:
+def measure(run: RunPath, trust_source: TrustSource = False) -> None:
     """Measure the dense and the compact net of a run in turn, and write the report."""
     from resconv import run as runs
     from resconv.run.report.table import rows
 
-    current = runs.open_run(run, typer.echo)
+    current = runs.open_run(run, typer.echo, trust_source=trust_source)
     runs.run_stage(current, "measure", again=True)
     runs.run_stage(current, "report", again=True)
     show_table(str(run), ["", "dense", "compact", "change"], rows(current.folder.metrics()))

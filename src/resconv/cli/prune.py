@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RunPath
+from .options import RunPath, TrustSource
 
 __all__ = ["register"]
 
@@ -27,12 +27,13 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="A plan written by hand, in place of the run's own.")
     ] = None,
+    trust_source: TrustSource = False,
 ) -> None:
     """Remove the planned units of a trained run, verify the compact net, and finetune it."""
     from resconv import run as runs
     from resconv.planning.plan import Plan
 
-    current = runs.open_run(run, typer.echo)
+    current = runs.open_run(run, typer.echo, trust_source=trust_source)
     if plan is None:
         runs.run_stage(current, "plan", again=True)
     else:

@@ -1,18 +1,22 @@
 """The run folder: which stages are done, and the files they left."""
 
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from resconv.errors import RunError
 from resconv.files import write_text
+from resconv.json_files import read_json
 
 from .config import Config
+from .metrics import Metrics
 
 __all__ = ["FROM_PRUNE", "RunFolder"]
 
 _STAGES = "stages.json"
+T = TypeVar("T")
 # What is done anew where the plan, or what is done with it, changes.
 FROM_PRUNE = ("prune", "finetune", "export", "measure", "report")
 
@@ -80,31 +84,45 @@ class RunFolder:
         return {p.name for p in self.path.iterdir()} <= {"config.json", _STAGES} and not self.done()
 
     def config(self) -> Config:
-        return Config.from_dict(self.read_json("config.json"))
+        return self.read_json("config.json", Config)
 
-    def read_json(self, name: str) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RunError(f"{self.path} has no {name}. Run the stage before it first.") from error
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}.") from error
+    def read_json(self, name: str, kind: type[T]) -> T:
+        """Return what a file of the run holds, checked to be a ``kind``.
+
+        Raises:
+            RunError: it is missing, or damaged; the file and the field are named.
+        """
+        if not os.path.lexists(self.path / name):
+            raise RunError(f"{self.path} has no {name}. Run the stage before it first.")
+        return read_json(self.path / name, kind, RunError)
 
     def write_json(self, name: str, content: Any) -> None:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def metrics(self) -> dict[str, Any]:
-        found = self.read_json("metrics.json") if (self.path / "metrics.json").is_file() else {}
-        if not isinstance(found, dict):
-            raise RunError(f"{self.path / 'metrics.json'} holds no metrics.")
-        return found
+        if not os.path.lexists(self.path / "metrics.json"):
+            return {}
+        try:
+            return dict(self.read_json("metrics.json", Metrics))
+        except RunError as error:
+            raise RunError(
+                f"{error} Mend it, or delete the file: it holds figures alone, and `resconv prune "
+                f"{self.path}` and `resconv measure {self.path}` write theirs anew."
+            ) from error
 
     def add_metrics(self, **values: Any) -> None:
         self.write_json("metrics.json", {**self.metrics(), **values})
 
     def done(self) -> list[str]:
-        found = self.read_json(_STAGES) if (self.path / _STAGES).is_file() else []
-        return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
+        if not os.path.lexists(self.path / _STAGES):
+            return []
+        try:
+            return self.read_json(_STAGES, list[str])
+        except RunError as error:
+            raise RunError(
+                f'{error} It is a list of the stages that are done, such as ["dense", "sparse"]: '
+                "write it anew."
+            ) from error
 
     def mark(self, stage: str) -> None:
         self.write_json(_STAGES, [*[s for s in self.done() if s != stage], stage])

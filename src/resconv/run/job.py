@@ -12,7 +12,7 @@ import resconv
 from resconv import data as datasets
 from resconv import nets
 from resconv.data import ImageData
-from resconv.errors import ModelError, RunError
+from resconv.errors import ModelError, RunError, printable
 from resconv.files import write_atomic
 from resconv.planning.plan import Plan
 from resconv.train import Ranks, Recipe, choose_precision
@@ -28,12 +28,25 @@ LATENCY = "latency.json"
 class Run:
     """A run folder with its data and nets, loaded when a stage needs them."""
 
-    def __init__(self, folder: RunFolder, say: Say = print, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        say: Say = print,
+        ranks: Ranks | None = None,
+        *,
+        trust_source: bool = False,
+    ) -> None:
         self.ranks = ranks or Ranks()
-        self.folder, self.say = folder, say if self.ranks.leads else lambda text: None
+        self.folder, self.trust_source = folder, trust_source
+        self._say = say if self.ranks.leads else None
         self.config = folder.config()
         self.precision = choose_precision(self.config.precision)
         self._data: ImageData | None = None
+
+    def say(self, text: str) -> None:
+        """Tell the user, once where there are several processes."""
+        if self._say is not None:
+            self._say(printable(text))
 
     @property
     def data(self) -> ImageData:
@@ -52,8 +65,10 @@ class Run:
         """Build the net for this data, with random weights from the seed.
 
         Raises:
+            TrustError: the run's folder alone names code of the user's own to build it with.
             DataError: its inputs or outputs do not fit the data.
         """
+        nets.require_trusted_source(self.config.model, self.folder.path, trusted=self.trust_source)
         torch.manual_seed(self.config.seed)
         return build(self.config.model, self.data)
 

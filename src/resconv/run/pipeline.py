@@ -14,6 +14,7 @@ from . import deployment, surgery, training
 from .config import Config
 from .folder import RunFolder
 from .job import Run, Say
+from .metrics import Row
 from .timing import check_reach
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage"]
@@ -43,11 +44,13 @@ def begin(path: Path, config: Config, *, fresh: bool = False, say: Say = print) 
     """
     ranks = join()
     ranks.by_first(lambda: RunFolder.begin(path, config, fresh=fresh) and None)
-    return Run(RunFolder.open(path), say, ranks)
+    # The net's name came with the call, from the user.
+    return Run(RunFolder.open(path), say, ranks, trust_source=True)
 
 
-def open_run(path: Path, say: Say = print) -> Run:
-    return Run(RunFolder.open(path), say)
+def open_run(path: Path, say: Say = print, *, trust_source: bool = False) -> Run:
+    """Open a run that is there; its net is built by the user's own code only with ``trust_source``."""
+    return Run(RunFolder.open(path), say, trust_source=trust_source)
 
 
 def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
@@ -93,4 +96,4 @@ def compress(run: Run) -> dict[str, Any]:
 
 def history(folder: RunFolder) -> list[Snapshot]:
     """Return the scales over sparse training."""
-    return [Snapshot(*row) for row in folder.read_json("scales.json")]
+    return [Snapshot(*row) for row in folder.read_json("scales.json", list[Row])]

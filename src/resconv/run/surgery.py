@@ -108,4 +108,4 @@ def save_compact(run: Run, compact: nn.Module, plan: Plan) -> None:
 def compact_of(run: Run) -> nn.Module:
     """Return the saved compact net of a run."""
     source = run.create() if nets.runs_user_code(run.config.model) else None
-    return resconv.load(run.folder.path, model=source)
+    return resconv.load(run.folder.path, model=source, trust_source=run.trust_source)

@@ -1,8 +1,11 @@
 """What a target in milliseconds needs before and while training: the units' measured latency."""
 
+import os
+
 from torch import nn
 
 import resconv
+from resconv.errors import PlanError
 from resconv.latency.table import LatencyTable
 from resconv.planning.costs import ledger
 from resconv.selection.sparsifier import check_form
@@ -19,11 +22,14 @@ def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
         return None
     path = run.folder / LATENCY
     costs = ledger(model, run.example())
-    if path.is_file():
-        table = LatencyTable.load(path)
-        reason = table.why_unfit(costs, budget)
-        if reason is None:
-            return table
+    if os.path.lexists(path):
+        try:
+            table = LatencyTable.load(path)
+            reason = table.why_unfit(costs, budget)
+            if reason is None:
+                return table
+        except PlanError as error:
+            reason = str(error).rstrip(".")
         run.say(f"{path} is measured anew: {reason}.")
     run.say(f"Measuring the latency of {len(costs.names)} units in {budget.runtime}.")
     table = resconv.measure_latency(model, run.example(), budget)

@@ -101,7 +101,8 @@ def load(
         model: the net as it was before pruning, or a function that makes it. Needed where the
             file names no source; it is copied.
         trust_source: allow a source ``package.module:factory``, which imports and runs that
-            package of this machine. Built-in, timm and torchvision nets need no permission.
+            package of this machine, and keywords that nothing is known about. Built-in, timm and
+            torchvision nets need no permission.
 
     Raises:
         LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
@@ -273,7 +274,7 @@ def _build(
 def _from_source(
     source: dict[str, Any] | None, folder: Path, trust_source: bool, bounded: _Bounded
 ) -> nn.Module:
-    from ..nets import create, runs_user_code
+    from ..nets import create, require_trusted_source
 
     if source is None:
         raise LoadError(
@@ -282,18 +283,14 @@ def _from_source(
         )
     name: str = source["name"]
     try:
-        if runs_user_code(name):
-            if not trust_source:
-                raise LoadError(
-                    f"{folder} was made from {name[:120]!r}, code that is in neither resconv, timm "
-                    "nor torchvision. If you trust it: resconv.load(path, trust_source=True), or "
-                    "give the net itself: resconv.load(path, model=your_net)."
-                )
+        require_trusted_source(name, folder, trusted=trust_source)
+        if trust_source:
             return create(name, **source["kwargs"])
         fault = check_source(source)
         if fault:
             raise LoadError(
-                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. Give the unpruned "
+                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. If you trust its "
+                "origin, add --trust-source (in Python: trust_source=True), or give the unpruned "
                 "net: resconv.load(path, model=your_net)."
             )
         with bounded:
