@@ -191,7 +191,7 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
         (lambda h: h["channels_last"].append(3), "no names"),
         (lambda h: h.update(inputs={"shape": [10**6, 10**6], "dtype": "float32"}), "too large"),
         (lambda h: h.update(inputs={"shape": [1], "dtype": "load"}), "dtype 'load'"),
-        (lambda h: h.update(plan={"remove": 3}), "list of unit names"),
+        (lambda h: h.update(plan={"remove": 3}), "'remove' is 3, needed is a list"),
         (lambda h: h.update(num_params=2**70), "out of range"),
         (lambda h: h.update(sha256="0" * 64), "changed after it was saved"),
     ],

@@ -105,7 +105,7 @@ def parse_json(text: str | bytes, kind: type[T], place: str, error: type[ResConv
 def _checked(value: Any, kind: Any, where: str) -> Any:
     """Return the value as a ``kind``; how deep this goes is up to the kind, not to the file."""
     origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind is Any or kind is object:
         return value
     if origin in (Union, UnionType):
         return _one_of(value, args, where)

@@ -75,7 +75,7 @@ def require_trust(what: str, place: object, *, trusted: bool) -> None:
     if not trusted:
         raise TrustError(
             f"{place}: {what}. Code that runs can do anything. If you trust its origin, add "
-            "--trust-source (in Python: trust_source=True)."
+            "--trust-source (in Python: load(trust_source=True))."
         )
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..analysis.inputs import unwrap
 from ..errors import LoadError, ResConvError, SaveError
@@ -41,6 +43,9 @@ from .schema import (
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 _MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
+_MAX_HEADER = 8 * 2**20  # of safetensors: some 50,000 tensors
+_MOST_BYTES = 768 * 2**20  # above the file's own: how much larger the net before pruning may be
+_LARGE = 2**22  # elements: what may come of less is not worth asking in advance
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -218,6 +223,8 @@ def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
             f"{header['sha256'][:12]}... is written in model.json). Copy the folder again."
         )
     try:
+        if int.from_bytes(content[:8], "little") > _MAX_HEADER:
+            raise ValueError("its header is larger than any net's")
         return load_bytes(content)
     except Exception as error:  # safetensors has several for a wrong header
         raise LoadError(
@@ -227,27 +234,63 @@ def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to make more numbers than a network of this file's size can need."""
+    """Refuses to make more numbers than a network of this file's size can need.
 
-    def __init__(self, held: int) -> None:
+    Counted are the bytes of every tensor that is made, those of a factory call and those that come
+    of others (a table of positions grows with the fourth power of a window's side). What may be
+    large is asked of tensors without memory first.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A dense net is at most so many times the compact one that was saved.
-        self.left: int = 64 * held + 2**28
+        self.left: int = num_bytes + min(8 * num_bytes + 2**28, _MOST_BYTES)
         self.calls: int = _MAX_CALLS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        size = args[0] if args else None
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        given = [t for t in leaves if isinstance(t, Tensor)]
         self.calls -= 1
-        if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size):
-            self.left -= math.prod(size)
-        elif isinstance(size, int | float):  # arange, linspace, eye
-            self.left -= max(abs(int(a)) for a in args if isinstance(a, int | float))
-        if self.left < 0 or self.calls < 0:
+        self._refuse_beyond(0)
+        numbers = [n for n in leaves if isinstance(n, int | float) and not isinstance(n, bool)]
+        sides = [t.numel() for t in given] + [int(n) for n in numbers if 1 <= n < math.inf]
+        if math.prod(sides) > _LARGE:
+            self._foresee(func, args, kwargs)
+        out = func(*args, **kwargs)
+        known = {t.untyped_storage().data_ptr() for t in given}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.left -= t.untyped_storage().nbytes()
+        self._refuse_beyond(0)
+        return out
+
+    def _foresee(self, func: Any, args: Any, kwargs: Any) -> None:
+        def light(x: Any) -> Any:
+            return x.to("meta") if isinstance(x, Tensor) else x
+
+        try:
+            light_kwargs = {**tree_map(light, kwargs)}
+            if "device" in light_kwargs:
+                light_kwargs["device"] = torch.device("meta")
+            out = func(*tree_map(light, args), **light_kwargs)
+        except Exception:
+            return  # its size depends on numbers, or it has no such form; it is counted when made
+        given = [t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if func._schema.is_mutable or not made:
+            return
+        # A view says as many numbers as it shows; what is made is at least its storage.
+        most = max(t.untyped_storage().nbytes() for t in made)
+        if math.prod(made[0].shape) > 4 * max(given, default=0):
+            self._refuse_beyond(most)
+
+    def _refuse_beyond(self, num_bytes: int) -> None:
+        if self.left < num_bytes or self.calls < 0:
             raise LoadError(
                 "model.json asks for a network that the weights do not fill, by far: building it "
-                "was stopped."
+                "was stopped. If you trust its origin, add --trust-source (in Python: "
+                "load(trust_source=True))."
             )
-        return func(*args, **(kwargs or {}))
 
 
 def _build(
@@ -258,7 +301,7 @@ def _build(
     trust_source: bool,
 ) -> nn.Module:
     edits = copy.deepcopy(header["edits"])
-    bounded = _Bounded(sum(t.numel() for t in tensors.values()))
+    bounded = _Bounded(sum(t.nbytes for t in tensors.values()))
     # The random weights of the new layers are overwritten; the caller's seed stays as it was.
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, nn.Module):
@@ -267,7 +310,14 @@ def _build(
             base = unwrap(model()).cpu()
         else:
             base = _from_source(header["source"], folder, trust_source, bounded)
-        with bounded:
+        # Every edit takes a unit out, or mends what lies around it; a rewritten root takes longest.
+        most = 100 + 4 * len(list(base.modules()))
+        if len(edits) > most:
+            raise LoadError(
+                f"{folder / 'model.json'} has {len(edits):,} edits, more than a net of "
+                f"{len(list(base.modules())):,} modules can need ({most:,})."
+            )
+        with bounded if not trust_source else nullcontext():
             return apply_edits(base, edits)
 
 
@@ -290,7 +340,7 @@ def _from_source(
         if fault:
             raise LoadError(
                 f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. If you trust its "
-                "origin, add --trust-source (in Python: trust_source=True), or give the unpruned "
+                "origin, add --trust-source (in Python: load(trust_source=True)), or give the unpruned "
                 "net: resconv.load(path, model=your_net)."
             )
         with bounded:
