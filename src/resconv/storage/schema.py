@@ -178,6 +178,8 @@ def _parse(folder: Path, file: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} holds no saved network: {what}.")
     content = read_bounded(file, LoadError)
     header: Any = parse_json(content, object, str(file), LoadError)
+    if not isinstance(header, dict):
+        raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
     todo = [(header, 1)]
     while todo:
         value, depth = todo.pop()
@@ -190,8 +192,6 @@ def _parse(folder: Path, file: Path) -> dict[str, Any]:
         if isinstance(value, dict | list):
             inner = [*value, *value.values()] if isinstance(value, dict) else value
             todo += [(v, depth + 1) for v in inner]
-    if not isinstance(header, dict):
-        raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
     return header
 
 
