@@ -89,9 +89,6 @@ def work(name: str, first: int, count: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     out = os.fdopen(os.dup(1), "w")
-    with open(os.devnull, "w") as nowhere:  # decoders of C speak up
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
     kind = KINDS[name]
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
@@ -106,6 +103,9 @@ def work(name: str, first: int, count: int) -> None:
                 raise
         sys.addaudithook(_watch)
         resource.setrlimit(resource.RLIMIT_DATA, (8 * GIB, 8 * GIB))
+        with open(os.devnull, "w") as nowhere:  # decoders written in C speak up
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
         print("ready", file=out, flush=True)
         for number in range(first, first + count):
             target.write_bytes(kind.mutate(good, random.Random(f"{name} {number}")))

@@ -5,6 +5,7 @@ may cost is bounded by its own size: a header larger than any net's, or an archi
 more than it is, is refused before it is read.
 """
 
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
     lines = str(error).splitlines() or [""]
-    size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+    size = f" ({path.stat().st_size:,} bytes)" if os.path.isfile(path) else ""  # whatever the name
     return ModelError(
         f"{path}{size} is not a readable weights file ({type(error).__name__}: {lines[0][:200]}). "
         "Download or save it again."

@@ -180,7 +180,7 @@ def _parse(folder: Path, file: Path) -> dict[str, Any]:
     header: Any = parse_json(content, object, str(file), LoadError)
     if not isinstance(header, dict):
         raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
-    todo = [(header, 1)]
+    todo: list[tuple[Any, int]] = [(header, 1)]
     while todo:
         value, depth = todo.pop()
         if depth > _MAX_DEPTH:

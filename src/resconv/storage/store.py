@@ -43,6 +43,7 @@ from .schema import (
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 _MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
+_CALLS, _CALLS_EACH = 4_000, 60  # and those of one with so many modules left
 _MAX_HEADER = 8 * 2**20  # of safetensors: some 50,000 tensors
 _MOST_BYTES = 768 * 2**20  # above the file's own: how much larger the net before pruning may be
 _LARGE = 2**22  # elements: what may come of less is not worth asking in advance
@@ -241,10 +242,10 @@ class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     large is asked of tensors without memory first.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, num_modules: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.left: int = num_bytes + min(8 * num_bytes + 2**28, _MOST_BYTES)
-        self.calls: int = _MAX_CALLS
+        self.calls: int = min(_MAX_CALLS, _CALLS + _CALLS_EACH * num_modules)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -301,7 +302,7 @@ def _build(
     trust_source: bool,
 ) -> nn.Module:
     edits = copy.deepcopy(header["edits"])
-    bounded = _Bounded(sum(t.nbytes for t in tensors.values()))
+    bounded = _Bounded(sum(t.nbytes for t in tensors.values()), len(header["modules"]))
     # The random weights of the new layers are overwritten; the caller's seed stays as it was.
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, nn.Module):
