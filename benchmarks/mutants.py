@@ -203,7 +203,10 @@ def _compact() -> Any:
     chosen = list(resconv.gates(gated))[2:5]
     with torch.no_grad():
         for name in chosen:
-            resconv.gates(gated)[name].scale.zero_()
+            gate = resconv.gates(gated)[name]
+            gate.scale.zero_()
+            if gate.control is not None:
+                gate.control.fill_(1.0)
     return resconv.prune(gated, Plan(tuple(chosen))), Plan(tuple(chosen))
 
 
