@@ -156,7 +156,7 @@ def fuzz(seconds: float, goal: int, only: str | None = None) -> dict[str, Any]:
                 "faults": {},
             },
         )
-        for end in _run(name, row["mutants"], int(min(500, left[name] + 1)), until):
+        for end in _run(name, row["mutants"], int(min(3000, left[name] + 1)), until):
             number = row["mutants"]
             row["mutants"] += 1
             if end["end"] != "raw":

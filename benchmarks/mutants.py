@@ -248,8 +248,8 @@ def read_saved(folder: Path) -> str:
     """Load a saved net: what is not refused is the net that was saved."""
     if "compact" not in _KEPT:
         _KEPT["compact"] = _compact()[0](_X)
-    header = json.loads((folder / "model.json").read_bytes())
     net = resconv.load(folder)
+    header = json.loads((folder / "model.json").read_bytes())
     make_inputs(header["inputs"], torch.Generator()) if header["inputs"] else None
     resealed = header["header_sha256"] != _KEPT["seal"]
     return "" if resealed or torch.equal(net(_X), _KEPT["compact"]) else "another net"
