@@ -46,6 +46,10 @@ class Loose(TypedDict, total=False):
         ('{"inner": {"names": ["\\ud800"]}}', "which is no text"),
         ('{"count": 1.5}', "'count' is 1.5, needed is a whole number"),
         ('{"count": 9223372036854775808}', "out of range"),
+        (
+            '{"inner": {"names": [], "share": 1' + "0" * 400 + "}}",
+            "share is a number of many digits",
+        ),
         ('{"count": NaN}', "NaN is no JSON number"),
         ('{"count": ' + "9" * 5000 + "}", "not JSON|out of range"),
         ('{"count": 1, "count": 2}', "a key stands twice"),

@@ -116,7 +116,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
         raise _FieldError(where, f"is {_shown(value)}, needed is {_WORDS[plain]}")
     if isinstance(value, int | float) and not abs(value) < (
-        _MAX_NUMBER if plain is int else math.inf
+        _MAX_NUMBER if isinstance(value, int) else math.inf
     ):
         raise _FieldError(where, f"is {_shown(value)}, which is out of range")
     if isinstance(value, str) and not value.isascii():

@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,12 +158,9 @@ def _open(image: EncodedImage) -> "Image":
     try:
         if isinstance(content, Path) and not content.is_file():
             raise OSError("it is no file, or is gone")  # reading a pipe would wait for ever
-        with warnings.catch_warnings():
-            # Pillow warns of many pixels, and of much besides that ends in an error below.
-            warnings.simplefilter("ignore")
-            opened = Image.open(
-                io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS
-            )
+        opened = Image.open(
+            io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS
+        )
     except Exception as error:
         raise _unreadable(image, error) from error
     if opened.width * opened.height > _MAX_PIXELS:
