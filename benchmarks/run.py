@@ -262,7 +262,7 @@ def _compress(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path 
         command += [flag] if value is True else [] if value is False else [flag, str(value)]
     subprocess.run(command, check=True)
     folder = RunFolder.open(arm.folder / "run")
-    metrics, plan = folder.metrics(), folder.read_json("plan.json")
+    metrics, plan = folder.metrics(), folder.read_json("plan.json", dict[str, Any])
     stages = folder.config().stage_epochs()
     more = {
         "epochs": [e for e in (stages if weights is None else stages[1:]) if e],

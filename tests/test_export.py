@@ -230,10 +230,12 @@ def test_a_large_net_has_its_weights_beside_it(small, tmp_path, monkeypatch):
     done = resconv.export(compact, tmp_path / "net.onnx", x, plan=plan)
     data = tmp_path / "net.onnx.data"
     assert done.num_bytes == done.path.stat().st_size + data.stat().st_size
-    assert compare(done.path, resconv.export(compact, tmp_path / "net.pt2", x).path)
+    assert compare(
+        done.path, resconv.export(compact, tmp_path / "net.pt2", x).path, trust_source=True
+    )
     data.unlink()
     with pytest.raises(LoadError, match="cannot read"):
-        compare(done.path, tmp_path / "net.pt2")
+        compare(done.path, tmp_path / "net.pt2", trust_source=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
 
 
@@ -271,16 +273,16 @@ def test_broken_files_are_named(small, tmp_path):
     resconv.export(compact, tmp_path / "net.xml", x)
     (tmp_path / "net.bin").unlink()
     with pytest.raises(LoadError, match=r"net\.bin is missing"):
-        compare(whole, tmp_path / "net.xml")
+        compare(whole, tmp_path / "net.xml", trust_source=True)
     for suffix in FORMATS:
         broken = tmp_path / f"broken{suffix}"
         broken.write_bytes(b"\x08\x01 nothing")
         (tmp_path / "broken.bin").write_bytes(b"")
         with pytest.raises(LoadError, match=r"cannot read|not a readable"):
-            compare(whole, broken)
+            compare(whole, broken, trust_source=True)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(LoadError, match=re.escape(f"resconv prune {tmp_path}")):
-        compare(whole, tmp_path)
+        compare(whole, tmp_path, trust_source=True)
 
 
 def test_refusals(small, tmp_path):
@@ -300,7 +302,7 @@ def test_refusals(small, tmp_path):
         resconv.export(compact, tmp_path / "file" / "x.pt2", x)
     resconv.export(compact, tmp_path / "net.pt2", x)
     with pytest.raises(VerificationError, match="does not run on inputs of shape"):
-        compare(tmp_path / "net.pt2", tmp_path / "net.pt2", shape="1,4,16,16")
+        compare(*[tmp_path / "net.pt2"] * 2, shape="1,4,16,16", trust_source=True)
 
     class Loops(nn.Module):
         def forward(self, x):
@@ -324,9 +326,9 @@ def test_the_command_line_takes_saved_folders(small, tmp_path, capsys):
 
     done = call("export", tmp_path / "net", "--to", tmp_path / "a.pt2")
     assert "dynamic batch" in done.output, done.output
-    done = call("verify", tmp_path / "net", tmp_path / "a.pt2")
+    done = call("verify", tmp_path / "net", tmp_path / "a.pt2", "--trust-source")
     assert "agree: 1 outputs" in done.output.replace("\n", " "), (done.output, done.exception)
-    done = call("verify", tmp_path / "net", tmp_path / "a.pt2", "--shape", "0,3")
+    done = call("verify", tmp_path / "net", tmp_path / "a.pt2", "--shape", "0,3", "--trust-source")
     assert "give whole numbers" in str(done.exception)
     resconv.save(compact, tmp_path / "net")
     done = call("export", tmp_path / "net")

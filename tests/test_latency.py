@@ -97,7 +97,10 @@ def test_the_table_is_that_of_the_model(table, gated, example, tmp_path):
     assert table.threads == 1
     table.save(tmp_path / "latency.json")
     assert resconv.LatencyTable.load(tmp_path / "latency.json") == table
-    with pytest.raises(resconv.ResConvError, match="no latency table"):
+    with pytest.raises(
+        resconv.ResConvError,
+        match="The latency table is damaged: the whole has no 'batch', 'threads'",
+    ):
         resconv.LatencyTable.from_json('{"runtime": "torch"}')
     with pytest.raises(resconv.ResConvError, match="negative or infinite"):
         resconv.LatencyTable.from_json(

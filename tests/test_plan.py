@@ -55,12 +55,16 @@ def test_json(gated, images, tmp_path):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "JSON object"),
-        ('{"remove": "a"}', "list of unit names"),
-        ('{"remove": [1]}', "every entry is a unit's name"),
+        ("{}", "has no 'remove'"),
+        ("[]", "the whole is a list, needed is an object"),
+        ('{"remove": "a"}', "'remove' is 'a', needed is a list"),
+        ('{"remove": [1]}', r"'remove'\[0\] is 1, needed is text"),
         ('{"remove": ["a", "a"]}', "more than once"),
-        ('{"remove": [], "extra": 1}', "unknown keys: extra"),
-        ('{"remove": [], "macs_after": "x"}', "no whole number"),
+        ('{"remove": [], "extra": 1}', "unknown keys: 'extra'"),
+        (
+            '{"remove": [], "macs_after": "x"}',
+            "'macs_after' is 'x', needed is a whole number or null",
+        ),
     ],
 )
 def test_bad_plans(text, message):

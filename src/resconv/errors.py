@@ -18,12 +18,36 @@ __all__ = [
     "RunError",
     "SaveError",
     "TraceError",
+    "TrustError",
     "VerificationError",
+    "printable",
 ]
 
 
+def printable(text: str) -> str:
+    r"""Return the text with every character that a terminal would obey written as an escape.
+
+    A name read from a file or a folder may hold control characters (which clear a screen or
+    pretend to be a prompt) or lone surrogates (which cannot be written at all). Line breaks stay.
+
+    >>> printable("layer\x1b[2J")
+    'layer\\x1b[2J'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class ResConvError(Exception):
-    """Base of every error that resconv raises for a user's mistake or an impossible request."""
+    """Base of every error that resconv raises for a user's mistake or an impossible request.
+
+    Its text is :func:`printable`, whatever the names in it are.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ResConvWarning(UserWarning):
@@ -60,6 +84,10 @@ class VerificationError(ResConvError):
 
 class LoadError(ResConvError):
     """A saved network is missing, changed, truncated or from a newer format."""
+
+
+class TrustError(LoadError):
+    """A file leads to code that runs only with the user's word, which was not given."""
 
 
 class SaveError(ResConvError):

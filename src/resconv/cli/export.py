@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from resconv.errors import printable
+
+from .options import TrustSource
 from .stopping import Stoppable
 
 __all__ = ["register"]
@@ -32,9 +35,7 @@ def export(
             help="A .onnx, .pt2 (torch.export) or .xml (OpenVINO) file; default: model.onnx there."
         ),
     ] = None,
-    trust_source: Annotated[
-        bool, typer.Option(help="Allow a saved net to import its package.module:factory.")
-    ] = False,
+    trust_source: TrustSource = False,
 ) -> None:
     """Write a compact net for another runtime, and check the file by running it."""
     import resconv
@@ -45,7 +46,7 @@ def export(
     if (run / "model.json").is_file() and not (run / "config.json").is_file():
         _say(_export_saved(run, to or run / "model.onnx", trust_source))
         return
-    current = runs.open_run(run, typer.echo)
+    current = runs.open_run(run, typer.echo, trust_source=trust_source)
     if to is None:
         runs.run_stage(current, "export", again=True)
         if not (run / "model.onnx").is_file():
@@ -79,7 +80,7 @@ def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
 def _say(done: Any) -> None:
     opset = f", opset {done.opset}" if done.opset else ""
     typer.echo(
-        f"{done.path}: {done.format}{opset}, {done.num_bytes:,} bytes, "
+        f"{printable(str(done.path))}: {done.format}{opset}, {done.num_bytes:,} bytes, "
         f"{'dynamic' if done.dynamic_batch else 'fixed'} batch, relative error "
         f"{done.verification.max_rel_error:.1e}"
     )

@@ -15,7 +15,7 @@ __all__ = ["as_options", "show_error"]
 
 # Settings whose option is not their name with dashes.
 _OTHER_NAMES = {"num_params": "params", "batch": "latency-batch"}
-_FLAGS = ("distill", "hints", "cuda_graphs", "recalibrate")
+_FLAGS = ("distill", "hints", "cuda_graphs", "recalibrate", "trust_source")
 _VALUED = (
     *(
         "macs",
@@ -38,7 +38,7 @@ _VALUED = (
         "limit",
         "precision",
     ),
-    *("devices", "model", "data", "tolerance", "trust_source"),
+    *("devices", "model", "data", "tolerance"),
 )
 # What a user of the command line types where one of Python calls something.
 _CALLS = {"resconv.units(model, example_inputs)": "resconv inspect"}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resconv.errors import BudgetError
+from resconv.errors import BudgetError, printable
 
 __all__ = [
     "Data",
@@ -20,6 +20,7 @@ __all__ = [
     "RunPath",
     "Runtime",
     "Threads",
+    "TrustSource",
     "amount",
     "example_for",
     "say_warnings",
@@ -52,6 +53,12 @@ Runtime = Annotated[
 LatencyBatch = Annotated[int, typer.Option(help="Images a forward pass, for the latency.")]
 Threads = Annotated[
     int | None, typer.Option(help="For the latency; default: as many as torch uses.")
+]
+TrustSource = Annotated[
+    bool,
+    typer.Option(
+        help="Let files that are given here run code: a net's own package.module:factory, a .pt2."
+    ),
 ]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 
@@ -119,11 +126,13 @@ def say_warnings(metrics: dict[str, Any]) -> None:
 
 def show_table(title: str, header: list[str], rows: list[Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(printable(title)), title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        # A unit or a folder may be called "[red]", or worse.
+        table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RunPath
+from .options import RunPath, TrustSource
 from .stopping import Resumable
 
 __all__ = ["register"]
@@ -28,6 +28,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="A plan written by hand, in place of the run's own.")
     ] = None,
+    trust_source: TrustSource = False,
 ) -> None:
     """Remove the planned units of a trained run, verify the compact net, and finetune it.
 
@@ -37,7 +38,9 @@ def prune(
     from resconv.cli.messages import as_options
     from resconv.planning.plan import Plan
 
-    current = runs.open_run(run, lambda text: typer.echo(as_options(text)))
+    current = runs.open_run(
+        run, lambda text: typer.echo(as_options(text)), trust_source=trust_source
+    )
     done = current.folder.done()
     # Stopped while it finetuned: the same command goes on there.
     stopped = "prune" in done and "finetune" not in done

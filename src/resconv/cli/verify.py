@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from resconv.errors import printable
+
+from .options import TrustSource
 from .stopping import Stoppable
 
 __all__ = ["register"]
@@ -16,7 +19,7 @@ EXAMPLES = """
 
   resconv verify saved_net model.xml --tolerance 1e-3
 
-  resconv verify a.pt2 b.onnx --shape 1,3,32,32
+  resconv verify a.pt2 b.onnx --shape 1,3,32,32 --trust-source
 """
 
 
@@ -34,16 +37,14 @@ def verify(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest relative error.")] = 1e-4,
-    trust_source: Annotated[
-        bool, typer.Option(help="Allow a saved net to import its package.module:factory.")
-    ] = False,
+    trust_source: TrustSource = False,
 ) -> None:
     """Run two networks on the same random inputs and compare their outputs."""
     from resconv.storage.comparison import compare
 
     result = compare(a, b, shape=shape, tolerance=tolerance, trust_source=trust_source)
     typer.echo(
-        f"{a} and {b} agree: {result.num_outputs} outputs, largest difference "
+        f"{printable(str(a))} and {printable(str(b))} agree: {result.num_outputs} outputs, largest difference "
         f"{result.max_abs_error:.2e}, relative {result.max_rel_error:.2e} "
         f"(allowed {result.tolerance:.0e})."
     )

@@ -45,9 +45,24 @@ def load(
         DataError: an unknown name, missing or unreadable files, classes that do not agree.
         MissingExtraError: the source's package is not installed.
     """
+    _check_arguments(name, image_size, holdout, limit, channels)
+    try:
+        return _load(name, root, image_size, holdout, limit, channels)
+    except OSError as error:
+        place = error.filename or name
+        raise DataError(f"{place} cannot be read: {error.strerror or error}.") from error
+
+
+def _load(
+    name: str,
+    root: str | Path | None,
+    image_size: int | None,
+    holdout: float,
+    limit: int | None,
+    channels: int | None,
+) -> ImageData:
     kind, _, place = name.partition(":")
     path = Path(place).expanduser()
-    _check_arguments(name, image_size, holdout, limit, channels)
     needs_val = holdout == 0.0
     example = None
     class_names: tuple[str, ...]

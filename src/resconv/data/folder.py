@@ -1,5 +1,7 @@
 """Image folders: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``."""
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +10,12 @@ from torch import Tensor
 
 from resconv.data.images import EncodedImage, decode_all, probe
 from resconv.data.splits import NO_VAL_HINT, LazySplit, Source, Split
-from resconv.errors import DataError, MissingExtraError
+from resconv.errors import DataError
 
 __all__ = ["FolderSource", "find_folder"]
 
 _MAX_BYTES = 2 * 1024**3
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -80,28 +83,70 @@ def find_folder(
 
 
 def _list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """Return the images of a split in a fixed random order, their labels, and the class names."""
     try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise MissingExtraError("torchvision", "train", "Reading an image folder") from error
-    try:
-        listed = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} has no folder in it: one for each class is needed, named as the class."
-        ) from error
-    labels = torch.tensor([label for _, label in listed.samples], dtype=torch.int64)
-    counts = torch.bincount(labels, minlength=len(listed.classes)).tolist()
-    empty = [name for name, count in zip(listed.classes, counts, strict=True) if count == 0]
+        classes = sorted((p for p in folder.iterdir() if _is_class(p)), key=lambda p: p.name)
+        if not classes:
+            raise DataError(
+                f"{folder} has no folder in it: one for each class is needed, named as the class."
+            )
+        # Where a link leads to a class or to the whole, its images are counted there alone.
+        others = {_identity(p) for p in (folder, *classes)}
+        listed = [_list_class(p, others - {_identity(p)}) for p in classes]
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
+    empty = [p.name for p, files in zip(classes, listed, strict=True) if not files]
     if empty:
         raise DataError(
-            f"{folder} has no image in {_name_some(empty)}. Add images, or remove the folders of "
-            "classes that are not wanted (from every split)."
+            f"{folder} has no image in {_name_some(empty)}{_held(folder / empty[0])}. Read are "
+            f"{', '.join(_SUFFIXES)}. Add images, or remove the folders of classes that are not "
+            "wanted (from every split)."
         )
+    labels = torch.tensor([i for i, files in enumerate(listed) for _ in files], dtype=torch.int64)
+    flat = [file for files in listed for file in files]
     # Listed class by class; drawn into one fixed order, any prefix is a fair sample.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    files = [Path(listed.samples[row][0]) for row in order.tolist()]
-    return files, labels[order], tuple(listed.classes)
+    return [flat[row] for row in order.tolist()], labels[order], tuple(p.name for p in classes)
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not _is_hidden(path.name)
+
+
+def _is_hidden(name: str) -> bool:
+    # What notebooks, file managers and archives leave behind (.ipynb_checkpoints, ._photo.jpg).
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _list_class(folder: Path, seen: set[tuple[int, int]]) -> list[Path]:
+    """Return the image files below a class, each folder once, however many links lead there."""
+    found: list[Path] = []
+    todo = [folder]
+    while todo:
+        place = todo.pop()
+        if _identity(place) in seen:
+            continue
+        seen.add(_identity(place))
+        inside = sorted(
+            (p for p in place.iterdir() if not _is_hidden(p.name)), key=lambda p: p.name
+        )
+        # A pipe or a link to nothing is no image, whatever it is called.
+        found += [p for p in inside if p.suffix.lower() in _SUFFIXES and p.is_file()]
+        todo += [p for p in reversed(inside) if p.is_dir()]
+    return found
+
+
+def _held(folder: Path) -> str:
+    names = (Path(name) for _, _, files in os.walk(folder) for name in files)
+    kinds = Counter(name.suffix.lower() or "no ending" for name in names)
+    if not kinds:
+        return ""
+    return f" ({folder.name}/ holds: {', '.join(f'{n} of {k}' for k, n in kinds.most_common(4))})"
 
 
 def _raise_class_difference(path: Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:

@@ -23,11 +23,19 @@ _PROBED = 1000  # images whose headers are read to find out channels and size
 _DEFAULT_SIZE = 224
 _THREADED_BYTES = 8192  # below this, threads spend longer waiting for the GIL than they win
 _MODES = {1: "L", 3: "RGB"}
+# Only these are tried, whatever a file is called: others start programs (EPS: Ghostscript) or fetch.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+_MAX_PIXELS = 2**26  # 8192 x 8192: Pillow holds 4 bytes for each, twice while it converts
+# The EXIF tag 0x0112 says how the camera was held.
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A file, or a file's bytes, and its place as an error message names it."""
+    """A file, or a file's bytes, and its place as an error message names it.
+
+    ``content`` is never text: that would be opened as a path.
+    """
 
     place: str
     content: Path | bytes
@@ -49,6 +57,7 @@ def probe(images: Sequence[EncodedImage]) -> Probe:
     Raises:
         DataError: one of them is not a readable image.
     """
+    # A turned image is as square as it was.
     step = max(1, len(images) // _PROBED)
     modes, sizes = set(), set()
     for image in images[::step]:
@@ -133,8 +142,8 @@ def _decode(
     with _open(image) as opened:
         try:
             opened.draft(None, (2 * image_size, 2 * image_size))  # JPEG: skip what is not needed
-            pixels = opened.convert(_MODES[channels])
-        except (OSError, SyntaxError, ValueError) as error:
+            pixels = _upright(opened.convert(_MODES[channels]), opened)
+        except Exception as error:  # decoders raise whatever a damaged file sets off in them
             raise _unreadable(image, error) from error
     square = transform(pixels) if transform else fit_square(pixels, image_size)
     return np.array(square, dtype=np.uint8).reshape(image_size, image_size, channels)
@@ -147,9 +156,18 @@ def _open(image: EncodedImage) -> "Image":
         raise MissingExtraError("pillow", "train", "Reading images") from error
     content = image.content
     try:
-        opened = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(content, Path) and not content.is_file():
+            raise OSError("it is no file, or is gone")  # reading a pipe would wait for ever
+        opened = Image.open(
+            io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS
+        )
+    except Exception as error:
         raise _unreadable(image, error) from error
+    if opened.width * opened.height > _MAX_PIXELS:
+        raise DataError(
+            f"{image.place} has {opened.width:,} x {opened.height:,} pixels; up to {_MAX_PIXELS:,} "
+            "are read. Make it smaller."
+        )
     if opened.mode[0] in "IF":
         raise DataError(
             f"{image.place} has pixels of {opened.mode!r}, more than 8 bits: read are 8-bit grey "
@@ -158,8 +176,29 @@ def _open(image: EncodedImage) -> "Image":
     return opened
 
 
+def _upright(pixels: "Image", opened: "Image") -> "Image":
+    """Return the decoded image as it was seen, by the EXIF orientation of the one it comes from."""
+    from PIL.Image import Transpose
+
+    try:
+        held = opened.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return pixels  # the pixels are whole, what is written beside them is not
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(held) if isinstance(held, int) else None
+    return pixels if turn is None else pixels.transpose(turn)
+
+
 def _unreadable(image: EncodedImage, error: Exception) -> DataError:
     return DataError(
-        f"{image.place} is not a readable image ({type(error).__name__}: {error}). "
-        "Remove or replace it."
+        f"{image.place} is not a readable image ({type(error).__name__}: {str(error)[:200]}). Read "
+        f"are {', '.join(_FORMATS)}. Remove or replace it."
     )

@@ -1,9 +1,8 @@
 """Parquet files in the hub's layout: columns ``image`` (struct of bytes and path) and ``label``."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,10 +10,15 @@ from torch import Tensor
 from resconv.data.images import EncodedImage, decode_all, probe
 from resconv.data.splits import NO_VAL_HINT, Source, Split
 from resconv.errors import DataError, MissingExtraError
+from resconv.json_files import parse_json
 
 __all__ = ["ParquetSource", "find_parquet"]
 
 _MAX_BYTES = 8 * 1024**3
+_BATCH = 512  # rows that are unpacked at a time
+# Images are packed already: what a file unpacks to is about its own size.
+_LEAST, _RATIO = 256 * 1024**2, 16
+_MAX_LABEL = 2**31
 _VAL_PATTERNS = ("val*.parquet", "test*.parquet")  # the first that matches
 
 
@@ -52,7 +56,7 @@ def find_parquet(
             f"There is no folder {path}. 'parquet:' takes the folder that holds train*.parquet."
         )
     train = _read_rows(_find_files(path, ("train*.parquet",), needs_val), None)
-    names = train.class_names or tuple(str(i) for i in range(int(train.labels.max()) + 1))
+    names = train.class_names or _numbered(path, train.labels)
     val = None
     if needs_val:
         val = _read_rows(_find_files(path, _VAL_PATTERNS, needs_val), names)
@@ -76,6 +80,17 @@ def find_parquet(
     )
 
 
+def _numbered(path: Path, labels: Tensor) -> tuple[str, ...]:
+    """Return numbers as the names of classes that nothing declares."""
+    count = int(labels.max()) + 1
+    if count > len(labels):
+        raise DataError(
+            f"{path} has labels up to {count - 1:,} for {len(labels):,} images, and declares no class "
+            "names: most classes would have no image. Number the classes from 0 without gaps."
+        )
+    return tuple(str(i) for i in range(count))
+
+
 def _find_files(path: Path, patterns: tuple[str, ...], needs_val: bool) -> list[Path]:
     for folder in (path, path / "data"):
         for pattern in patterns:
@@ -88,7 +103,6 @@ def _find_files(path: Path, patterns: tuple[str, ...], needs_val: bool) -> list[
 
 def _read_rows(files: list[Path], expected: tuple[str, ...] | None) -> _Rows:
     try:
-        import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -103,74 +117,124 @@ def _read_rows(files: list[Path], expected: tuple[str, ...] | None) -> _Rows:
     images: list[EncodedImage] = []
     labels: list[Tensor] = []
     names = expected
+    left = min(_MAX_BYTES, _LEAST + _RATIO * num_bytes)
     for file in files:
         try:
-            schema = pq.read_schema(file)
+            opened = pq.ParquetFile(file)
+            schema = opened.schema_arrow
             _check_columns(file, schema)
-            table = pq.read_table(file, columns=["image", "label"])
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{file} is not a readable parquet file ({error}). Download it again."
-            ) from error
-        own_names = _read_class_names(schema)
-        if names and own_names and own_names != names:
-            raise DataError(
-                f"{file} declares other classes ({', '.join(own_names[:8])}) than the files read "
-                f"before ({', '.join(names[:8])}). Keep files of one dataset in a folder."
-            )
-        names = names or own_names
-        labels.append(_read_labels(file, table["label"], names))
-        for row, content in enumerate(pc.struct_field(table["image"], "bytes").to_pylist()):
-            if content is None:
+            own_names = _read_class_names(file, schema)
+            if names and own_names and own_names != names:
                 raise DataError(
-                    f"Row {row} of {file} has no image bytes. Only images embedded in the file "
-                    "are read: save the dataset with its images embedded."
+                    f"{file} declares other classes ({', '.join(own_names[:8])}) than the files "
+                    f"read before ({', '.join(names[:8])}). Keep files of one dataset in a folder."
                 )
-            images.append(EncodedImage(f"Row {row} of {file}", content))
+            names = names or own_names
+            for part in opened.iter_batches(_BATCH, columns=["image", "label"]):
+                first = len(images)
+                labels.append(_read_labels(file, part.column(1), names, first))
+                contents = pc.struct_field(part.column(0), "bytes").to_pylist()
+                images += _encoded(file, contents, first)
+                left -= sum(map(len, contents))
+                if left < 0:
+                    raise DataError(
+                        f"{file} unpacks to far more than it is ({file.stat().st_size:,} bytes): no "
+                        "images do. Save them encoded, as JPEG or PNG."
+                    )
+        except DataError:
+            raise
+        except Exception as error:  # pyarrow has many for a damaged file
+            raise DataError(
+                f"{file} is not a readable parquet file ({type(error).__name__}: "
+                f"{str(error)[:200]}). Download it again."
+            ) from error
     if not images:
         raise DataError(f"{', '.join(map(str, files[:3]))}: no rows. Download the files again.")
     return _Rows(images, torch.cat(labels), names)
 
 
+def _encoded(file: Path, contents: list[bytes | None], first: int) -> list[EncodedImage]:
+    for row, content in enumerate(contents, first):
+        if content is None:
+            raise DataError(
+                f"Row {row} of {file} has no image bytes. Only images embedded in the file are "
+                "read: save the dataset with its images embedded."
+            )
+    return [
+        EncodedImage(f"Row {row} of {file}", content)
+        for row, content in enumerate(contents, first)
+        if content is not None
+    ]
+
+
 def _check_columns(file: Path, schema: Any) -> None:
     import pyarrow as pa
 
-    missing = [name for name in ("image", "label") if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{file} has no column {' and no column '.join(map(repr, missing))} (it has: "
-            f"{', '.join(schema.names)}). Rename its columns to 'image' and 'label'."
-        )
+    for name in ("image", "label"):
+        if schema.names.count(name) != 1:
+            found = ", ".join(schema.names[:12])
+            raise DataError(
+                f"{file} has {schema.names.count(name) or 'no'} column{'s' * (name in schema.names)} "
+                f"{name!r} (it has: {found}). Give it one column 'image' and one 'label'."
+            )
     image = schema.field("image").type
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+    inner = [image.field(i) for i in range(image.num_fields)] if pa.types.is_struct(image) else []
+    kinds = [field.type for field in inner if field.name == "bytes"]
+    # Text in their place would be a path, and not the file's to name.
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    if len(kinds) != 1 or not any(is_kind(kinds[0]) for is_kind in binary):
         raise DataError(
-            f"{file}: column 'image' is {image}, needed is struct<bytes: binary, path: string>, "
-            "as the hub saves image sets."
+            f"{file}: column 'image' is {str(image)[:120]}, needed is struct<bytes: binary, path: "
+            "string>, as the hub saves image sets."
         )
     label = schema.field("label").type
     if not pa.types.is_integer(label):
         raise DataError(
-            f"{file}: column 'label' is {label}, needed are integers from 0 (a class's number)."
+            f"{file}: column 'label' is {str(label)[:120]}, needed are integers from 0 (a class's "
+            "number)."
         )
 
 
-def _read_class_names(schema: Any) -> tuple[str, ...] | None:
-    try:
-        metadata = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(str(name) for name in metadata["info"]["features"]["label"]["names"]) or None
-    except (KeyError, TypeError, ValueError):
+class _Label(TypedDict):
+    names: list[str]
+
+
+class _Features(TypedDict):
+    label: _Label
+
+
+class _Info(TypedDict):
+    features: _Features
+
+
+class _Metadata(TypedDict):
+    info: _Info
+
+
+def _read_class_names(file: Path, schema: Any) -> tuple[str, ...] | None:
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None:
         return None  # written by another tool: the classes are then numbers
+    try:
+        metadata = parse_json(text, _Metadata, str(file), DataError)
+    except DataError:
+        return None  # labels without declared names
+    names = tuple(metadata["info"]["features"]["label"]["names"])
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{file} declares the class {twice[:60]!r} twice. Give each one name.")
+    return names or None
 
 
-def _read_labels(file: Path, column: Any, names: tuple[str, ...] | None) -> Tensor:
-    values = [-1 if value is None else value for value in column.to_pylist()]
-    labels = torch.tensor(values, dtype=torch.int64)
-    wrong = labels < 0 if names is None else (labels < 0) | (labels >= len(names))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
+def _read_labels(file: Path, column: Any, names: tuple[str, ...] | None, first: int) -> Tensor:
+    values = column.to_pylist()
+    most = len(names) if names else _MAX_LABEL
+    wrong = [i for i, v in enumerate(values) if v is None or not 0 <= v < most]
+    if wrong:
         allowed = f"0 to {len(names) - 1} ({len(names)} classes)" if names else "0 and up"
+        found = "no label" if values[wrong[0]] is None else f"the label {values[wrong[0]]}"
         raise DataError(
-            f"Row {row} of {file} has the label {column[row]}, allowed are {allowed}; "
-            f"{int(wrong.sum()):,} of {len(labels):,} rows are outside. Correct or drop them."
+            f"Row {first + wrong[0]} of {file} has {found}, allowed are {allowed}; {len(wrong):,} of "
+            f"the {len(values):,} rows around it are outside. Correct or drop them."
         )
-    return labels
+    return torch.tensor(values, dtype=torch.int64)

@@ -134,14 +134,18 @@ def measure_pixels(split: Split | LazySplit) -> tuple[tuple[float, ...], tuple[f
     if isinstance(split, LazySplit):
         count = min(len(split), _STATISTICS_SAMPLE)
         rows = torch.linspace(0, len(split) - 1, count).long().tolist()
-        images = torch.stack([split.read(row) for row in rows])
+        parts = (split.read(row).unsqueeze(0) for row in rows)  # one at a time
     else:
-        images = split.images
+        starts = range(0, len(split), _STATISTICS_SAMPLE)
+        parts = (split.images[i : i + _STATISTICS_SAMPLE] for i in starts)
     levels = torch.arange(256, dtype=torch.float64) / 255
+    # Histograms are exact, and need no float copy of the images.
+    histograms = sum(
+        torch.stack([c.flatten().bincount(minlength=256) for c in part.unbind(1)]) for part in parts
+    )
+    assert isinstance(histograms, Tensor)
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        # A histogram is exact and needs no float copy of the images.
-        histogram = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+    for histogram in histograms.double():
         share = histogram / histogram.sum()
         mean = float((share * levels).sum())
         variance = float((share * (levels - mean) ** 2).sum())

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import nn
 from ..analysis.inputs import as_batch, unwrap
 from ..errors import BudgetError, MissingExtraError, PlanError, PruneError
 from ..files import write_text
+from ..json_files import parse_json, read_bounded
 from ..nn.gates import gates
-from ..planning.budget import Budget
+from ..planning.budget import RUNTIMES, Budget
 from ..planning.costs import Ledger, ledger
 from ..planning.plan import Plan
 from ..storage.exporting import onnx_bytes
@@ -82,6 +83,18 @@ class LatencyTable:
     nets: tuple[TimedNet, ...] = ()
     checks: tuple[TimedNet, ...] = ()
 
+    def __post_init__(self) -> None:
+        nets = (*self.nets, *self.checks)
+        times = (self.latency_ms, *self.unit_ms.values(), *(n.latency_ms for n in nets))
+        if not all(math.isfinite(t) and t >= 0 for t in (*times, self.error)):
+            raise PlanError("A latency table has a time that is negative or infinite.")
+        if self.runtime not in RUNTIMES or self.batch < 1 or self.threads < 1:
+            raise PlanError(
+                f"A latency table for runtime={self.runtime!r}, batch={self.batch}, "
+                f"threads={self.threads} cannot be: runtimes are {' and '.join(RUNTIMES)}, and at "
+                "least one image and one thread are needed."
+            )
+
     def check_of(self, removed: Iterable[str]) -> TimedNet | None:
         """Return the timing of the net without exactly these units, where there is one."""
         wanted = set(removed)
@@ -96,6 +109,8 @@ class LatencyTable:
             asked = getattr(budget, name)
             if asked is not None and asked != getattr(self, name):
                 return f"it holds {name}={getattr(self, name)!r}, asked is {asked!r}"
+        if self.device != "cpu" and not _is_here(self.device):
+            return f"it was measured on {self.device!r}, which this machine does not have"
         if self.processor != processor():
             return f"it was measured on another machine ({self.processor}; this is {processor()})"
         return None
@@ -104,37 +119,28 @@ class LatencyTable:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "LatencyTable":
-        """Read a table.
+    def from_json(cls, text: str | bytes, place: str = "The latency table") -> "LatencyTable":
+        """Read a table; ``place`` names it in errors.
 
         Raises:
             PlanError: no JSON, or no table.
         """
-        try:
-            content = json.loads(text)
-            for key in ("nets", "checks"):
-                content[key] = tuple(
-                    TimedNet(**{**n, "removed": tuple(n["removed"])}) for n in content[key]
-                )
-            table = cls(**content)
-            numbers = (table.latency_ms, *table.unit_ms.values())
-            if not all(math.isfinite(n) and n >= 0 for n in numbers):
-                raise ValueError("a time is negative or infinite")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            keys = ", ".join(f.name for f in fields(cls))
-            raise PlanError(f"This is no latency table ({error}); it has {keys}.") from error
-        return table
+        return parse_json(text, cls, place, PlanError)
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"The latency table {path} cannot be read: {error}.") from error
-        return cls.from_json(text)
+        return cls.from_json(read_bounded(Path(path), PlanError), str(path))
+
+
+def _is_here(device: str) -> bool:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
 
 
 def require_runtime(runtime: str) -> None:

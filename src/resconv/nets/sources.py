@@ -19,10 +19,17 @@ from typing import Any
 
 from torch import nn
 
-from resconv.errors import MissingExtraError, ModelError
+from resconv.errors import MissingExtraError, ModelError, TrustError
 from resconv.nets import resnet, vgg
 
-__all__ = ["create", "default_input_size", "list_builtin", "runs_user_code"]
+__all__ = [
+    "create",
+    "default_input_size",
+    "list_builtin",
+    "require_trust",
+    "require_trusted_source",
+    "runs_user_code",
+]
 
 _ZOOS = ("timm", "torchvision")
 _BUILTIN: dict[str, Callable[..., nn.Module]] = {
@@ -52,6 +59,36 @@ def runs_user_code(name: str) -> bool:
     ask the user before creating such a net.
     """
     return ":" in name and name.split(":", 1)[0] not in _ZOOS
+
+
+def require_trust(what: str, place: object, *, trusted: bool) -> None:
+    """The one question that is asked before a file leads to code that is not resconv's.
+
+    Args:
+        what: what would run, as a user reads it.
+        place: the file or folder that leads there.
+        trusted: whether the user said so, for this call.
+
+    Raises:
+        TrustError: the user did not.
+    """
+    if not trusted:
+        raise TrustError(
+            f"{place}: {what}. Code that runs can do anything. If you trust its origin, add "
+            "--trust-source (in Python: load(trust_source=True))."
+        )
+
+
+def require_trusted_source(name: str, place: object, *, trusted: bool) -> None:
+    """Ask :func:`require_trust` about a net that is built by its name, where it is not resconv's.
+
+    Raises:
+        TrustError: the name leads to code outside resconv, timm and torchvision, and the user did
+            not say that it may run.
+    """
+    if runs_user_code(name):
+        what = f"its net is made by {name[:120]!r}, code that is in neither resconv, timm nor torchvision"
+        require_trust(what, place, trusted=trusted)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -133,7 +170,9 @@ def _create_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise MissingExtraError("timm", "train", f"The net 'timm:{name}'") from error
+        # timm itself needs torchvision.
+        package = error.name or "timm"
+        raise MissingExtraError(package, "train", f"The net 'timm:{name}'") from error
     # Checked first: create_model also takes addresses of the hub, and would go on the network.
     if ":" in name or "/" in name or not timm.is_model(name):
         raise ModelError(

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from ..analysis.inputs import unwrap
 from ..errors import PlanError
 from ..files import write_text
+from ..json_files import parse_json, read_bounded
 from ..nn.gates import gates
 
 __all__ = ["Plan", "why_not_now"]
@@ -29,7 +30,8 @@ class Plan:
     the same rounds.
     """
 
-    remove: tuple[str, ...] = ()
+    # A file without it is no plan.
+    remove: tuple[str, ...] = field(default=(), metadata={"required": True})
     macs_before: int | None = None
     macs_after: int | None = None
     num_params_before: int | None = None
@@ -55,47 +57,20 @@ class Plan:
         return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Read a plan.
+    def from_json(cls, text: str | bytes, place: str = "The plan") -> "Plan":
+        """Read a plan; ``place`` names it in errors.
 
         Raises:
             PlanError: no JSON, or no plan; the fault is named.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise PlanError(f"The plan is not JSON: {error}.") from error
-        if not isinstance(content, dict) or "remove" not in content:
-            raise PlanError('A plan is a JSON object with the key "remove", a list of unit names.')
-        unknown = sorted(set(content) - {f.name for f in fields(cls)})
-        if unknown:
-            raise PlanError(f"The plan has unknown keys: {', '.join(unknown)}.")
-        if not isinstance(content["remove"], list):
-            raise PlanError(f"remove={content['remove']!r}: give a list of unit names.")
-        if not isinstance(content.get("scales", {}), dict):
-            raise PlanError('"scales" is an object of unit names and numbers.')
-        for key in ("macs_before", "macs_after", "num_params_before", "num_params_after"):
-            value = content.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise PlanError(f"{key}={value!r} is no whole number.")
-        for key in ("latency_ms_before", "latency_ms_predicted", "latency_ms_after"):
-            value = content.get(key)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise PlanError(f"{key}={value!r} is no number.")
-        return cls(**content)
+        return parse_json(text, cls, place, PlanError)
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"The plan {path} cannot be read: {error}.") from error
-        return cls.from_json(text)
+        return cls.from_json(read_bounded(Path(path), PlanError), str(path))
 
 
 def why_not_now(model: nn.Module, name: str) -> str | None:

@@ -170,19 +170,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, content: Any) -> "Config":
-        known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or not {"model", "data"} <= set(content):
-            raise RunError("config.json is no run's configuration.")
-        unknown = sorted(set(content) - known)
-        if unknown:
-            raise RunError(f"config.json has unknown keys: {', '.join(unknown)}.")
-        try:
-            return cls(**content)
-        except (TypeError, BudgetError) as error:
-            raise RunError(f"config.json is damaged: {error}") from error
-
     def bearing(self) -> dict[str, Any]:
         """Return the settings that bear on training and planning."""
         return {k: v for k, v in self.to_dict().items() if k not in _FREE | _LATE}

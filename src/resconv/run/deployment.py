@@ -1,21 +1,32 @@
 """The stages that deploy: the file for another runtime, timings of it, and the report."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 import resconv
-from resconv.errors import ExportError, MissingExtraError, RunError, VerificationError
+from resconv.errors import (
+    ExportError,
+    MissingExtraError,
+    PlanError,
+    RunError,
+    VerificationError,
+)
 from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
 from .job import LATENCY, Run
+from .metrics import Row
 from .report import write_report
 from .surgery import compact_of, removed_units
+from .timing import latency_table
 
 __all__ = ["export", "measure", "report"]
+
+T = TypeVar("T")
 
 
 def export(run: Run) -> None:
@@ -45,7 +56,8 @@ def export(run: Run) -> None:
 
 def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> dict[str, Any]:
     """Time the two nets as the target says, and return all that is to be known about it."""
-    budget, plan, table = run.config.budget(), run.plan(), LatencyTable.load(run.folder / LATENCY)
+    budget, plan, table = run.config.budget(), run.plan(), latency_table(run, run.gated())
+    assert table is not None  # the budget limits the latency
     before, after = time_nets([dense, compact], run.example(), table)
     limit = budget.limits(0, 0, before.median_ms)[2]
     found = {
@@ -131,6 +143,17 @@ def measure(run: Run) -> None:
     run.say(f"Latency (batch 1, medians, interleaved): {text}.")
 
 
+def _optional(run: Run, name: str, what: str, kind: type[T]) -> T | None:
+    """Return what a file holds that the report can do without, or say what it lacks."""
+    try:
+        if name == LATENCY:
+            LatencyTable.load(run.folder / name)
+        return run.folder.read_json(name, kind)
+    except (RunError, PlanError) as error:
+        run.say(f"The report has no {what}: {error}")
+        return None
+
+
 def report(run: Run) -> None:
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
     if "verify" not in run.folder.metrics():
@@ -145,9 +168,11 @@ def report(run: Run) -> None:
             run.folder / "report.html",
             run.config,
             run.folder.metrics(),
-            run.folder.read_json("plan.json"),
-            run.folder.read_json("scales.json"),
-            run.folder.read_json(LATENCY) if run.config.budget().times else None,
+            asdict(run.plan()),
+            _optional(run, "scales.json", "plot of the scales", list[Row]) or [],
+            _optional(run, LATENCY, "latency of single units", dict[str, Any])
+            if run.config.budget().times
+            else None,
         )
     except MissingExtraError as error:
         run.warn("report", f"No report: {error}")

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TypedDict
 
 from resconv.errors import RunError
 from resconv.files import OURS, sync_folder, write_text
+from resconv.json_files import read_json
 
 from .mark import MARK, Mark
 
@@ -19,6 +21,10 @@ __all__ = ["complete", "discard", "go_on", "is_under_way", "make_room"]
 
 _NEW = f"{OURS}new"
 _NOTE = f"{OURS}exchange.json"
+
+
+class _Note(TypedDict):
+    to: str
 
 
 def make_room(path: Path) -> Path:
@@ -70,11 +76,11 @@ def go_on(path: Path) -> None:
 
 def _carry_out(path: Path) -> Path:
     try:
-        name = json.loads((path / _NOTE).read_text(encoding="utf-8"))["to"]
-        if not isinstance(name, str) or Path(name).name != name or not name.startswith("earlier-"):
-            raise ValueError("it does not name a folder of an earlier run")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path / _NOTE} cannot be used: {error}. Choose another --out.") from error
+        name = read_json(path / _NOTE, _Note, RunError)["to"]
+        if Path(name).name != name or not name.startswith("earlier-"):
+            raise RunError(f"{path / _NOTE} does not name a folder of an earlier run.")
+    except RunError as error:
+        raise RunError(f"{error} Choose another --out.") from error
     aside, new = path / name, path / _NEW
     try:
         # The folder's own mark is the earlier run's until that has moved; then there is none until

@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from resconv.errors import RunError
 from resconv.files import OURS, digest, sweep, write_text
+from resconv.json_files import read_json
 from resconv.train.checkpoints import CHECKPOINT_FILES
 
 from . import exchange
 from .config import Config
 from .lock import locked
 from .mark import MARK, Mark, Record
+from .metrics import Metrics
 
 __all__ = ["RunFolder", "from_prune", "log_files"]
 
@@ -27,6 +29,7 @@ _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 # The metrics that every stage adds to.
 _COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -212,24 +215,31 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def config(self) -> Config:
-        return Config.from_dict(self.read_json(_CONFIG))
+        return self.read_json(_CONFIG, Config)
 
-    def read_json(self, name: str) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RunError(f"{self.path} has no {name}. Run the stage before it first.") from error
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}.") from error
+    def read_json(self, name: str, kind: type[T]) -> T:
+        """Return what a file of the run holds, checked to be a ``kind``.
+
+        Raises:
+            RunError: it is missing, or damaged; the file and the field are named.
+        """
+        if not os.path.lexists(self.path / name):
+            raise RunError(f"{self.path} has no {name}. Run the stage before it first.")
+        return read_json(self.path / name, kind, RunError)
 
     def write_json(self, name: str, content: Any) -> None:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def metrics(self) -> dict[str, Any]:
-        found = self.read_json(_METRICS) if (self.path / _METRICS).is_file() else {}
-        if not isinstance(found, dict):
-            raise RunError(f"{self.path / _METRICS} holds no metrics.")
-        return found
+        if not os.path.lexists(self.path / _METRICS):
+            return {}
+        try:
+            return dict(self.read_json(_METRICS, Metrics))
+        except RunError as error:
+            raise RunError(
+                f"{error} Mend it, or delete the file: it holds figures alone, and `resconv prune "
+                f"{self.path}` and `resconv measure {self.path}` write theirs anew."
+            ) from error
 
     def add_metrics(self, **values: Any) -> None:
         self.added |= values.keys()

@@ -13,7 +13,7 @@ import resconv
 from resconv import data as datasets
 from resconv import nets
 from resconv.data import ImageData
-from resconv.errors import ModelError, RunError
+from resconv.errors import ModelError, RunError, printable
 from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
 from resconv.latency.table import LatencyTable
@@ -40,9 +40,12 @@ class Run:
         say: Say = print,
         ranks: Ranks | None = None,
         config: Config | None = None,
+        *,
+        trust_source: bool = False,
     ) -> None:
         self.ranks = ranks or Ranks()
-        self.folder, self.say = folder, say if self.ranks.leads else lambda text: None
+        self.folder, self.trust_source = folder, trust_source
+        self._say = say if self.ranks.leads else None
         self.config = folder.config() if config is None else config
         # While a run is checked, the folder may be missing, or hold what was tried before.
         self.owns_folder = config is None
@@ -58,6 +61,11 @@ class Run:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.data)
         return self._fingerprint
+
+    def say(self, text: str) -> None:
+        """Tell the user, once where there are several processes."""
+        if self._say is not None:
+            self._say(printable(text))
 
     @property
     def data(self) -> ImageData:
@@ -97,8 +105,10 @@ class Run:
         """Build the net for this data, with random weights from the seed.
 
         Raises:
+            TrustError: the run's folder alone names code of the user's own to build it with.
             DataError: its inputs or outputs do not fit the data.
         """
+        nets.require_trusted_source(self.config.model, self.folder.path, trusted=self.trust_source)
         torch.manual_seed(self.config.seed)
         return build(self.config.model, self.data)
 

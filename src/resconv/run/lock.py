@@ -99,7 +99,7 @@ def _lives(owner: dict[str, Any]) -> bool:
     """Whether the process is there still, and is not another one with its number."""
     try:
         return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2)
-    except (psutil.Error, KeyError, TypeError, ValueError):
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return False
 
 
@@ -111,7 +111,7 @@ def _self() -> dict[str, Any]:
 def _read(handle: int) -> dict[str, Any]:
     try:
         found = json.loads(os.read(handle, 4096))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -4,16 +4,16 @@ import json
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from resconv.errors import RunError
 from resconv.files import write_text
+from resconv.json_files import parse_json, read_bounded
 
 __all__ = ["MARK", "Mark", "Record"]
 
 MARK = "resconv-run.json"
 _FORMAT, _VERSION = "resconv-run", 1
-_MAX_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Record:
         metrics: the keys that the stage left in ``metrics.json``.
     """
 
-    settings: dict[str, Any]
+    settings: dict[str, bool | int | float | str | None]
     data: dict[str, str]
     read: dict[str, str]
     wrote: dict[str, str]
@@ -62,48 +62,39 @@ class Mark:
         path = folder / MARK
         next_step = "Nothing in the folder was touched: choose another --out."
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
-            if content.get("version") != _VERSION:
-                version = str(content.get("version"))[:20]
-                raise ValueError(f"it is of version {version}, and this resconv reads {_VERSION}")
-            return cls(
-                _text(content["id"]),
-                [_inside(name) for name in content["files"]],
-                {_text(name): _record(found) for name, found in content["stages"].items()},
-            )
-        except KeyError as error:
-            raise RunError(f"{path} is damaged: it has no {error}. {next_step}") from error
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RunError(f"{path} cannot be used: {str(error)[:200]}. {next_step}") from error
+            text = read_bounded(path, RunError)
+            kind = parse_json(text, _Kind, str(path), RunError)
+            if kind["format"] != _FORMAT:
+                raise RunError(f"{path} is damaged: its format is not {_FORMAT!r}.")
+            if kind["version"] != _VERSION:
+                raise RunError(
+                    f"{path} is of version {kind['version']}, and this resconv reads {_VERSION}."
+                )
+            content = parse_json(text, _Content, str(path), RunError)
+            for name in content["files"]:
+                if not _is_inside(name):
+                    raise RunError(f"{path} is damaged: {name[:80]!r} is no place in the folder.")
+        except RunError as error:
+            raise RunError(f"{error} {next_step}") from error
+        return cls(content["id"], content["files"], content["stages"])
 
 
-def _record(found: Any) -> Record:
-    def texts(key: str) -> dict[str, str]:
-        return {_text(k): _text(v) for k, v in found[key].items()}
+class _Kind(TypedDict):
+    """What every version of the file has."""
 
-    return Record(
-        settings=dict(found["settings"]),
-        data=texts("data"),
-        read=texts("read"),
-        wrote=texts("wrote"),
-        metrics=[_text(name) for name in found["metrics"]],
-    )
+    format: str
+    version: int
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} stands where a text is needed")
-    return value
+class _Content(TypedDict):
+    id: str
+    files: list[str]
+    stages: dict[str, Record]
 
 
-def _inside(value: Any) -> str:
-    """Return a name that leads to a place below the folder: others would let files outside go."""
-    name = _text(value)
+def _is_inside(name: str) -> bool:
+    """Whether a name leads to a place below the folder: others would let files outside go."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError(f"{name[:80]!r} is no place in the folder")
-    return name
+    return (
+        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    )

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from resconv import nets
 from resconv.errors import ResConvWarning, RunError
 from resconv.planning.plan import Plan
 from resconv.selection.outcome import Snapshot
@@ -19,6 +20,7 @@ from .config import Config
 from .folder import RunFolder, log_files
 from .job import Run, Say
 from .lock import locked
+from .metrics import Row
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
 
@@ -59,7 +61,8 @@ def begin(
         ResConvError: see :func:`resconv.run.checks.check`.
     """
     ranks = join()
-    run = Run(RunFolder(path), say, ranks, config)
+    # The net's name came with the call, from the user.
+    run = Run(RunFolder(path), say, ranks, config, trust_source=True)
     ranks.by_first(lambda: _begin(run, fresh, dense_only))
     run.owns_folder = run.is_checked = True
     return run
@@ -85,8 +88,9 @@ def _begin(run: Run, fresh: bool, dense_only: bool) -> None:
         run.keep_latency(run.latency)
 
 
-def open_run(path: Path, say: Say = print) -> Run:
-    return Run(RunFolder.open(path), say)
+def open_run(path: Path, say: Say = print, *, trust_source: bool = False) -> Run:
+    """Open a run that is there; its net is built by the user's own code only with ``trust_source``."""
+    return Run(RunFolder.open(path), say, trust_source=trust_source)
 
 
 def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
@@ -130,6 +134,8 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
             f"{run.folder.path}: the stage {missing[0]!r} has to be run before {stage!r}. "
             f"`resconv compress` with the same settings does all that is missing."
         )
+    # Before anything is undone: what is refused leaves the run as it was.
+    nets.require_trusted_source(run.config.model, run.folder.path, trusted=run.trust_source)
     stages.check(run, stage)
     run.folder.undo(order[order.index(stage) :], keep=stages.WRITES[stage])
     run.folder.claim(stages.WRITES[stage])
@@ -202,4 +208,4 @@ def compress(run: Run) -> dict[str, Any]:
 
 def history(folder: RunFolder) -> list[Snapshot]:
     """Return the scales over sparse training."""
-    return [Snapshot(*row) for row in folder.read_json("scales.json")]
+    return [Snapshot(*row) for row in folder.read_json("scales.json", list[Row])]

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import resconv
-from resconv import nets
 from resconv.data import BatchLoader
 from resconv.nn.gates import BranchGate
 from resconv.planning.costs import excess, ledger
@@ -165,5 +164,5 @@ def save_compact(run: Run, compact: nn.Module, plan: Plan) -> None:
 
 def compact_of(run: Run) -> nn.Module:
     """Return the saved compact net of a run."""
-    source = run.create() if nets.runs_user_code(run.config.model) else None
-    return resconv.load(run.folder.path, model=source)
+    # From the net that the run's settings name: what model.json names as its source is not asked.
+    return resconv.load(run.folder.path, model=run.create(), trust_source=run.trust_source)

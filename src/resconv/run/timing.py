@@ -1,8 +1,11 @@
 """What a target in milliseconds needs before and while training: the units' measured latency."""
 
+import os
+
 from torch import nn
 
 import resconv
+from resconv.errors import PlanError
 from resconv.latency.table import LatencyTable
 from resconv.planning.costs import ledger
 
@@ -20,11 +23,14 @@ def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
     costs = ledger(model, run.example())
     if run.latency is not None:
         return run.latency
-    if run.owns_folder and path.is_file():
-        table = LatencyTable.load(path)
-        reason = table.why_unfit(costs, budget)
-        if reason is None:
-            return table
+    if run.owns_folder and os.path.lexists(path):
+        try:
+            table = LatencyTable.load(path)
+            reason = table.why_unfit(costs, budget)
+            if reason is None:
+                return table
+        except PlanError as error:
+            reason = str(error).rstrip(".")
         run.say(f"{path} is measured anew: {reason}.")
     run.say(f"Measuring the latency of {len(costs.names)} units in {budget.runtime}.")
     table = resconv.measure_latency(model, run.example(), budget)

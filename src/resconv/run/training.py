@@ -9,7 +9,7 @@ from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
-from .surgery import removed_units, save_compact
+from .surgery import compact_of, removed_units, save_compact
 from .timing import latency_table
 
 __all__ = ["dense", "finetune", "sparse"]
@@ -191,7 +191,9 @@ def finetune(run: Run) -> None:
     compact = resconv.fuse(model, example)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
-    before = run.folder.metrics()["top1_compact"]
+    before = run.folder.metrics().get("top1_compact")
+    if before is None:  # the user may delete metrics.json
+        before = evaluate(compact_of(run), run.data)
     better = top1 >= before
     run.folder.add_metrics(
         top1_finetuned=top1,

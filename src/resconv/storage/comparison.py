@@ -30,6 +30,7 @@ def compare(
     replaces the shapes: one for each tensor, such as ``"1,3,224,224"``.
 
     Raises:
+        TrustError: without ``trust_source``: a .pt2, or a net whose code is not resconv's.
         LoadError: a file is missing or of another kind, or the inputs are not known.
         VerificationError: they disagree, one of them does not run, or nothing can be compared.
     """
@@ -103,7 +104,7 @@ def _with_shapes(signature: dict[str, Any] | None, shapes: list[list[int]]) -> A
 
 def _open(path: Path, trust_source: bool) -> Opened:
     if not path.is_dir():
-        return open_file(path)
+        return open_file(path, trust_source=trust_source)
     header = read_header(path)
     model = load(path, trust_source=trust_source)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SaveError
+from ..errors import LoadError, SaveError
 
 __all__ = ["check_signature", "describe_inputs", "make_inputs"]
 
@@ -26,6 +26,7 @@ _DTYPES = {
     )
 }
 _MAX_DEPTH, _MAX_ENTRIES, _MAX_ELEMENTS = 8, 1000, 2**28
+_MAX_BYTES = 2**28  # of all inputs together, as they are made: 64 images of 3x512x512 are 201 MB
 
 
 def describe_inputs(example_inputs: Any) -> dict[str, Any] | None:
@@ -108,18 +109,44 @@ def _check_tensor(s: dict[str, Any], keys: set[str]) -> str | None:
     return None
 
 
+def _count_bytes(s: dict[str, Any]) -> int:
+    """Return the bytes that making the inputs takes: whole numbers are drawn as int64."""
+    if "shape" not in s:
+        inner = next(iter(s.values()))
+        inside = inner.values() if isinstance(inner, dict) else inner
+        return 0 if "value" in s else sum(_count_bytes(e) for e in inside)
+    dtype = _DTYPES[s["dtype"]]
+    drawn = 0 if dtype.itemsize >= 4 and (dtype.is_floating_point or dtype.is_complex) else 8
+    return int(math.prod(s["shape"])) * (dtype.itemsize + drawn)
+
+
 def _whole(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n >= 0
 
 
 def make_inputs(spec: dict[str, Any], generator: torch.Generator) -> Any:
-    """Return random inputs of a checked signature: normal floats, whole numbers in their range."""
+    """Return random inputs of a checked signature: normal floats, whole numbers in their range.
+
+    Raises:
+        LoadError: they would take more than 256 MiB.
+    """
+    num_bytes = _count_bytes(spec)
+    if num_bytes > _MAX_BYTES:
+        raise LoadError(
+            f"The inputs that are written down take {num_bytes:,} bytes, more than the "
+            f"{_MAX_BYTES:,} that are made up to try a network. Give smaller ones, such as --shape "
+            "1,3,224,224."
+        )
+    return _make(spec, generator)
+
+
+def _make(spec: dict[str, Any], generator: torch.Generator) -> Any:
     if "tuple" in spec:
-        return tuple(make_inputs(s, generator) for s in spec["tuple"])
+        return tuple(_make(s, generator) for s in spec["tuple"])
     if "list" in spec:
-        return [make_inputs(s, generator) for s in spec["list"]]
+        return [_make(s, generator) for s in spec["list"]]
     if "dict" in spec:
-        return {k: make_inputs(s, generator) for k, s in spec["dict"].items()}
+        return {k: _make(s, generator) for k, s in spec["dict"].items()}
     if "value" in spec:
         return spec["value"]
     dtype = _DTYPES[spec["dtype"]]

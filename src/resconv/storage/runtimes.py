@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..analysis.inputs import as_call
 from ..errors import LoadError, MissingExtraError, SaveError
+from ..nets import require_trust
 from .input_spec import check_signature, describe_inputs
 
 __all__ = ["SUFFIXES", "Opened", "first_line", "open_file", "quietly", "run_onnx", "tensors_of"]
@@ -35,10 +36,13 @@ class Opened:
     inputs: dict[str, Any] | None
 
 
-def open_file(path: Path) -> Opened:
+def open_file(path: Path, *, trust_source: bool = False) -> Opened:
     """Open a .onnx, .pt2 or .xml file to run it on the CPU.
 
+    A .pt2 is a pickle inside, and reading it runs what it names: only with ``trust_source``.
+
     Raises:
+        TrustError: a .pt2 without it.
         LoadError: it is missing, of another kind, or cannot be read.
         MissingExtraError: its runtime is not installed.
     """
@@ -50,6 +54,9 @@ def open_file(path: Path) -> Opened:
         )
     if not path.is_file():
         raise LoadError(f"There is no {path}.")
+    if path.suffix == ".pt2":
+        what = "torch.export keeps pickled objects in a .pt2, and reading it runs what they name"
+        require_trust(what, path, trusted=trust_source)
     return openers[path.suffix](path)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import LoadError, PlanError
+from ..json_files import parse_json, read_bounded
 from ..planning.plan import Plan
 from .input_spec import check_signature
 from .training_form import check_gates
@@ -34,7 +35,7 @@ __all__ = [
 # 1 had no checksum of its own and no settings of the modules; 2 had no gates, and no buffers that
 # are not in the state dict.
 FORMAT_VERSION = 3
-_MAX_BYTES, _MAX_DEPTH, _MAX_EDITS, _MAX_NUMBER = 16 * 2**20, 24, 20_000, 2**63
+_MAX_DEPTH, _MAX_EDITS, _MAX_NUMBER = 24, 20_000, 2**63
 _KEYS: dict[str, Any] = {
     "format_version": int,
     "resconv_version": str,
@@ -63,9 +64,22 @@ _SETTINGS = (
     *("approximate", "alpha", "min_val", "max_val", "p", "dim", "upscale_factor"),
     *("start_dim", "end_dim", "num_parameters"),
 )
-# Words in a keyword that make a factory fetch, read or run something.
+# Words of a keyword by which a factory fetches, reads or runs something ...
 _FETCHING = re.compile(
-    r"pretrain|weight|checkpoint|ckpt|url|path|file|dir|cache|hub|download|_cfg|filter|_fn$"
+    r"(^|_)(pretrained|weights?|checkpoint|ckpt|url|path|file|filename|dir|directory|cache|hub|download"
+    r"|cfg|config|overlay|filter|fn)(_|$)"
+)
+# ... but for these, which are numbers and words for how a layer is made.
+_HARMLESS = re.compile(
+    r"(^|_)(drop_path(_rates?|_prob)?|weight_init|init_weights?|weight_standardization|filter_sizes?"
+    r"|pretrained_window_sizes?|attention_bias_cache)$"
+)
+# How large a number may be, by what the keyword counts; the first that fits.
+_MOST = (
+    (re.compile(r"class"), 10**6),
+    (re.compile(r"depth|repeat|block|layer|stage|mult|expan|ratio|scale|head"), 512),
+    (re.compile(r"window|kernel|stride|dilat|patch|reduction|group"), 64),
+    (re.compile(r""), 2**14),  # widths, and sides of images
 )
 
 
@@ -173,36 +187,27 @@ def _parse(folder: Path, file: Path) -> dict[str, Any]:
         if (folder / "config.json").is_file():
             what += f". It is a run that has not come to pruning yet: `resconv prune {folder}`"
         raise LoadError(f"{folder} holds no saved network: {what}.")
-    size = file.stat().st_size
-    if size > _MAX_BYTES:
-        raise LoadError(f"{file} has {size:,} bytes; that is no network's header.")
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return dict(pairs)
-
-    try:
-        text = file.read_bytes()[: _MAX_BYTES + 1].decode("utf-8")
-        header = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-    except (ValueError, RecursionError, OSError) as error:
-        raise LoadError(f"{file} is not JSON: {str(error)[:200]}.") from error
-    todo = [(header, 1)]
+    content = read_bounded(file, LoadError)
+    header: Any = parse_json(content, object, str(file), LoadError)
+    if not isinstance(header, dict):
+        raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
+    todo: list[tuple[Any, int]] = [(header, 1)]
     while todo:
         value, depth = todo.pop()
         if depth > _MAX_DEPTH:
             raise LoadError(f"{file} is damaged: it is nested deeper than {_MAX_DEPTH} levels.")
+        if isinstance(value, str) and not value.isascii() and _has_surrogate(value):
+            raise LoadError(f"{file} is damaged: {value[:60]!r} is no text.")
         if isinstance(value, float | int) and not abs(value) < _MAX_NUMBER:
             raise LoadError(f"{file} is damaged: the number {str(value)[:24]} is out of range.")
         if isinstance(value, dict | list):
-            inner = value.values() if isinstance(value, dict) else value
+            inner = [*value, *value.values()] if isinstance(value, dict) else value
             todo += [(v, depth + 1) for v in inner]
-    if not isinstance(header, dict):
-        raise LoadError(f"{file} is not a network's header: it holds a {type(header).__name__}.")
     return header
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _faults(header: dict[str, Any]) -> list[str]:
@@ -268,9 +273,13 @@ def _argument(value: Any) -> bool:
 
 
 def _passed_by(value: Any) -> bool:
-    """Whether these are names of operations, each with the position of what it passes on."""
+    """Whether these are names of operations, the position of what each passes on, and how."""
     return isinstance(value, list) and all(
-        isinstance(n, list) and len(n) == 2 and isinstance(n[0], str) and _count(n[1], 0)
+        isinstance(n, list)
+        and len(n) in (2, 3)
+        and isinstance(n[0], str)
+        and _count(n[1], 0)
+        and n[2:] in ([], ["clone"], ["copy"])
         for n in value
     )
 
@@ -344,18 +353,19 @@ def check_source(source: dict[str, Any]) -> str | None:
     fetch weights, read files or name code are refused by their looks. Such a net can still be
     loaded: give it as ``model=``.
     """
-    todo = [(k, v, 10**6) for k, v in source["kwargs"].items()]
+    todo = list(source["kwargs"].items())
     while todo:
-        key, value, most = todo.pop()
-        if _FETCHING.search(key.lower()):
+        key, value = todo.pop()
+        word = key.lower()
+        if _FETCHING.search(word) and not _HARMLESS.search(word):
             return f"the keyword {key[:60]!r} can make its factory fetch or read something"
         if isinstance(value, list):
-            todo += [(key, v, 10**4) for v in value]  # depths and widths
+            todo += [(key, v) for v in value]  # depths and widths
         elif isinstance(value, str):
             if len(value) > 100 or any(c in value for c in "/\\:"):
                 return f"{key}={value[:60]!r} is no setting of a net"
         elif isinstance(value, int | float):
-            if abs(value) > most:
+            if abs(value) > next(most for pattern, most in _MOST if pattern.search(word)):
                 return f"{key}={value} is unbelievable"
         elif value is not None:
             return f"{key}= holds an object"

@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..analysis.inputs import as_call, evaluating, to_device_of, unwrap
 from ..analysis.recorder import restored
@@ -48,6 +50,10 @@ __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 _MAX_CALLS = 60_000  # operations that building a network may take; the largest take some 20,000
 _MAX_BUILT_AGAIN = 2**30  # bytes of a net that is built once more to be compared
+_CALLS, _CALLS_EACH = 4_000, 60  # and those of one with so many modules left
+_MAX_HEADER = 8 * 2**20  # of safetensors: some 50,000 tensors
+_MOST_BYTES = 768 * 2**20  # above the file's own: how much larger the net before pruning may be
+_LARGE = 2**22  # elements: what may come of less is not worth asking in advance
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -117,7 +123,8 @@ def load(
         model: the net as it was before pruning, or a function that makes it. Needed where the
             file names no source; it is copied.
         trust_source: allow a source ``package.module:factory``, which imports and runs that
-            package of this machine. Built-in, timm and torchvision nets need no permission.
+            package of this machine, and keywords that nothing is known about. Built-in, timm and
+            torchvision nets need no permission.
 
     Raises:
         LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
@@ -168,7 +175,15 @@ def _compare_nets(folder: Path, model: nn.Module, header: dict[str, Any]) -> Non
 
     if header["inputs"] is None:
         return
-    inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
+    try:
+        inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
+    except LoadError as error:
+        if header["gates"] is None:
+            return  # an ordinary net is loaded without them
+        raise SaveError(
+            "A net in training form is loaded together with its example inputs, and these are too "
+            f"large for that; give a smaller batch: resconv.save(net, path, example_inputs=x). {error}"
+        ) from error
     source = header["source"]
     again = source is not None and not runs_user_code(source["name"])
     if not again or header["num_bytes"] > _MAX_BUILT_AGAIN:
@@ -336,6 +351,8 @@ def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
             f"{header['sha256'][:12]}... is written in model.json). Copy the folder again."
         )
     try:
+        if int.from_bytes(content[:8], "little") > _MAX_HEADER:
+            raise ValueError("its header is larger than any net's")
         return load_bytes(content)
     except Exception as error:  # safetensors has several for a wrong header
         raise LoadError(
@@ -345,27 +362,63 @@ def _read_weights(weights: Path, header: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to make more numbers than a network of this file's size can need."""
+    """Refuses to make more numbers than a network of this file's size can need.
 
-    def __init__(self, held: int) -> None:
+    Counted are the bytes of every tensor that is made, those of a factory call and those that come
+    of others (a table of positions grows with the fourth power of a window's side). What may be
+    large is asked of tensors without memory first.
+    """
+
+    def __init__(self, num_bytes: int, num_modules: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # A dense net is at most so many times the compact one that was saved.
-        self.left: int = 64 * held + 2**28
-        self.calls: int = _MAX_CALLS
+        self.left: int = num_bytes + min(8 * num_bytes + 2**28, _MOST_BYTES)
+        self.calls: int = min(_MAX_CALLS, _CALLS + _CALLS_EACH * num_modules)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        size = args[0] if args else None
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        given = [t for t in leaves if isinstance(t, Tensor)]
         self.calls -= 1
-        if isinstance(size, list | tuple) and all(isinstance(n, int) for n in size):
-            self.left -= math.prod(size)
-        elif isinstance(size, int | float):  # arange, linspace, eye
-            self.left -= max(abs(int(a)) for a in args if isinstance(a, int | float))
-        if self.left < 0 or self.calls < 0:
+        self._refuse_beyond(0)
+        numbers = [n for n in leaves if isinstance(n, int | float) and not isinstance(n, bool)]
+        sides = [t.numel() for t in given] + [int(n) for n in numbers if 1 <= n < math.inf]
+        if math.prod(sides) > _LARGE:
+            self._foresee(func, args, kwargs)
+        out = func(*args, **kwargs)
+        known = {t.untyped_storage().data_ptr() for t in given}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.left -= t.untyped_storage().nbytes()
+        self._refuse_beyond(0)
+        return out
+
+    def _foresee(self, func: Any, args: Any, kwargs: Any) -> None:
+        def light(x: Any) -> Any:
+            return x.to("meta") if isinstance(x, Tensor) else x
+
+        try:
+            light_kwargs = {**tree_map(light, kwargs)}
+            if "device" in light_kwargs:
+                light_kwargs["device"] = torch.device("meta")
+            out = func(*tree_map(light, args), **light_kwargs)
+        except Exception:
+            return  # its size depends on numbers, or it has no such form; it is counted when made
+        given = [t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if func._schema.is_mutable or not made:
+            return
+        # A view says as many numbers as it shows; what is made is at least its storage.
+        most = max(t.untyped_storage().nbytes() for t in made)
+        if math.prod(made[0].shape) > 4 * max(given, default=0):
+            self._refuse_beyond(most)
+
+    def _refuse_beyond(self, num_bytes: int) -> None:
+        if self.left < num_bytes or self.calls < 0:
             raise LoadError(
                 "model.json asks for a network that the weights do not fill, by far: building it "
-                "was stopped."
+                "was stopped. If you trust its origin, add --trust-source (in Python: "
+                "load(trust_source=True))."
             )
-        return func(*args, **(kwargs or {}))
 
 
 def _build(
@@ -376,7 +429,7 @@ def _build(
     trust_source: bool,
 ) -> nn.Module:
     edits = copy.deepcopy(header["edits"])
-    bounded = _Bounded(sum(t.numel() for t in tensors.values()))
+    bounded = _Bounded(sum(t.nbytes for t in tensors.values()), len(header["modules"]))
     # The random weights of the new layers are overwritten; the caller's seed stays as it was.
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, nn.Module):
@@ -385,16 +438,29 @@ def _build(
             base = unwrap(model()).cpu()
         else:
             base = _from_source(header["source"], folder, trust_source, bounded)
-        with bounded:
+        # Every edit takes a unit out, or mends what lies around it; a rewritten root takes longest.
+        most = 100 + 4 * len(list(base.modules()))
+        if len(edits) > most:
+            raise LoadError(
+                f"{folder / 'model.json'} has {len(edits):,} edits, more than a net of "
+                f"{len(list(base.modules())):,} modules can need ({most:,})."
+            )
+        with bounded if not trust_source else nullcontext():
             net = apply_edits(base, edits)
-            insert_gates(net, header["gates"] or [])
+            gates, num_modules = header["gates"] or [], len(list(net.modules()))
+            if len(gates) > num_modules:
+                raise LoadError(
+                    f"{folder / 'model.json'} has {len(gates):,} gates for a net of "
+                    f"{num_modules:,} modules; each has at most one."
+                )
+            insert_gates(net, gates)
             return net
 
 
 def _from_source(
     source: dict[str, Any] | None, folder: Path, trust_source: bool, bounded: _Bounded
 ) -> nn.Module:
-    from ..nets import create, runs_user_code
+    from ..nets import create, require_trusted_source
 
     if source is None:
         raise LoadError(
@@ -403,18 +469,14 @@ def _from_source(
         )
     name: str = source["name"]
     try:
-        if runs_user_code(name):
-            if not trust_source:
-                raise LoadError(
-                    f"{folder} was made from {name[:120]!r}, code that is in neither resconv, timm "
-                    "nor torchvision. If you trust it: resconv.load(path, trust_source=True), or "
-                    "give the net itself: resconv.load(path, model=your_net)."
-                )
+        require_trusted_source(name, folder, trusted=trust_source)
+        if trust_source:
             return create(name, **source["kwargs"])
         fault = check_source(source)
         if fault:
             raise LoadError(
-                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. Give the unpruned "
+                f"{folder / 'model.json'}: {name[:120]!r} is not built, {fault}. If you trust its "
+                "origin, add --trust-source (in Python: load(trust_source=True)), or give the unpruned "
                 "net: resconv.load(path, model=your_net)."
             )
         with bounded:

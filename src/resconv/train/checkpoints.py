@@ -18,6 +18,7 @@ from torch import distributed
 
 from resconv.errors import RunError
 from resconv.files import digest, write_atomic, write_text
+from resconv.json_files import read_json
 from resconv.selection import processes
 
 from .seeds import random_states, restore_random
@@ -82,10 +83,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _seals(folder: Path) -> list[str]:
     try:
-        found = json.loads((folder / _SEALS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / _SEALS, list[str], RunError)
+    except RunError:
         return []
-    return [s for s in found if isinstance(s, str)] if isinstance(found, list) else []
 
 
 def choose_checkpoint(folder: Path, bound: str, say: Callable[[str], None]) -> Path | None:

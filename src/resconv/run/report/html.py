@@ -1,6 +1,7 @@
 """Fill the page's template with the numbers of a run folder."""
 
 import io
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _plot(history: list[Any], removed: list[str], latency: dict[str, Any] | None
     steps = [row[0] for row in history]
     gone = set(removed)
     for name in history[-1][1] if history else []:
-        values = [row[1][name] for row in history]
+        values = [row[1].get(name, math.nan) for row in history]
         color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
         above.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
     above.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
@@ -101,7 +102,11 @@ def _plot(history: list[Any], removed: list[str], latency: dict[str, Any] | None
     above.set(ylabel="layer scaling factor s")
     above.set_ylim(bottom=0)
     below.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
-    if latency is not None and all(len(r) > 4 and r[4] is not None for r in history):
+    if (
+        latency
+        and latency["latency_ms"] > 0
+        and all(len(r) > 4 and r[4] is not None for r in history)
+    ):
         shares = [100 * r[4] / latency["latency_ms"] for r in history]
         below.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
     below.set(xlabel="optimizer step", ylabel="left by the zeros (%)")

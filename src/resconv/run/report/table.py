@@ -24,7 +24,7 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
     if "epochs_sparse" in metrics:
         # A short dense training flatters the compact net, which was trained for longer.
-        before = metrics["epochs_dense"]
+        before = metrics.get("epochs_dense")
         after = metrics["epochs_sparse"] + metrics.get("epochs_finetune", 0)
         here = before is not None
         cells = (f"{before}", f"{before + after}") if here else ("as given", f"{after} more")
@@ -35,8 +35,8 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("num_params", "parameters"),
     ):
         before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
-        if before and after is not None:
-            table.append((label, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"))
+        if before is not None and after is not None:
+            table.append((label, f"{before:,}", f"{after:,}", _change(before, after)))
     for runtime, found in metrics.get("latency", {}).items():
         table.append(
             (
@@ -53,7 +53,7 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 f"latency of the target, {target['runtime']}, batch {target['batch']} (ms)",
                 f"{target['dense_ms']:.3g}",
                 f"{target['compact_ms']:.3g}",
-                f"{target['compact_ms'] / target['dense_ms']:.2f}x",
+                f"{target['compact_ms'] / target['dense_ms']:.2f}x" if target["dense_ms"] else "",
             )
         )
     memory = metrics.get("peak_memory_bytes")
@@ -64,7 +64,11 @@ def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
                 "peak memory (KiB)",
                 f"{before / 1024:,.0f}",
                 f"{after / 1024:,.0f}",
-                f"{after / before - 1:+.1%}",
+                _change(before, after),
             )
         )
     return table
+
+
+def _change(before: int, after: int) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
