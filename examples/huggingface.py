@@ -74,7 +74,7 @@ def main(epochs: tuple[int, int] = (10, 15), macs: float = 0.6) -> dict[str, flo
         dense = build()
         fit(dense, Images(train_set), folder, epochs[0], 0.01)
 
-        gated = resconv.convert(dense, example, units="all")
+        gated = resconv.convert(dense, example)
         fit(gated, Images(train_set), folder, epochs[1], 0.005, [SparsityCallback(budget)])
 
     plan = resconv.plan(gated, example, budget)

@@ -57,7 +57,7 @@ def main(epochs: tuple[int, int] = (8, 12), macs: float = 0.5) -> dict[str, floa
     dense = Net()
     fit(dense, batches, epochs[0], 0.01)
 
-    gated = resconv.convert(dense, example, units="all")
+    gated = resconv.convert(dense, example)
     fit(gated, batches, epochs[1], 0.005, [SparsityCallback(budget)])
 
     plan = resconv.plan(gated, example, budget)

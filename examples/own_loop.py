@@ -41,7 +41,7 @@ def main(epochs: tuple[int, int, int] = (8, 12, 4), macs: float = 0.5) -> dict[s
     dense = Net()
     train(dense, batches, epochs[0], 0.1)
 
-    gated = resconv.convert(dense, example, units="all")
+    gated = resconv.convert(dense, example)
     train(gated, batches, epochs[1], 0.05, target=budget)
     plan = resconv.plan(gated, example, budget)
     resconv.verify(gated, resconv.prune(gated, plan), example)  # the scales are exactly 0

@@ -78,7 +78,7 @@ def main(epochs: tuple[int, int] = (6, 10), macs: float = 0.6) -> dict[str, floa
     )  # fmt: skip
     train(dense, loader, epochs[0], 0.01)
 
-    gated = resconv.convert(dense, example, units="all")  # 4: before the optimizer is made
+    gated = resconv.convert(dense, example)  # 4: before the optimizer is made
     averaged = train(gated, loader, epochs[1], 0.005, budget)
 
     plan = resconv.plan(averaged, example, budget)

@@ -139,7 +139,9 @@ def test_training_arrives_at_its_target(cuda_graphs, taught, tmp_path):
     net = nets.create("resnet20", num_classes=10, in_channels=1)
     if taught:
         fit(net.train(), images, Recipe(4, seed=0), tmp_path / "dense", progress=False)
-    gated = resconv.convert(net, torch.randn(2, 1, images.image_size, images.image_size))
+    gated = resconv.convert(
+        net, torch.randn(2, 1, images.image_size, images.image_size), units="layers"
+    )
     budget = resconv.Budget(macs=0.5)
     recipe = Recipe(12, seed=0)
     result = fit(

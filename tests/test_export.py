@@ -41,7 +41,7 @@ def small():
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
     )
     x = torch.randn(2, 3, 16, 16)
-    gated = randomise_gates(resconv.convert(randomise(net), x))
+    gated = randomise_gates(resconv.convert(randomise(net), x, units="layers"))
     plan = resconv.Plan(["3"])
     return resconv.prune(gated, plan), plan, x
 
@@ -287,7 +287,9 @@ def test_refusals(small, tmp_path):
     compact, _, x = small
     with pytest.raises(resconv.ResConvError, match=r"\.onnx, \.pt2 or"):
         resconv.export(compact, tmp_path / "net.pb", x)
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 32, 32))
+    gated = resconv.convert(
+        nets.create("resnet20").eval(), torch.randn(1, 3, 32, 32), units="layers"
+    )
     with pytest.raises(resconv.ResConvError, match="gates left"):
         resconv.export(gated, tmp_path / "net.onnx", x)
     with pytest.raises(resconv.ResConvError, match="There is no"):

@@ -108,7 +108,7 @@ class Shared(nn.Module):
 
 
 def test_what_cannot_be_absorbed_is_one_multiply_and_is_reported(images):
-    gated = randomise_gates(resconv.convert(randomise(Shared()).double(), images))
+    gated = randomise_gates(resconv.convert(randomise(Shared()).double(), images, units="layers"))
     plan = resconv.Plan(["mid"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)
@@ -168,7 +168,7 @@ def test_relu6_goes_on_the_side_that_no_longer_needs_it(controls, images):
     model = nn.Sequential(*body, nn.Conv2d(8, 2, 1)).double().eval()
     with torch.no_grad():
         model[0].weight.mul_(30)  # so that the upper limit is met
-    gated = resconv.convert(model, images)
+    gated = resconv.convert(model, images, units="layers")
     for (_, gate), control in zip(resconv.gates(gated).items(), controls, strict=True):
         with torch.no_grad():
             gate.control.fill_(control)
@@ -205,7 +205,7 @@ class Concat(nn.Module):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_slices_of_a_concatenation_keep_their_own_factors(groups, norm, fuse, images):
     model = randomise(Concat(groups, norm)).double()
-    gated = randomise_gates(resconv.convert(model, images), 2)
+    gated = randomise_gates(resconv.convert(model, images, units="layers"), 2)
     plan = resconv.Plan(["mid.0.0", "mid.2.0"])
     compact = resconv.prune(gated, plan, fuse=fuse)
     resconv.verify(gated, compact, images, plan=plan)
@@ -218,7 +218,7 @@ def test_slices_of_a_concatenation_keep_their_own_factors(groups, norm, fuse, im
 def test_a_concatenation_that_is_an_output_keeps_its_multiply(images):
     model = randomise(Concat(1, False)).double()
     model.head = nn.Identity()
-    gated = randomise_gates(resconv.convert(model, images), 2)
+    gated = randomise_gates(resconv.convert(model, images, units="layers"), 2)
     plan = resconv.Plan(["mid.0.0"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)

@@ -92,7 +92,7 @@ def test_another_activation_stays(images):
         nn.Conv2d(8, 2, 1),
     ]
     model = nn.Sequential(*body).double().eval()
-    gated = randomise_gates(resconv.convert(model, images))
+    gated = randomise_gates(resconv.convert(model, images, units="layers"))
     compact = resconv.prune(gated, resconv.Plan(["2"]))
     assert sum(isinstance(m, nn.SiLU) for m in compact.modules()) == 2
     resconv.verify(gated, compact, images, plan=resconv.Plan(["2"]))
@@ -106,7 +106,7 @@ def test_a_negative_control_keeps_its_relu(images):
         nn.ReLU(),
         nn.Conv2d(8, 2, 1),
     ]
-    gated = resconv.convert(nn.Sequential(*body).double().eval(), images)
+    gated = resconv.convert(nn.Sequential(*body).double().eval(), images, units="layers")
     with torch.no_grad():
         resconv.gates(gated)["2"].control.fill_(-0.8)
     plan = resconv.Plan(["2"])
@@ -213,7 +213,7 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("functional", [True, False])
 def test_in_place_operations_do_not_reach_the_shortcut(functional, images):
     model = InPlace(functional).double().eval()
-    gated = randomise_gates(resconv.convert(model, images))
+    gated = randomise_gates(resconv.convert(model, images, units="layers"))
     plan = resconv.Plan(["conv1"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)

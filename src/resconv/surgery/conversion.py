@@ -47,7 +47,7 @@ def convert(
     model: nn.Module,
     example_inputs: Any,
     *,
-    units: str = "layers",
+    units: str = "all",
     start: str = "keep",
     shortcut: str = "removable",
     filter: Callable[[str, nn.Module], bool] | None = None,
@@ -59,7 +59,7 @@ def convert(
         model: any module whose forward runs on ``example_inputs``.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         units: "layers" (conv layers get a shortcut), "blocks" (residual branches get a scale)
-            or "all".
+            or "all" of them.
         start: "keep" or "identity"; see the module's header.
         shortcut: which conv layers get one. "removable": those that keep their input's shape, so
             that they can go. "always": also those that change it (a stride, other channels, no
@@ -112,7 +112,8 @@ def convert(
         reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
         raise ConversionError(
             f"Nothing to convert with units={units!r}: {len(kept)} candidates stay ({reasons}"
-            f"{'; ...' if len(kept) > 8 else ''}). Try units='all'."
+            f"{'; ...' if len(kept) > 8 else ''})."
+            + ("" if units == "all" else " Try units='all'.")
         )
     return gated
 
