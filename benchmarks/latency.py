@@ -66,7 +66,7 @@ def arms(net: str, share: float, ours: dict[str, list[str]]) -> dict[str, nn.Mod
         for name, kept in peers.LAYOUTS.items():
             remove = peers.blocks_beyond(net, kept)
             found[name] = peers.without_units(dense, example, remove)
-    return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}
+    return {n: resconv.fuse(m.eval(), example, fold_norms=True) for n, m in found.items()}
 
 
 def recorded(net: nn.Module, x: Tensor) -> Callable[[], Any]:

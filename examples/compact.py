@@ -25,4 +25,4 @@ def compact_digits(
     train(gated, batches, epochs[1], 0.05, target=budget)
     pruned = resconv.prune(gated, resconv.plan(gated, example, budget))
     # Norms go into the convs first: a quantised net is better off without them.
-    return resconv.fuse(pruned, example), train_set.tensors[0], held_out
+    return resconv.fuse(pruned, example, fold_norms=True), train_set.tensors[0], held_out

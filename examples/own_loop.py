@@ -49,7 +49,7 @@ def main(epochs: tuple[int, int, int] = (8, 12, 4), macs: float = 0.5) -> dict[s
     # The units that stay keep their shortcut while they are finetuned, and are fused after it.
     open_net = resconv.prune(gated, plan, fuse=False)
     train(open_net, batches, epochs[2], 0.02, teacher=dense.requires_grad_(False))
-    compact = resconv.fuse(open_net, example)
+    compact = resconv.fuse(open_net, example, fold_norms=True)
     resconv.verify(open_net, compact, example)
     return {
         "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,

@@ -161,7 +161,7 @@ def test_training_arrives_at_its_target(cuda_graphs, taught, tmp_path):
     assert top1 > 80
     example = torch.randn(2, 1, images.image_size, images.image_size)
     plan = resconv.plan(gated.eval(), example, budget)
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     resconv.verify(gated, compact, example, plan=plan)
     # The net was judged on the GPU: as exactly as on the CPU, but for rounding.
     assert abs(evaluate(compact, images) - top1) < 0.5
@@ -179,7 +179,7 @@ def test_surgery_keeps_the_function_on_the_gpu():
         for name in names:
             resconv.gates(gated)[name].scale.zero_()
     plan = resconv.Plan(tuple(names))
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     assert {p.device.type for p in compact.parameters()} == {"cuda"}
     torch.testing.assert_close(compact(example), gated(example), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(compact(example), model(example), rtol=1e-9, atol=1e-9)

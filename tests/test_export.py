@@ -142,12 +142,12 @@ def test_several_inputs_and_a_dict_of_outputs(inputs, tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_half_precision(suffix, small, tmp_path):
     compact, _, x = small
-    half = resconv.fuse(compact, x).half()
+    half = resconv.fuse(compact, x, fold_norms=True).half()
     done = resconv.export(half, tmp_path / f"net{suffix}", x)
     assert done.verification.dtype == "float16"
     if suffix != ".pt2":
         for dtype in (torch.bfloat16, torch.float64):
-            other = resconv.fuse(compact, x).to(dtype)
+            other = resconv.fuse(compact, x, fold_norms=True).to(dtype)
             before = done.path.read_bytes()
             with pytest.raises(ExportError, match=f"is in {str(dtype).split('.')[1]}"):
                 resconv.export(other, done.path, x)
@@ -159,7 +159,9 @@ def test_half_precision(suffix, small, tmp_path):
 )
 def test_no_leftovers_in_the_graph(name, units, tmp_path):
     compact, plan, x = compact_net(name, units)
-    done = resconv.export(resconv.fuse(compact, x), tmp_path / "net.onnx", x, plan=plan)
+    done = resconv.export(
+        resconv.fuse(compact, x, fold_norms=True), tmp_path / "net.onnx", x, plan=plan
+    )
     model = onnx.load(done.path)
     ops = Counter(n.op_type for n in model.graph.node)
     assert not ops["Mul"] + ops["Identity"] + ops["BatchNormalization"], ops

@@ -60,7 +60,7 @@ NETS = [
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.3), (1, 0.5), (2, 0.8), (3, 1.1)])
 def test_a_compact_net_has_no_leftovers(name, size, seed, share):
     model, compact, x, removed = pruned(name, size, seed, share)
-    dense, graph = (record(resconv.fuse(m, x), x) for m in (model, compact))
+    dense, graph = (record(resconv.fuse(m, x, fold_norms=True), x) for m in (model, compact))
     before, after = (Counter(n.op.removesuffix("_") for n in g.nodes) for g in (dense, graph))
     assert before["convolution"] - after["convolution"] == removed
     assert after["mul"] == before["mul"] == 0
@@ -84,7 +84,9 @@ def test_a_compact_net_has_no_leftovers(name, size, seed, share):
 def test_an_exported_net_has_no_leftovers(name, size, seed, share, tmp_path):
     model, compact, x, removed = pruned(name, size, seed, share)
     dense = Counter(n.op for n in record(model, x).nodes)
-    path = resconv.export(resconv.fuse(compact, x), tmp_path / "compact.onnx", x).path
+    path = resconv.export(
+        resconv.fuse(compact, x, fold_norms=True), tmp_path / "compact.onnx", x
+    ).path
     counts, doubled = op_counts(path)
     assert counts["Conv"] == dense["convolution"] - removed
     assert not doubled

@@ -404,7 +404,7 @@ def test_the_example_stays_as_it_was(tmp_path):
     compact = resconv.prune(converted, plan)
     # Seen twice, a written input would be another one the second time.
     resconv.verify(converted, compact, x, plan=plan)
-    resconv.fuse(converted, x)
+    resconv.fuse(converted, x, fold_norms=True)
     resconv.recalibrate(compact, [x])
     resconv.export(compact, tmp_path / "net.pt2", x)
     assert torch.equal(x, before)

@@ -220,7 +220,7 @@ def test_frozen_parameters_stay_frozen(small):
     gated = randomise_gates(resconv.convert(model, small, units="layers"))
     assert all(g.scale.requires_grad for g in resconv.gates(gated).values())
     plan = resconv.Plan(("body.1.0",))
-    for compact in (resconv.prune(gated, plan), resconv.fuse(gated, small)):
+    for compact in (resconv.prune(gated, plan), resconv.fuse(gated, small, fold_norms=True)):
         trained = {n for n, p in compact.named_parameters() if p.requires_grad}
         assert trained == {"head.weight", "head.bias"}
 
@@ -579,7 +579,7 @@ def test_the_argument_is_never_changed(small):
     prune_all(copy.deepcopy(model), small)
     gated = resconv.convert(model, small, units="all", start="identity")
     form, numbers = repr(gated), copy.deepcopy(gated.state_dict())
-    resconv.fuse(gated, small)
+    resconv.fuse(gated, small, fold_norms=True)
     resconv.prune(gated, resconv.Plan(("body.0.0",)))
     assert repr(model) == shape
     assert repr(gated) == form

@@ -76,7 +76,7 @@ def test_the_mode_of_the_argument_is_the_mode_of_the_result(name, training, x):
         assert {m.training for m in made.modules()} == {training}, word
         assert {m.training for m in net.modules()} == {training}
     if not training:
-        fused = resconv.fuse(resconv.convert(net, x, units="all"), x)
+        fused = resconv.fuse(resconv.convert(net, x, units="all"), x, fold_norms=True)
         assert {m.training for m in fused.modules()} == {False}
 
 
@@ -106,7 +106,7 @@ def test_frozen_parameters_stay_frozen(x):
         for n, p in gated.named_parameters()
         if not n.endswith(("scale", "control"))
     )
-    fused = resconv.fuse(gated.eval(), x)
+    fused = resconv.fuse(gated.eval(), x, fold_norms=True)
     for n, m in fused.named_modules():
         if isinstance(m, nn.Conv2d):
             assert n in convs
@@ -118,8 +118,8 @@ def test_frozen_parameters_stay_frozen(x):
 def test_channels_last_is_kept(name, x, tmp_path):
     net = trained(name, x).to(memory_format=torch.channels_last)
     forms = dict(every_form(net, x))
-    forms["fused"] = resconv.fuse(resconv.convert(net, x, units="layers"), x)
-    forms["folded"] = resconv.fuse(net, x)
+    forms["fused"] = resconv.fuse(resconv.convert(net, x, units="layers"), x, fold_norms=True)
+    forms["folded"] = resconv.fuse(net, x, fold_norms=True)
     forms["loaded"] = resconv.load(resconv.save(forms["compact"], tmp_path))
     for word, made in forms.items():
         kernels = [m.weight for m in made.modules() if isinstance(m, nn.Conv2d)]
@@ -269,7 +269,7 @@ def test_tensors_kept_from_the_last_step_are_copied(x, tmp_path):
     opened = step(resconv.prune(gated, plan, fuse=False))
     compact = step(resconv.prune(gated, plan))
     resconv.verify(gated, compact, x, plan=plan)
-    resconv.verify(opened, resconv.fuse(opened, x), x)
+    resconv.verify(opened, resconv.fuse(opened, x, fold_norms=True), x)
     resconv.export(compact, tmp_path / "net.pt2", x)
     back = resconv.load(resconv.save(compact, tmp_path / "net"), model=step(net))
     resconv.verify(compact, back, x)
@@ -300,7 +300,7 @@ def test_inside_inference_mode(where, x, tmp_path):
         plan = some_plan(gated, 1, 0.3)
         opened = resconv.prune(gated, plan, fuse=False)
         compact = resconv.prune(gated, plan)
-        fused = resconv.fuse(opened, example)
+        fused = resconv.fuse(opened, example, fold_norms=True)
         resconv.verify(gated, compact, example, plan=plan)
         back = resconv.load(resconv.save(compact, tmp_path))
     for made in (gated, opened, compact, fused, back):

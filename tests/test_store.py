@@ -476,7 +476,7 @@ def test_pruned_trained_pruned_again(tmp_path, images):
         resconv.save(net, tmp_path)
         net = resconv.load(tmp_path)
         assert resconv.verify(net, resconv.load(tmp_path), images).max_abs_error == 0
-    folded = resconv.fuse(net, images)
+    folded = resconv.fuse(net, images, fold_norms=True)
     resconv.save(folded, tmp_path / "folded")
     back = resconv.load(tmp_path / "folded")
     assert torch.equal(back(images), folded(images))

@@ -298,7 +298,7 @@ def _ready(model: nn.Module) -> nn.Module:
 
 def _deployed(model: nn.Module, removed: tuple[str, ...], example_inputs: Any) -> nn.Module:
     net = prune(model, Plan(removed)) if removed else fuse(model)
-    return fuse(net, example_inputs)
+    return fuse(net, example_inputs, fold_norms=True)
 
 
 def time_nets(

@@ -56,7 +56,7 @@ def try_plan(run: Run, plan: Plan) -> None:
 
 
 def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module, Verification]:
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     return compact, resconv.verify(gated, compact, example, plan=plan)
 
 

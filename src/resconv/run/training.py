@@ -188,7 +188,7 @@ def finetune(run: Run) -> None:
     if not run.ranks.leads:
         return
     model.eval()
-    compact = resconv.fuse(model, example)
+    compact = resconv.fuse(model, example, fold_norms=True)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
     before = run.folder.metrics()["top1_compact"]

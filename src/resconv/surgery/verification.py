@@ -20,6 +20,7 @@ from ..analysis.recorder import restored
 from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
+from .state import example_inputs_of
 
 __all__ = [
     "Verification",
@@ -53,14 +54,15 @@ class Verification:
 def verify(
     model: nn.Module,
     compact: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
     plan: Plan | None = None,
     tolerance: float | None = None,
 ) -> Verification:
     """Compare ``model`` (its planned scales set to 0 meanwhile) with ``compact``, in eval mode.
 
-    Both run on ``example_inputs``. The tolerance is relative to the largest entry of each output:
+    Both run on ``example_inputs``; by default on those that ``model`` carries, else on those of
+    ``compact``. The tolerance is relative to the largest entry of each output:
     by default 1e-10 for float64, 1e-4 for float32, 5e-2 for half precision, by the least precise
     of the output's type and the nets' parameters'. Whole numbers, texts and the structure of the
     outputs must be equal, NaN and infinities stand at the same places. Both nets are left as they
@@ -76,6 +78,7 @@ def verify(
     unknown = [n for n in names if n not in gates(model)]
     if unknown:
         raise PlanError(f"The gated model has no unit named {', '.join(map(repr, unknown[:5]))}.")
+    example_inputs = example_inputs_of(example_inputs, model, compact)
     require_examples(example_inputs)
     with zeroed(model, names):
         before = _outputs(model, example_inputs, "first")
