@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .recovery.hints import skeleton as skeleton
     from .recovery.recalibration import recalibrate as recalibrate
     from .selection.planner import plan as plan
+    from .selection.pruning import prune as prune
     from .selection.sparsifier import Sparsifier as Sparsifier
     from .storage.exporting import export as export
     from .storage.store import load as load
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .surgery.conversion import units as units
     from .surgery.fusion import fuse as fuse
     from .surgery.pruning import leftovers as leftovers
-    from .surgery.pruning import prune as prune
     from .surgery.verification import verify as verify
     from .version import __version__ as __version__
 
@@ -48,12 +48,13 @@ _HOMES = {
     "recovery.hints": ("Watched", "skeleton"),
     "recovery.recalibration": ("recalibrate",),
     "selection.planner": ("plan",),
+    "selection.pruning": ("prune",),
     "selection.sparsifier": ("Sparsifier",),
     "storage.exporting": ("export",),
     "storage.store": ("load", "save"),
     "surgery.conversion": ("convert", "units"),
     "surgery.fusion": ("fuse",),
-    "surgery.pruning": ("leftovers", "prune"),
+    "surgery.pruning": ("leftovers",),
     "surgery.verification": ("verify",),
     "version": ("__version__",),
 }
