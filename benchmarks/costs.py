@@ -84,7 +84,7 @@ def by_hand() -> Iterator[Row]:
     drop = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3, 9))
     compact = resconv.fuse(resconv.prune(gated, resconv.Plan(drop)), x, fold_norms=True)
     written = resconv.fuse(ResNet(ResidualBlock, 3).eval(), x, fold_norms=True)
-    assert resconv.count(compact, x) == resconv.count(written, x)
+    assert resconv.profile(compact, x) == resconv.profile(written, x)
     for batch in (1, 32):
         inputs = torch.randn(batch, 3, 32, 32)
         with torch_threads(1), tempfile.TemporaryDirectory() as folder:

@@ -147,7 +147,7 @@ def main() -> None:
             ms = on_gpu(found)
         else:
             ms = on_cpu(found, files, asked.threads, asked.compiled)
-    macs = {n: resconv.count(found[n], example).macs for n in ms}
+    macs = {n: resconv.profile(found[n], example).macs for n in ms}
     peaks = {n: peak_memory(found[n], example) for n in ms}
     for name in ms:
         row = {

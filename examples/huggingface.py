@@ -81,7 +81,7 @@ def main(epochs: tuple[int, int] = (10, 15), macs: float = 0.6) -> dict[str, flo
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, example)  # the scales are exactly 0, so no plan is named
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

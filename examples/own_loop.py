@@ -23,7 +23,9 @@ def train(
             logits = net(images)
             loss = F.cross_entropy(logits, labels)
             if teacher is not None:
-                loss = 0.5 * loss + 0.5 * resconv.distill(logits, teacher(images))  # 2, 3
+                loss = 0.5 * loss + 0.5 * resconv.recovery.distillation_loss(
+                    logits, teacher(images)
+                )  # 2, 3
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 5.0)
@@ -52,7 +54,7 @@ def main(epochs: tuple[int, int, int] = (8, 12, 4), macs: float = 0.5) -> dict[s
     compact = resconv.fuse(open_net, example, fold_norms=True)
     resconv.verify(open_net, compact, example)
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

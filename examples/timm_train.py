@@ -85,7 +85,7 @@ def main(epochs: tuple[int, int] = (6, 10), macs: float = 0.6) -> dict[str, floa
     compact = resconv.prune(averaged, plan)
     resconv.verify(averaged, compact, example)  # the scales are exactly 0, so no plan is named
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

@@ -37,7 +37,10 @@ def test_a_recorded_step_is_the_same_step(watched, resting, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain = converted(torch.float64, resting).cuda()
     twin = copy.deepcopy(plain)
-    steps = resconv.Watched(plain, watched), RecordedNet(resconv.Watched(twin, watched))
+    steps = (
+        resconv.recovery.FeatureTap(plain, watched),
+        RecordedNet(resconv.recovery.FeatureTap(twin, watched)),
+    )
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(4):
@@ -72,7 +75,7 @@ def test_a_recorded_teacher_says_the_same(watched, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     net = converted(torch.float64).cuda().eval().requires_grad_(False)
     before = {n: t.clone() for n, t in net.state_dict().items()}
-    teacher = resconv.Watched(net, watched)
+    teacher = resconv.recovery.FeatureTap(net, watched)
     recorded = RecordedNet(teacher)
     generator = torch.Generator().manual_seed(0)
     seen = set()

@@ -393,7 +393,7 @@ def test_the_example_stays_as_it_was(tmp_path):
     pytest.importorskip("onnx")
     net, x = WritesItsInput().eval(), torch.randn(2, WIDTH, 6, 6)
     before = x.clone()
-    assert resconv.count(net, x).macs
+    assert resconv.profile(net, x).macs
     assert resconv.units(net, x)
     converted = resconv.convert(net, x, units="layers")
     with torch.no_grad():

@@ -395,7 +395,7 @@ def test_buffers_are_read_and_not_worn(small):
     prune_all(model, small)
     calls = model.body[0].calls.item()
     resconv.units(model, small)
-    resconv.count(model, small)
+    resconv.profile(model, small)
     assert model.body[0].calls.item() == calls
 
 

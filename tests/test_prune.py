@@ -48,7 +48,7 @@ def test_a_removed_block_costs_nothing(images):
     ]
     assert sum(isinstance(m, nn.ReLU) for m in compact.modules()) == 5
     assert (
-        resconv.count(compact, images).macs
+        resconv.profile(compact, images).macs
         == resconv.plan(zero(gated, names), images, resconv.Budget(threshold=0.0)).macs_after
     )
 
@@ -122,7 +122,7 @@ def test_prune_twice_is_prune_once(images):
     half = resconv.prune(gated, resconv.Plan(names[:2]), fuse=False)
     twice = resconv.prune(half, resconv.Plan(names[2:4]))
     torch.testing.assert_close(twice(images), once(images), rtol=1e-10, atol=1e-10)
-    assert resconv.count(twice, images) == resconv.count(once, images)
+    assert resconv.profile(twice, images) == resconv.profile(once, images)
     with pytest.raises(resconv.ResConvError, match="no removable unit named"):
         resconv.prune(half, resconv.Plan(names[:1]))
 
@@ -153,7 +153,7 @@ def test_compact_can_be_converted_and_pruned_again(images):
     plan = some_plan(again, 5)
     smaller = resconv.prune(again, plan)
     resconv.verify(again, smaller, images, plan=plan)
-    assert resconv.count(smaller, images).macs < resconv.count(compact, images).macs
+    assert resconv.profile(smaller, images).macs < resconv.profile(compact, images).macs
 
 
 def test_refusals(images):

@@ -265,7 +265,7 @@ def test_on_digits_the_shallower_net_is_nearly_as_good():
     outcome = sparsifier.finish()
     assert outcome.met, str(outcome)
     compact = resconv.prune(gated.eval(), resconv.plan(gated, x[:2], budget))
-    assert resconv.count(compact, x[:1]).macs == outcome.macs <= 0.6 * sparsifier.costs.macs
+    assert resconv.profile(compact, x[:1]).macs == outcome.macs <= 0.6 * sparsifier.costs.macs
     with torch.no_grad():
         # On its own training images: what is tested is that pruning arrives without ruin.
         top1 = (compact(x).argmax(1) == y).float().mean()

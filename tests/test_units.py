@@ -353,9 +353,9 @@ class FromList(nn.Module):
 
 def test_the_costs_of_a_net_that_takes_a_list_of_images():
     body = built(nn.Sequential(conv(), nn.ReLU(), conv()))
-    macs = resconv.count(body, images(1)).macs
+    macs = resconv.profile(body, images(1)).macs
     for n in (1, 2, 3, 8):
-        assert resconv.count(FromList(body), (list(images(n)),)).macs == macs
+        assert resconv.profile(FromList(body), (list(images(n)),)).macs == macs
 
 
 def test_a_bare_number_is_no_budget():

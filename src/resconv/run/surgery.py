@@ -90,8 +90,8 @@ def prune(run: Run) -> None:
         "top1_compact": top1,
         "num_units": len(resconv.gates(gated)),
         "removed_units": removed_units(run, gated, plan),
-        "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
-        "num_convs_compact": resconv.count(compact, run.example()).num_convs,
+        "num_convs_dense": resconv.profile(run.dense(), run.example()).num_convs,
+        "num_convs_compact": resconv.profile(compact, run.example()).num_convs,
     }
     run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
     asked = run.config.recalibrate
@@ -159,7 +159,7 @@ def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
 
 def save_compact(run: Run, compact: nn.Module, plan: Plan) -> None:
     resconv.save(compact, run.folder.path, plan=plan, example_inputs=run.example())
-    size = resconv.count(compact, run.example())
+    size = resconv.profile(compact, run.example())
     run.folder.add_metrics(macs_compact=size.macs, num_params_compact=size.num_params)
 
 
