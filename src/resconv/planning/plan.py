@@ -14,6 +14,7 @@ from ..analysis.inputs import unwrap
 from ..errors import PlanError
 from ..files import write_text
 from ..nn.gates import gates
+from ..tables import html_table, text_table
 
 __all__ = ["Plan", "why_not_now"]
 
@@ -50,6 +51,29 @@ class Plan:
         if twice:
             raise PlanError(f"The plan names {', '.join(map(repr, twice))} more than once.")
         object.__setattr__(self, "remove", names)
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        names = ", ".join(self.remove) or "nothing"
+        title = f"Plan: remove {len(self.remove)} units"
+        rows: list[list[object]] = [
+            [what, before, after, _change(before, after)]
+            for what, before, after in (
+                ("MACs", self.macs_before, self.macs_after),
+                ("parameters", self.num_params_before, self.num_params_after),
+                ("latency (ms)", self.latency_ms_before, self.latency_ms_after),
+            )
+            if before is not None or after is not None
+        ]
+        if not rows:
+            return f"{title}: {names}", ["unit"], [[n] for n in self.remove]
+        return f"{title}: {names}", ["", "before", "after", "change"], rows
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)
@@ -96,6 +120,10 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The plan {path} cannot be read: {error}.") from error
         return cls.from_json(text)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{after / before - 1:+.1%}" if before and after is not None else ""
 
 
 def why_not_now(model: nn.Module, name: str) -> str | None:

@@ -58,6 +58,7 @@ from ..latency.table import (
 from ..nn.gates import BranchGate, Gate, ResConv, gates
 from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
+from ..tables import html_table, text_table
 from .controls import Controls
 from .importance import Scores
 from .outcome import Outcome, Snapshot
@@ -219,6 +220,27 @@ class Sparsifier:
                 f"The target cannot be reached: with all {len(self.costs.names)} units gone "
                 f"{too_much} are left. Raise it, or convert with units='all'."
             )
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        of = "" if self.total_steps is None else f" of {self.total_steps:,}"
+        title = f"Sparsifier of {type(self.model).__name__}, after {self._step:,}{of} steps"
+        whole, now = self.costs.whole, self.costs.left(self.removed)
+        limits = (math.inf,) * 3 if self.target is None else self.target.limits(*whole)
+        names = ("MACs", "parameters", "latency (ms)")
+        rows: list[list[object]] = [
+            [name, before, after, "" if math.isinf(limit) else f"{limit:,.6g}"]
+            for name, before, after, limit in zip(names, whole, now, limits, strict=True)
+            if name != "latency (ms)" or self.costs.unit_ms
+        ]
+        rows.insert(0, ["scales above 0", len(self.gates), len(self.gates) - len(self.removed), ""])
+        return title, ["", "whole", "without those at 0", "target"], rows
 
     def attach(self, optimizer: Optimizer) -> "Sparsifier":
         """Follow ``optimizer``: after each of its steps, take a step on the scales.
@@ -481,7 +503,7 @@ def _target(target: Budget | None, numbers: dict[str, Any]) -> Budget | None:
         require_budget(target, "target")
         if numbers:
             raise BudgetError(
-                f"target={target} and {', '.join(f'{k}={v!r}' for k, v in numbers.items())} both say "
+                f"target=Budget(...) and {', '.join(f'{k}={v!r}' for k, v in numbers.items())} both say "
                 "what to arrive at. Give one of them."
             )
         return target

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate, Unit
+from ..analysis.candidates import Candidate, Unit, Units
 from ..analysis.graph import Graph
 from ..analysis.inputs import batch_size, copied, unwrap
 from ..analysis.layers import find_layers
@@ -35,7 +35,7 @@ from .edits import indexed_containers
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
 from .rehearsal import why_prune_fails
-from .state import State, require_finite
+from .state import State, example_inputs_of, require_finite
 from .trial import why_refused
 from .verification import relative_error
 
@@ -119,19 +119,20 @@ def convert(
 
 
 @torch.inference_mode(False)
-def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
+def units(model: nn.Module, example_inputs: Any = None) -> Units:
     """List every conv layer and residual branch, with its cost and, where it stays, the reason.
 
     A unit is removable when its removal works out on a record of the whole model, alone and with
     the others, as :func:`resconv.prune` will do it. The model is run in eval mode and left as it
-    was.
+    was. What comes back is a list that prints as a table. ``example_inputs`` may be left out where
+    the model carries some.
 
     Raises:
         TraceError: the model does not run on ``example_inputs``.
         ConversionError: the model cannot be copied.
     """
     model = unwrap(model)
-    example_inputs = as_normal_tensors(example_inputs)
+    example_inputs = as_normal_tensors(example_inputs_of(example_inputs, model))
     found = _find(model, example_inputs)
     warn_of_branches(found.graph)
     listed = {id(c): c.unit for c in found.every}
@@ -147,7 +148,7 @@ def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
     batch = batch_size(example_inputs)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     every = sorted(found.every, key=lambda c: order.get(c.conv or c.gate, 0))
-    return [replace(listed[id(c)], macs=c.unit.macs // batch) for c in every]
+    return Units(replace(listed[id(c)], macs=c.unit.macs // batch) for c in every)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..analysis.recorder import restored
 from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
+from ..tables import html_table, text_table
 from .state import example_inputs_of
 
 __all__ = [
@@ -49,6 +50,25 @@ class Verification:
     tolerance: float
     num_outputs: int
     dtype: str
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        outputs = f"{self.num_outputs} output{'' if self.num_outputs == 1 else 's'}"
+        return (
+            f"Verified: {outputs} agree",
+            ["", "difference", "allowed"],
+            [
+                ["of the largest entry", self.max_rel_error, f"{self.tolerance:.3g}"],
+                ["alone", self.max_abs_error, ""],
+                ["compared in", self.dtype, ""],
+            ],
+        )
 
 
 def verify(
