@@ -60,9 +60,8 @@ def main(epochs: tuple[int, int] = (8, 12), macs: float = 0.5) -> dict[str, floa
     gated = resconv.convert(dense, example)
     fit(gated, batches, epochs[1], 0.005, [SparsityCallback(budget)])
 
-    plan = resconv.plan(gated, example, budget)
-    compact = resconv.prune(gated, plan)
-    resconv.verify(gated, compact, example)  # the scales are exactly 0, so no plan is named
+    compact = resconv.prune(gated)
+    resconv.verify(gated, compact)  # the scales are exactly 0
     return {
         "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),

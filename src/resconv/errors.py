@@ -23,7 +23,15 @@ __all__ = [
 
 
 class ResConvError(Exception):
-    """Base of every error that resconv raises for a user's mistake or an impossible request."""
+    """Base of every error that resconv raises for a user's mistake or an impossible request.
+
+    Example:
+        >>> try:
+        ...     resconv.prune(net)
+        ... except resconv.ResConvError as error:
+        ...     print(error)
+        Sequential is not a converted model. Call resconv.convert(model, example_inputs) first.
+    """
 
 
 class ResConvWarning(UserWarning):

@@ -28,6 +28,14 @@ class Plan:
     ``latency_ms_predicted`` is what the measured table says of the net that is left, and
     ``latency_ms_after`` what that net, finished, took; ``latency_ms_before`` is the dense net's in
     the same rounds.
+
+    Example:
+        >>> resconv.Plan(("3",), macs_before=36_000, macs_after=27_000)
+        Plan: remove 1 unit: 3
+              before   after  change
+        MACs  36,000  27,000  -25.0%
+        >>> resconv.Plan.from_json('{"remove": ["3"]}').remove
+        ('3',)
     """
 
     remove: tuple[str, ...] = ()
@@ -60,8 +68,8 @@ class Plan:
 
     def _table(self) -> tuple[str, list[str], list[list[object]]]:
         """Return title, header and rows of what a reader wants to know."""
-        names = ", ".join(self.remove) or "nothing"
-        title = f"Plan: remove {len(self.remove)} units"
+        number = len(self.remove)
+        title = f"Plan: remove {number} unit{'' if number == 1 else 's'}"
         rows: list[list[object]] = [
             [what, before, after, _change(before, after)]
             for what, before, after in (
@@ -72,8 +80,9 @@ class Plan:
             if before is not None or after is not None
         ]
         if not rows:
-            return f"{title}: {names}", ["unit"], [[n] for n in self.remove]
-        return f"{title}: {names}", ["", "before", "after", "change"], rows
+            return title, ["unit"], [[n] for n in self.remove]
+        names = f": {', '.join(self.remove)}" if self.remove else ""
+        return title + names, ["", "before", "after", "change"], rows
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)

@@ -20,6 +20,11 @@ def distillation_loss(
     The gradient goes into ``logits`` alone. It is computed in float32 at least.
 
     Shape: both (N, classes) or (N, classes, *spatial) -> ().
+
+    Example:
+        >>> logits = net(images)
+        >>> resconv.recovery.distillation_loss(logits, logits).item()
+        0.0
     """
     if logits.shape != teacher_logits.shape:
         raise ModelError(
@@ -43,6 +48,11 @@ def hint_loss(inputs: tuple[Tensor, ...], teacher_inputs: tuple[Tensor, ...]) ->
 
     Raises:
         ModelError: there are no tensors, or the shapes differ.
+
+    Example:
+        >>> features = (torch.randn(2, 4), torch.randn(2, 8))
+        >>> resconv.recovery.hint_loss(features, features).item()
+        0.0
     """
     mine, theirs = ([tuple(t.shape) for t in each] for each in (inputs, teacher_inputs))
     if not inputs or mine != theirs:

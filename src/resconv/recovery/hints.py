@@ -34,6 +34,10 @@ def hint_layers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
 
     Raises:
         TraceError: the model does not run on ``example_inputs``.
+
+    Example:
+        >>> resconv.recovery.hint_layers(net, images)
+        ('9', '11')
     """
     model = unwrap(model)
     graph = record(model, example_inputs, leaf=is_leaf)
@@ -65,6 +69,11 @@ class FeatureTap(nn.Module):
 
     Raises:
         ModelError: the net has no layer of that name, or (when called) did not call it.
+
+    Example:
+        >>> logits, features = resconv.recovery.FeatureTap(net, ("9", "11"))(images)
+        >>> [tuple(f.shape) for f in features]
+        [(2, 4, 6, 6), (2, 4)]
     """
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:

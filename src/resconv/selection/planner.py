@@ -65,6 +65,14 @@ def plan(
         ConversionError: the model was not converted.
         PlanError: the model holds NaN or infinite numbers.
         MissingExtraError: the budget's runtime is not installed.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> resconv.plan(model, resconv.Budget(macs=0.7))
+        Plan: remove 1 unit: 0
+                    before   after  change
+        MACs        15,564  10,380  -33.3%
+        parameters     483     327  -32.3%
     """
     from ..surgery.state import example_inputs_of, state_of
 

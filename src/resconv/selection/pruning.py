@@ -6,6 +6,7 @@ from ..analysis.inputs import unwrap
 from ..errors import PlanError
 from ..nn.gates import gates
 from ..planning.budget import Budget, require_budget
+from ..planning.costs import ledger
 from ..planning.plan import Plan
 from ..surgery import pruning as surgery
 from ..surgery.state import state_of
@@ -33,6 +34,12 @@ def prune(model: nn.Module, plan: Plan | Budget | None = None, *, fuse: bool = T
         PruneError: a unit cannot be removed exactly; the reason is in the message. Or the model
             holds NaN or infinite numbers.
         VerificationError: the result, run once, does not compute what the gated net computes.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> compact = resconv.prune(model, resconv.Budget(macs=0.7))
+        >>> resconv.profile(compact, images).num_convs
+        2
     """
     if plan is None:
         plan = _arrived(model)
@@ -45,7 +52,7 @@ def prune(model: nn.Module, plan: Plan | Budget | None = None, *, fuse: bool = T
 def _arrived(model: nn.Module) -> Plan:
     """Return the plan that removes the units whose scale is exactly 0."""
     model = unwrap(model)
-    state_of(model)
+    state = state_of(model)
     scales = {name: gate.scale.item() for name, gate in gates(model).items()}
     names = tuple(name for name, scale in scales.items() if scale == 0)
     if not names:
@@ -56,4 +63,6 @@ def _arrived(model: nn.Module) -> Plan:
             "resconv.Sparsifier(model, optimizer, macs=0.5, total_steps=...) until some are; or say "
             "what to remove: resconv.prune(model, resconv.Budget(macs=0.5)), or a resconv.Plan."
         )
-    return Plan(names, scales=scales)
+    costs = ledger(model, state.example_inputs)
+    left = costs.left(names)
+    return Plan(names, costs.macs, left.macs, costs.num_params, left.num_params, scales)

@@ -104,6 +104,19 @@ class Sparsifier:
         BudgetError: the target cannot be reached or limits nothing, ``total_steps`` is missing, or
             both a target and its numbers are given.
         MissingExtraError: the target's runtime is not installed.
+
+    Example:
+        >>> model = resconv.convert(net, images).train()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        >>> sparsifier = resconv.Sparsifier(model, optimizer, macs=0.7, total_steps=40)
+        >>> for _ in range(40):
+        ...     loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1]))
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> sparsifier.finish().met
+        True
+        >>> compact = resconv.prune(model.eval())
     """
 
     def __init__(

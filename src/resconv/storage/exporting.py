@@ -55,6 +55,13 @@ class Exported:
     opset: int | None
     verification: Verification
 
+    def __repr__(self) -> str:
+        batch = "open" if self.dynamic_batch else "fixed"
+        return (
+            f"{self.path}: {self.format}, {self.num_bytes:,} bytes, {batch} batch; its outputs are "
+            f"the network's up to {self.verification.max_rel_error:.2e} of the largest"
+        )
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -107,6 +114,11 @@ def export(
             file cannot be written.
         VerificationError: the file computes something else, or its runtime cannot run it.
         MissingExtraError: the format's package is not installed.
+
+    Example:
+        >>> compact = resconv.fuse(resconv.convert(net, images), fold_norms=True)
+        >>> resconv.export(compact, "compact.pt2").format
+        'pt2'
     """
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):

@@ -73,6 +73,12 @@ def save(
     Warns:
         UserWarning: the net was changed since it was created, so that only
             ``load(path, model=...)`` can bring it back.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> path = resconv.save(resconv.prune(model, resconv.Plan(("3",))), "compact")
+        >>> sorted(file.name for file in path.iterdir())
+        ['model.json', 'model.safetensors']
     """
     model = unwrap(model)
     folder = Path(path)
@@ -123,6 +129,12 @@ def load(
     Raises:
         LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
             not fit the model; all faults found are listed.
+
+    Example:
+        >>> path = resconv.save(resconv.convert(net, images), "trained")
+        >>> model = resconv.load(path, model=net)
+        >>> list(resconv.gates(model))
+        ['0', '3', '6']
     """
     folder = Path(path)
     header = read_header(folder)

@@ -74,6 +74,11 @@ def convert(
         ConversionError: there is nothing to convert (the reasons are listed), or the outputs
             would change.
         TraceError: the model does not run on ``example_inputs``.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> torch.allclose(model(images), net(images), atol=1e-6)
+        True
     """
     if units not in ("layers", "blocks", "all"):
         raise ConversionError(f"units={units!r}; choose 'layers', 'blocks' or 'all'.")
@@ -130,6 +135,14 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     Raises:
         TraceError: the model does not run on ``example_inputs``.
         ConversionError: the model cannot be copied.
+
+    Example:
+        >>> resconv.units(net, images)
+        3 units, 3 of them removable
+        unit  kind    MACs  parameters  removable, or why not
+        0     layer  5,184         156  can go
+        3     layer  5,184         156  can go
+        6     layer  5,184         156  can go
     """
     model = unwrap(model)
     example_inputs = as_normal_tensors(example_inputs_of(example_inputs, model))

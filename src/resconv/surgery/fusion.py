@@ -32,6 +32,11 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, fold_norms: bool = Fal
             Call ``model.eval()`` first.
         PruneError: the model holds NaN or infinite numbers, or cannot be recorded any more.
         TraceError: norms are to be folded, and there are no example inputs.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> sum(isinstance(layer, nn.BatchNorm2d) for layer in resconv.fuse(model))
+        0
     """
     # An open net whose units are all gone has no gates either, but still its edits to hand over.
     if gates(model) or getattr(unwrap(model), "resconv_state", None) is not None:

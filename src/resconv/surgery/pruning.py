@@ -176,6 +176,12 @@ def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
 
 
 def leftovers(compact: nn.Module) -> dict[str, float]:
-    """Return the factors that no layer could absorb, by the path of the multiply."""
+    """Return the factors that no layer could absorb, by the path of the multiply.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
+        {}
+    """
     edits = record_of(compact).get("edits", [])
     return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append")}

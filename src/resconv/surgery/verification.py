@@ -59,9 +59,11 @@ class Verification:
 
     def _table(self) -> tuple[str, list[str], list[list[object]]]:
         """Return title, header and rows of what a reader wants to know."""
-        outputs = f"{self.num_outputs} output{'' if self.num_outputs == 1 else 's'}"
+        outputs = (
+            "1 output agrees" if self.num_outputs == 1 else f"{self.num_outputs} outputs agree"
+        )
         return (
-            f"Verified: {outputs} agree",
+            f"Verified: {outputs}",
             ["", "difference", "allowed"],
             [
                 ["of the largest entry", self.max_rel_error, f"{self.tolerance:.3g}"],
@@ -92,6 +94,11 @@ def verify(
         VerificationError: they disagree (the numbers are in the message), one of them does not
             run, or nothing finite can be compared.
         PlanError: the plan names a unit that ``model`` does not have.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> resconv.verify(model, resconv.fuse(model)).num_outputs
+        1
     """
     model, compact = unwrap(model), unwrap(compact)
     names: tuple[str, ...] = () if plan is None else plan.remove
