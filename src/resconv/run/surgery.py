@@ -154,7 +154,7 @@ def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
         std=data.std,
     )
     resconv.recalibrate(net, islice(loader, 50))
-    return resconv.fuse(net.eval(), run.example(4))
+    return resconv.fuse(net.eval(), run.example(4), fold_norms=True)
 
 
 def save_compact(run: Run, compact: nn.Module, plan: Plan) -> None:
