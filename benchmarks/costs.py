@@ -54,7 +54,10 @@ def fused() -> Iterator[Row]:
         torch.manual_seed(0)
         plain = randomise(nets.create(name))
         trained = randomise_gates(resconv.convert(plain, x, units="layers"))
-        found = {"plain": resconv.fuse(plain, x), "fused": resconv.fuse(trained, x)}
+        found = {
+            "plain": resconv.fuse(plain, x, fold_norms=True),
+            "fused": resconv.fuse(trained, x, fold_norms=True),
+        }
         error = resconv.verify(trained, found["fused"], x).max_rel_error
         with torch_threads(1), tempfile.TemporaryDirectory() as folder:
             calls, files = _runners(found, x, Path(folder))
@@ -79,9 +82,9 @@ def by_hand() -> Iterator[Row]:
     gated = resconv.convert(nets.create("resnet56").eval(), x, units="blocks")
     # Keep three blocks of nine in each stage; the first ones, as the hand-written net has them.
     drop = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3, 9))
-    compact = resconv.fuse(resconv.prune(gated, resconv.Plan(drop)), x)
-    written = resconv.fuse(ResNet(ResidualBlock, 3).eval(), x)
-    assert resconv.count(compact, x) == resconv.count(written, x)
+    compact = resconv.fuse(resconv.prune(gated, resconv.Plan(drop)), x, fold_norms=True)
+    written = resconv.fuse(ResNet(ResidualBlock, 3).eval(), x, fold_norms=True)
+    assert resconv.profile(compact, x) == resconv.profile(written, x)
     for batch in (1, 32):
         inputs = torch.randn(batch, 3, 32, 32)
         with torch_threads(1), tempfile.TemporaryDirectory() as folder:

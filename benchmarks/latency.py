@@ -66,7 +66,7 @@ def arms(net: str, share: float, ours: dict[str, list[str]]) -> dict[str, nn.Mod
         for name, kept in peers.LAYOUTS.items():
             remove = peers.blocks_beyond(net, kept)
             found[name] = peers.without_units(dense, example, remove)
-    return {n: resconv.fuse(m.eval(), example) for n, m in found.items()}
+    return {n: resconv.fuse(m.eval(), example, fold_norms=True) for n, m in found.items()}
 
 
 def recorded(net: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -147,7 +147,7 @@ def main() -> None:
             ms = on_gpu(found)
         else:
             ms = on_cpu(found, files, asked.threads, asked.compiled)
-    macs = {n: resconv.count(found[n], example).macs for n in ms}
+    macs = {n: resconv.profile(found[n], example).macs for n in ms}
     peaks = {n: peak_memory(found[n], example) for n in ms}
     for name in ms:
         row = {

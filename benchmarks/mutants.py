@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from resconv.storage.input_spec import make_inputs
 from safetensors.torch import save_file
 
 import resconv
@@ -27,7 +28,6 @@ from resconv.run.folder import RunFolder
 from resconv.run.mark import MARK, Record
 from resconv.run.metrics import Row
 from resconv.run.report.table import rows
-from resconv.storage.input_spec import make_inputs
 from resconv.storage.runtimes import open_file
 from resconv.storage.schema import seal
 

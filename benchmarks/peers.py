@@ -102,11 +102,11 @@ def prune_channels(
     fall steadily with the ratio (Torch-Pruning leaves a layer whole that would lose all its
     channels, and rounds), so ratios are tried one by one.
     """
-    whole = resconv.count(model, example).macs
+    whole = resconv.profile(model, example).macs
     best: tuple[float, nn.Module] | None = None
     for step in range(2, 37):
         net = _pruned(model, example, step / 40, round_to, inner_only)
-        share = resconv.count(net, example).macs / whole
+        share = resconv.profile(net, example).macs / whole
         if share <= 1.01 * macs and (best is None or share > best[0]):
             best = share, net
     return None if best is None else best[1]
@@ -139,10 +139,10 @@ def _pruned(
 
 def uniform_width(net: str, share: float, example: Tensor) -> nn.Module:
     """Return the same net with all channels scaled alike, the widest within the MACs."""
-    whole = resconv.count(nets.create(net), example).macs
+    whole = resconv.profile(nets.create(net), example).macs
     for width in range(16, 1, -1):
         thin = ResNet(ResidualBlock, blocks_a_stage(net), width=width)
-        if resconv.count(thin, example).macs <= share * whole:
+        if resconv.profile(thin, example).macs <= share * whole:
             return thin.eval()
     raise AssertionError(f"{net} has no width for {100 * share:g}%")
 

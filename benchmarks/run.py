@@ -134,8 +134,8 @@ def run(arm: Arm, arms: list[Arm]) -> None:
     data = datasets.load(DATA.get(arm.data, arm.data), holdout=arm.get("holdout", 0.0))
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
     model, more = MAKERS[by](arm, arms, data, example, weights)
-    size = resconv.count(model, example)
-    dense = resconv.count(_created(arm, data), example)
+    size = resconv.profile(model, example)
+    dense = resconv.profile(_created(arm, data), example)
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()},
         arm.folder / "trained.safetensors",

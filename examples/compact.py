@@ -20,9 +20,9 @@ def compact_digits(
     example = train_set.tensors[0][:2]
     dense = Net()
     train(dense, batches, epochs[0], 0.1)
-    gated = resconv.convert(dense, example, units="all")
+    gated = resconv.convert(dense, example)
     budget = resconv.Budget(macs=macs)
     train(gated, batches, epochs[1], 0.05, target=budget)
-    pruned = resconv.prune(gated, resconv.plan(gated, example, budget))
+    pruned = resconv.prune(gated)
     # Norms go into the convs first: a quantised net is better off without them.
-    return resconv.fuse(pruned, example), train_set.tensors[0], held_out
+    return resconv.fuse(pruned, fold_norms=True), train_set.tensors[0], held_out

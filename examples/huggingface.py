@@ -74,14 +74,13 @@ def main(epochs: tuple[int, int] = (10, 15), macs: float = 0.6) -> dict[str, flo
         dense = build()
         fit(dense, Images(train_set), folder, epochs[0], 0.01)
 
-        gated = resconv.convert(dense, example, units="all")
+        gated = resconv.convert(dense, example)
         fit(gated, Images(train_set), folder, epochs[1], 0.005, [SparsityCallback(budget)])
 
-    plan = resconv.plan(gated, example, budget)
-    compact = resconv.prune(gated, plan)
-    resconv.verify(gated, compact, example)  # the scales are exactly 0, so no plan is named
+    compact = resconv.prune(gated)
+    resconv.verify(gated, compact)  # the scales are exactly 0
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

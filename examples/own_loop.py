@@ -16,14 +16,16 @@ def train(
     steps = epochs * len(batches)
     schedule = optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     if target is not None:
-        resconv.Sparsifier(net, target=target, total_steps=steps).attach(optimizer)  # 1
+        resconv.Sparsifier(net, optimizer, target=target, total_steps=steps)  # 1
     net.train()
     for _ in range(epochs):
         for images, labels in batches:
             logits = net(images)
             loss = F.cross_entropy(logits, labels)
             if teacher is not None:
-                loss = 0.5 * loss + 0.5 * resconv.distill(logits, teacher(images))  # 2, 3
+                loss = 0.5 * loss + 0.5 * resconv.recovery.distillation_loss(
+                    logits, teacher(images)
+                )  # 2, 3
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 5.0)
@@ -41,18 +43,17 @@ def main(epochs: tuple[int, int, int] = (8, 12, 4), macs: float = 0.5) -> dict[s
     dense = Net()
     train(dense, batches, epochs[0], 0.1)
 
-    gated = resconv.convert(dense, example, units="all")
+    gated = resconv.convert(dense, example)
     train(gated, batches, epochs[1], 0.05, target=budget)
-    plan = resconv.plan(gated, example, budget)
-    resconv.verify(gated, resconv.prune(gated, plan), example)  # the scales are exactly 0
+    resconv.verify(gated, resconv.prune(gated))  # the scales are exactly 0
 
     # The units that stay keep their shortcut while they are finetuned, and are fused after it.
-    open_net = resconv.prune(gated, plan, fuse=False)
+    open_net = resconv.prune(gated, fuse=False)
     train(open_net, batches, epochs[2], 0.02, teacher=dense.requires_grad_(False))
-    compact = resconv.fuse(open_net, example)
-    resconv.verify(open_net, compact, example)
+    compact = resconv.fuse(open_net, fold_norms=True)
+    resconv.verify(open_net, compact)
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

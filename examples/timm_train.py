@@ -44,7 +44,7 @@ def train(model: nn.Module, loader: DataLoader, epochs: int, lr: float, target=N
     )
     if target is not None:  # timm makes its scheduler before; the order does not matter
         steps = epochs * updates
-        resconv.Sparsifier(model, target=target, total_steps=steps).attach(optimizer)  # 1, 2
+        resconv.Sparsifier(model, optimizer, target=target, total_steps=steps)  # 1, 2
     model.train()
     update = 0
     for _ in range(epochs):
@@ -78,14 +78,13 @@ def main(epochs: tuple[int, int] = (6, 10), macs: float = 0.6) -> dict[str, floa
     )  # fmt: skip
     train(dense, loader, epochs[0], 0.01)
 
-    gated = resconv.convert(dense, example, units="all")  # 4: before the optimizer is made
+    gated = resconv.convert(dense, example)  # 4: before the optimizer is made
     averaged = train(gated, loader, epochs[1], 0.005, budget)
 
-    plan = resconv.plan(averaged, example, budget)
-    compact = resconv.prune(averaged, plan)
-    resconv.verify(averaged, compact, example)  # the scales are exactly 0, so no plan is named
+    compact = resconv.prune(averaged)
+    resconv.verify(averaged, compact)  # the scales are exactly 0
     return {
-        "macs": resconv.count(compact, example).macs / resconv.count(dense, example).macs,
+        "macs": resconv.profile(compact, example).macs / resconv.profile(dense, example).macs,
         "dense": accuracy(dense, held_out),
         "compact": accuracy(compact, held_out),
     }

@@ -36,7 +36,7 @@ def train(gated, x, steps, **kwargs):
 @pytest.mark.parametrize("act", [nn.SiLU, nn.GELU, nn.Hardswish, nn.ReLU])
 def test_a_net_pruned_after_training_has_no_multiply(act):
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    gated = resconv.convert(net_of(act), x).train()
+    gated = resconv.convert(net_of(act), x, units="layers").train()
     sparsifier = train(gated, x, 60, target=resconv.Budget(macs=0.6))
     removed = sparsifier.removed
     assert removed
@@ -57,7 +57,7 @@ def test_a_net_pruned_after_training_has_no_multiply(act):
 
 def test_without_a_target_the_control_of_a_layer_at_0_moves_to_1():
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    gated = resconv.convert(net_of(nn.SiLU), x).train()
+    gated = resconv.convert(net_of(nn.SiLU), x, units="layers").train()
     for gate in resconv.gates(gated).values():
         gate.control.data.fill_(0.7)
     train(gated, x, 520, strength=0.5)
@@ -68,7 +68,7 @@ def test_without_a_target_the_control_of_a_layer_at_0_moves_to_1():
 
 def test_a_resumed_run_holds_the_same_controls():
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    gated = resconv.convert(net_of(nn.SiLU), x).train()
+    gated = resconv.convert(net_of(nn.SiLU), x, units="layers").train()
     first = train(gated, x, 60, target=resconv.Budget(macs=0.6))
     second = resconv.Sparsifier(gated, target=resconv.Budget(macs=0.6), total_steps=60)
     second.load_state_dict(first.state_dict())

@@ -35,7 +35,9 @@ def test_convert_keeps_outputs(name, units, start, images):
 
 
 def test_a_fresh_net_gets_the_plain_shortcut(images):
-    gated = resconv.convert(nets.create("plainnet20").double(), images, start="identity")
+    gated = resconv.convert(
+        nets.create("plainnet20").double(), images, start="identity", units="layers"
+    )
     assert all(g.control.item() == 1 for g in resconv.gates(gated).values())
 
 
@@ -70,7 +72,9 @@ def test_all_branches_of_an_untrained_net_add_about_as_much_as_the_stream_holds(
 
 
 def test_the_start_of_a_trained_net_keeps_its_scales(images):
-    gated = resconv.convert(randomise(nets.create("plainnet20").double()), images, start="identity")
+    gated = resconv.convert(
+        randomise(nets.create("plainnet20").double()), images, start="identity", units="layers"
+    )
     assert {g.scale.item() for g in resconv.gates(gated).values()} == {1.0}
 
 
@@ -134,7 +138,7 @@ class Hooked(nn.Module):
 def test_refusals_name_the_layer_and_the_reason(model, reason, images):
     model = model.double().eval()
     with pytest.raises(resconv.ResConvError, match=reason):
-        resconv.convert(model, images)
+        resconv.convert(model, images, units="layers")
 
 
 def test_bad_arguments(images):
@@ -142,17 +146,19 @@ def test_bad_arguments(images):
     with pytest.raises(resconv.ResConvError, match="units='channels'"):
         resconv.convert(model, images, units="channels")
     with pytest.raises(resconv.ResConvError, match="start='zero'"):
-        resconv.convert(model, images, start="zero")
+        resconv.convert(model, images, start="zero", units="layers")
     with pytest.raises(resconv.ResConvError, match="does not run on inputs of shape"):
-        resconv.convert(model, torch.randn(1, 5, 32, 32))
-    gated = resconv.convert(model, images)
+        resconv.convert(model, torch.randn(1, 5, 32, 32), units="layers")
+    gated = resconv.convert(model, images, units="layers")
     with pytest.raises(resconv.ResConvError, match="has gates already"):
-        resconv.convert(gated, images)
+        resconv.convert(gated, images, units="layers")
 
 
 def test_filter_chooses(images):
     model = nets.create("resnet20").double().eval()
-    gated = resconv.convert(model, images, filter=lambda name, module: name.startswith("layer3"))
+    gated = resconv.convert(
+        model, images, filter=lambda name, module: name.startswith("layer3"), units="layers"
+    )
     assert set(resconv.gates(gated)) == {
         "layer3.0.conv2",
         "layer3.1.conv1",
@@ -166,7 +172,7 @@ def test_filter_chooses(images):
 def test_an_untrained_net_gets_one_shortcut_a_block(net):
     torch.manual_seed(0)
     model, x = nets.create(net).train(), torch.randn(8, 3, 32, 32)
-    gated = resconv.convert(model, x, start="identity")
+    gated = resconv.convert(model, x, start="identity", units="layers")
     controls = {n: g.control for n, g in resconv.gates(gated).items()}
     branches = [u.name for u in resconv.units(model, x) if u.kind == "block" and u.removable]
     for name, control in controls.items():

@@ -37,7 +37,10 @@ def test_a_recorded_step_is_the_same_step(watched, resting, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain = converted(torch.float64, resting).cuda()
     twin = copy.deepcopy(plain)
-    steps = resconv.Watched(plain, watched), RecordedNet(resconv.Watched(twin, watched))
+    steps = (
+        resconv.recovery.FeatureTap(plain, watched),
+        RecordedNet(resconv.recovery.FeatureTap(twin, watched)),
+    )
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(4):
@@ -72,7 +75,7 @@ def test_a_recorded_teacher_says_the_same(watched, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     net = converted(torch.float64).cuda().eval().requires_grad_(False)
     before = {n: t.clone() for n, t in net.state_dict().items()}
-    teacher = resconv.Watched(net, watched)
+    teacher = resconv.recovery.FeatureTap(net, watched)
     recorded = RecordedNet(teacher)
     generator = torch.Generator().manual_seed(0)
     seen = set()
@@ -139,7 +142,9 @@ def test_training_arrives_at_its_target(cuda_graphs, taught, tmp_path):
     net = nets.create("resnet20", num_classes=10, in_channels=1)
     if taught:
         fit(net.train(), images, Recipe(4, seed=0), tmp_path / "dense", progress=False)
-    gated = resconv.convert(net, torch.randn(2, 1, images.image_size, images.image_size))
+    gated = resconv.convert(
+        net, torch.randn(2, 1, images.image_size, images.image_size), units="layers"
+    )
     budget = resconv.Budget(macs=0.5)
     recipe = Recipe(12, seed=0)
     result = fit(
@@ -159,7 +164,7 @@ def test_training_arrives_at_its_target(cuda_graphs, taught, tmp_path):
     assert top1 > 80
     example = torch.randn(2, 1, images.image_size, images.image_size)
     plan = resconv.plan(gated.eval(), example, budget)
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     resconv.verify(gated, compact, example, plan=plan)
     # The net was judged on the GPU: as exactly as on the CPU, but for rounding.
     assert abs(evaluate(compact, images) - top1) < 0.5
@@ -177,7 +182,7 @@ def test_surgery_keeps_the_function_on_the_gpu():
         for name in names:
             resconv.gates(gated)[name].scale.zero_()
     plan = resconv.Plan(tuple(names))
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     assert {p.device.type for p in compact.parameters()} == {"cuda"}
     torch.testing.assert_close(compact(example), gated(example), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(compact(example), model(example), rtol=1e-9, atol=1e-9)

@@ -41,7 +41,7 @@ def small():
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
     )
     x = torch.randn(2, 3, 16, 16)
-    gated = randomise_gates(resconv.convert(randomise(net), x))
+    gated = randomise_gates(resconv.convert(randomise(net), x, units="layers"))
     plan = resconv.Plan(["3"])
     return resconv.prune(gated, plan), plan, x
 
@@ -142,12 +142,12 @@ def test_several_inputs_and_a_dict_of_outputs(inputs, tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_half_precision(suffix, small, tmp_path):
     compact, _, x = small
-    half = resconv.fuse(compact, x).half()
+    half = resconv.fuse(compact, x, fold_norms=True).half()
     done = resconv.export(half, tmp_path / f"net{suffix}", x)
     assert done.verification.dtype == "float16"
     if suffix != ".pt2":
         for dtype in (torch.bfloat16, torch.float64):
-            other = resconv.fuse(compact, x).to(dtype)
+            other = resconv.fuse(compact, x, fold_norms=True).to(dtype)
             before = done.path.read_bytes()
             with pytest.raises(ExportError, match=f"is in {str(dtype).split('.')[1]}"):
                 resconv.export(other, done.path, x)
@@ -159,7 +159,9 @@ def test_half_precision(suffix, small, tmp_path):
 )
 def test_no_leftovers_in_the_graph(name, units, tmp_path):
     compact, plan, x = compact_net(name, units)
-    done = resconv.export(resconv.fuse(compact, x), tmp_path / "net.onnx", x, plan=plan)
+    done = resconv.export(
+        resconv.fuse(compact, x, fold_norms=True), tmp_path / "net.onnx", x, plan=plan
+    )
     model = onnx.load(done.path)
     ops = Counter(n.op_type for n in model.graph.node)
     assert not ops["Mul"] + ops["Identity"] + ops["BatchNormalization"], ops
@@ -289,7 +291,9 @@ def test_refusals(small, tmp_path):
     compact, _, x = small
     with pytest.raises(resconv.ResConvError, match=r"\.onnx, \.pt2 or"):
         resconv.export(compact, tmp_path / "net.pb", x)
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 32, 32))
+    gated = resconv.convert(
+        nets.create("resnet20").eval(), torch.randn(1, 3, 32, 32), units="layers"
+    )
     with pytest.raises(resconv.ResConvError, match="gates left"):
         resconv.export(gated, tmp_path / "net.onnx", x)
     with pytest.raises(resconv.ResConvError, match="There is no"):

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import pytest
 import torch
+from resconv.storage.input_spec import make_inputs
 
 import resconv
 from resconv import nets
@@ -18,7 +19,6 @@ from resconv.json_files import parse_json, read_json
 from resconv.run import Config, RunFolder
 from resconv.run.metrics import Metrics, Row
 from resconv.run.report.table import rows
-from resconv.storage.input_spec import make_inputs
 from resconv.storage.schema import check_source, seal
 
 

@@ -48,7 +48,7 @@ def test_fuse_keeps_outputs(dims, groups, dilation, padding_mode, bias, norm):
         pytest.skip("reflect padding of 2 in 3-D is slow, the other cases cover it")
     model = net(dims, groups, dilation, padding_mode, bias, norm)
     x = torch.randn(2, 3, *[6] * dims, dtype=torch.float64)
-    gated = randomise_gates(resconv.convert(model, x))
+    gated = randomise_gates(resconv.convert(model, x, units="layers"))
     fused = resconv.fuse(gated)
     assert not gates(fused)
     assert type(fused.get_submodule("1")) is CONVS[dims]
@@ -64,13 +64,13 @@ def test_even_and_uneven_kernels(kernel):
     conv = nn.Conv2d(4, 4, kernel, padding="same")
     model = randomise(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).double())
     x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
-    gated = randomise_gates(resconv.convert(model, x))
+    gated = randomise_gates(resconv.convert(model, x, units="layers"))
     torch.testing.assert_close(resconv.fuse(gated)(x), gated(x), rtol=1e-10, atol=1e-10)
 
 
 def test_fuse_after_training_steps(images):
     model = randomise(resconv_net()).double()
-    gated = resconv.convert(model, images)
+    gated = resconv.convert(model, images, units="layers")
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.05)
     gated.train()
     for _ in range(3):
@@ -92,17 +92,17 @@ def resconv_net():
 
 
 def test_fuse_twice_is_refused_and_fold_folds_all(images):
-    gated = resconv.convert(randomise(resconv_net()).double(), images)
+    gated = resconv.convert(randomise(resconv_net()).double(), images, units="layers")
     fused = resconv.fuse(gated)
     with pytest.raises(resconv.ResConvError, match="no ResConv to fuse"):
         resconv.fuse(fused)
-    folded = resconv.fuse(fused, images)
+    folded = resconv.fuse(fused, images, fold_norms=True)
     assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
     torch.testing.assert_close(folded(images), gated(images), rtol=1e-10, atol=1e-10)
 
 
 def test_training_mode_is_refused(images):
-    gated = resconv.convert(randomise(resconv_net()).double(), images).train()
+    gated = resconv.convert(randomise(resconv_net()).double(), images, units="layers").train()
     with pytest.raises(resconv.ResConvError, match=r"training mode.*model\.eval\(\)"):
         resconv.fuse(gated)
 
@@ -134,7 +134,7 @@ def test_a_shape_changing_layer_may_have_a_fusible_shortcut(spec, dims, norm):
     layers = [CONVS[dims](3, 8, 1), conv, *([NORMS[dims](c_out)] if norm else []), nn.ReLU()]
     model = randomise(nn.Sequential(*layers, CONVS[dims](c_out, 2, 1)).double())
     x = torch.randn(2, 3, *[11] * dims, dtype=torch.float64)
-    gated = resconv.convert(model, x, shortcut="always")
+    gated = resconv.convert(model, x, shortcut="always", units="layers")
     torch.testing.assert_close(gated(x), model(x), rtol=1e-10, atol=1e-10)
     assert set(resconv.gates(gated)) == set()
     fixed = resconv.gates(gated, fixed=True)
@@ -150,7 +150,7 @@ def test_a_shape_changing_layer_may_have_a_fusible_shortcut(spec, dims, norm):
     assert not resconv.gates(fused, fixed=True)
     torch.testing.assert_close(fused(x), before, rtol=1e-10, atol=1e-10)
     # From a trained net the identity is taken out of the kernel: the function stays.
-    started = resconv.convert(model, x, shortcut="always", start="identity")
+    started = resconv.convert(model, x, shortcut="always", start="identity", units="layers")
     assert all(g.control.item() == 1 for g in resconv.gates(started, fixed=True).values())
     torch.testing.assert_close(started(x), model(x), rtol=1e-9, atol=1e-9)
     # Its gradient is that of the formula.
@@ -164,7 +164,7 @@ def test_the_shortcut_of_a_strided_layer_is_the_strided_input():
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False).double()
     model = nn.Sequential(nn.Identity(), conv, nn.Conv2d(6, 1, 1).double()).eval()
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    gated = resconv.convert(model, x, shortcut="always")
+    gated = resconv.convert(model, x, shortcut="always", units="layers")
     with torch.no_grad():
         conv_in = gated.get_submodule("1")
         conv_in.conv.weight.zero_()
@@ -202,9 +202,9 @@ def test_a_shape_changing_layer_stays_and_says_why(images):
 def test_a_conv_that_reaches_too_far_out_gets_no_shortcut():
     model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=2), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
     x = torch.randn(1, 4, 8, 8)
-    gated = resconv.convert(model.eval(), x, shortcut="always")
+    gated = resconv.convert(model.eval(), x, shortcut="always", units="layers")
     assert set(resconv.gates(gated, fixed=True)) == {"2"}
     with pytest.raises(resconv.ResConvError, match="choose 'removable' or 'always'"):
-        resconv.convert(model, x, shortcut="sometimes")
+        resconv.convert(model, x, shortcut="sometimes", units="layers")
     with pytest.raises(resconv.ResConvError, match="units='blocks' converts none"):
         resconv.convert(model, x, shortcut="always", units="blocks")

@@ -238,8 +238,10 @@ def test_distilling():
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     # Equal, and equal up to a constant: the same probabilities.
-    assert resconv.distill(logits, logits + 3).item() == pytest.approx(0, abs=1e-12)
-    loss = resconv.distill(logits, teacher, temperature=2.0)
+    assert resconv.recovery.distillation_loss(logits, logits + 3).item() == pytest.approx(
+        0, abs=1e-12
+    )
+    loss = resconv.recovery.distillation_loss(logits, teacher, temperature=2.0)
     p, q = (torch.softmax(t / 2, 1) for t in (teacher, logits))
     torch.testing.assert_close(loss, 4 * (p * (p.log() - q.log())).sum(1).mean())
     loss.backward()
@@ -247,20 +249,24 @@ def test_distilling():
     # T^2 keeps the gradient's size: at a high temperature it is that of half the squared distance
     # of the centred logits, mean over classes.
     hot = logits.detach().clone().requires_grad_()
-    resconv.distill(hot, teacher, temperature=1e4).backward()
+    resconv.recovery.distillation_loss(hot, teacher, temperature=1e4).backward()
     apart = (hot - teacher).detach()
     wanted = (apart - apart.mean(1, keepdim=True)) / (6 * 5)
     torch.testing.assert_close(hot.grad, wanted, rtol=1e-2, atol=1e-4)
-    half = resconv.distill(logits.detach().bfloat16(), teacher.detach().bfloat16())
+    half = resconv.recovery.distillation_loss(
+        logits.detach().bfloat16(), teacher.detach().bfloat16()
+    )
     assert half.dtype == torch.float32
     # Per pixel, too.
     a, b = torch.randn(2, 2, 5, 3, 3)
     flat = [t.permute(0, 2, 3, 1).reshape(-1, 5) for t in (a, b)]
-    torch.testing.assert_close(resconv.distill(a, b), resconv.distill(*flat))
+    torch.testing.assert_close(
+        resconv.recovery.distillation_loss(a, b), resconv.recovery.distillation_loss(*flat)
+    )
     with pytest.raises(resconv.ResConvError, match=r"\(6, 5\).*\(6, 4\)"):
-        resconv.distill(logits, teacher[:, :4])
+        resconv.recovery.distillation_loss(logits, teacher[:, :4])
     with pytest.raises(resconv.ResConvError, match="temperature"):
-        resconv.distill(logits, teacher, temperature=0)
+        resconv.recovery.distillation_loss(logits, teacher, temperature=0)
 
 
 def test_the_code_of_the_page_runs():

@@ -40,7 +40,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def gated(example):
-    return randomise_gates(resconv.convert(small_net(), example))
+    return randomise_gates(resconv.convert(small_net(), example, units="layers"))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_model_that_promises_too_much_is_corrected(table, gated, example, monk
     """
 
     def by_macs(nets, *_, **__):
-        times = [1e-6 * resconv.count(n, example).macs for n in nets]
+        times = [1e-6 * resconv.profile(n, example).macs for n in nets]
         return [Timing(ms, ms, ms, ms, 1) for ms in times]
 
     monkeypatch.setattr(latency_module, "time_nets", by_macs)
@@ -188,7 +188,9 @@ def test_a_table_of_something_else_is_refused(budget, message, table, gated, exa
 
 
 def test_a_table_of_another_net_or_machine_is_refused(table, gated, example):
-    other = resconv.convert(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()), example)
+    other = resconv.convert(
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()), example, units="layers"
+    )
     with pytest.raises(resconv.ResConvError, match="another net"):
         resconv.plan(other, example, SHARE, latency=table)
     elsewhere = dataclasses.replace(table, processor="abacus")
@@ -198,7 +200,7 @@ def test_a_table_of_another_net_or_machine_is_refused(table, gated, example):
 
 def test_training_arrives_at_milliseconds(example, table):
     """The run ends with zeros that meet the target on the finished net; so the plan is those."""
-    gated = resconv.convert(small_net(), example).train()
+    gated = resconv.convert(small_net(), example, units="layers").train()
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.02)
     sparsifier = resconv.Sparsifier(gated, target=SHARE, total_steps=40, latency=table)
     sparsifier.attach(optimizer)
@@ -226,7 +228,7 @@ def test_onnx_runtime():
     torch.manual_seed(0)
     layers = [m for _ in range(4) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
     x = torch.randn(1, 8, 32, 32)
-    gated = randomise_gates(resconv.convert(nn.Sequential(*layers).eval(), x))
+    gated = randomise_gates(resconv.convert(nn.Sequential(*layers).eval(), x, units="layers"))
     budget = resconv.Budget(latency=0.7, runtime="onnxruntime", batch=2, threads=1)
     plan, table = plan_measured(gated, x, budget, None)
     assert (table.device, table.batch, table.threads) == ("cpu", 2, 1)

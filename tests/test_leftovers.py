@@ -60,7 +60,7 @@ NETS = [
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.3), (1, 0.5), (2, 0.8), (3, 1.1)])
 def test_a_compact_net_has_no_leftovers(name, size, seed, share):
     model, compact, x, removed = pruned(name, size, seed, share)
-    dense, graph = (record(resconv.fuse(m, x), x) for m in (model, compact))
+    dense, graph = (record(resconv.fuse(m, x, fold_norms=True), x) for m in (model, compact))
     before, after = (Counter(n.op.removesuffix("_") for n in g.nodes) for g in (dense, graph))
     assert before["convolution"] - after["convolution"] == removed
     assert after["mul"] == before["mul"] == 0
@@ -84,7 +84,9 @@ def test_a_compact_net_has_no_leftovers(name, size, seed, share):
 def test_an_exported_net_has_no_leftovers(name, size, seed, share, tmp_path):
     model, compact, x, removed = pruned(name, size, seed, share)
     dense = Counter(n.op for n in record(model, x).nodes)
-    path = resconv.export(resconv.fuse(compact, x), tmp_path / "compact.onnx", x).path
+    path = resconv.export(
+        resconv.fuse(compact, x, fold_norms=True), tmp_path / "compact.onnx", x
+    ).path
     counts, doubled = op_counts(path)
     assert counts["Conv"] == dense["convolution"] - removed
     assert not doubled
@@ -108,7 +110,7 @@ class Shared(nn.Module):
 
 
 def test_what_cannot_be_absorbed_is_one_multiply_and_is_reported(images):
-    gated = randomise_gates(resconv.convert(randomise(Shared()).double(), images))
+    gated = randomise_gates(resconv.convert(randomise(Shared()).double(), images, units="layers"))
     plan = resconv.Plan(["mid"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)
@@ -168,7 +170,7 @@ def test_relu6_goes_on_the_side_that_no_longer_needs_it(controls, images):
     model = nn.Sequential(*body, nn.Conv2d(8, 2, 1)).double().eval()
     with torch.no_grad():
         model[0].weight.mul_(30)  # so that the upper limit is met
-    gated = resconv.convert(model, images)
+    gated = resconv.convert(model, images, units="layers")
     for (_, gate), control in zip(resconv.gates(gated).items(), controls, strict=True):
         with torch.no_grad():
             gate.control.fill_(control)
@@ -205,7 +207,7 @@ class Concat(nn.Module):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_slices_of_a_concatenation_keep_their_own_factors(groups, norm, fuse, images):
     model = randomise(Concat(groups, norm)).double()
-    gated = randomise_gates(resconv.convert(model, images), 2)
+    gated = randomise_gates(resconv.convert(model, images, units="layers"), 2)
     plan = resconv.Plan(["mid.0.0", "mid.2.0"])
     compact = resconv.prune(gated, plan, fuse=fuse)
     resconv.verify(gated, compact, images, plan=plan)
@@ -218,7 +220,7 @@ def test_slices_of_a_concatenation_keep_their_own_factors(groups, norm, fuse, im
 def test_a_concatenation_that_is_an_output_keeps_its_multiply(images):
     model = randomise(Concat(1, False)).double()
     model.head = nn.Identity()
-    gated = randomise_gates(resconv.convert(model, images), 2)
+    gated = randomise_gates(resconv.convert(model, images, units="layers"), 2)
     plan = resconv.Plan(["mid.0.0"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)

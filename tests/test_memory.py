@@ -126,7 +126,9 @@ def without_the_conv(net, x, fuse, **kwargs):
     """Return the converted net, its conv at scale 0, and the net without it."""
     torch.manual_seed(0)
     net = net.double()
-    converted = resconv.convert(net, x, filter=lambda name, module: name != "stem", **kwargs)
+    converted = resconv.convert(
+        net, x, filter=lambda name, module: name != "stem", **{"units": "layers", **kwargs}
+    )
     with torch.no_grad():
         for name, gate in resconv.gates(converted).items():
             gate.control.fill_(1.0)
@@ -391,9 +393,9 @@ def test_the_example_stays_as_it_was(tmp_path):
     pytest.importorskip("onnx")
     net, x = WritesItsInput().eval(), torch.randn(2, WIDTH, 6, 6)
     before = x.clone()
-    assert resconv.count(net, x).macs
+    assert resconv.profile(net, x).macs
     assert resconv.units(net, x)
-    converted = resconv.convert(net, x)
+    converted = resconv.convert(net, x, units="layers")
     with torch.no_grad():
         resconv.gates(converted)["goes"].control.fill_(1.0)
         resconv.gates(converted)["goes"].scale.zero_()
@@ -402,7 +404,7 @@ def test_the_example_stays_as_it_was(tmp_path):
     compact = resconv.prune(converted, plan)
     # Seen twice, a written input would be another one the second time.
     resconv.verify(converted, compact, x, plan=plan)
-    resconv.fuse(converted, x)
+    resconv.fuse(converted, x, fold_norms=True)
     resconv.recalibrate(compact, [x])
     resconv.export(compact, tmp_path / "net.pt2", x)
     assert torch.equal(x, before)
@@ -414,7 +416,7 @@ def test_the_example_stays_as_it_was(tmp_path):
 def test_the_example_of_a_converted_net_is_its_own():
     net, x = WritesItsInput().eval(), torch.randn(2, WIDTH, 6, 6)
     before = x.clone()
-    converted = resconv.convert(net, x)
+    converted = resconv.convert(net, x, units="layers")
     with torch.no_grad():
         converted(x)
     assert not torch.equal(x, before)

@@ -217,10 +217,10 @@ def test_module_lists_and_dicts(small):
 def test_frozen_parameters_stay_frozen(small):
     model = net(layer(), layer(), layer()).requires_grad_(False)
     model.head.requires_grad_(True)
-    gated = randomise_gates(resconv.convert(model, small))
+    gated = randomise_gates(resconv.convert(model, small, units="layers"))
     assert all(g.scale.requires_grad for g in resconv.gates(gated).values())
     plan = resconv.Plan(("body.1.0",))
-    for compact in (resconv.prune(gated, plan), resconv.fuse(gated, small)):
+    for compact in (resconv.prune(gated, plan), resconv.fuse(gated, small, fold_norms=True)):
         trained = {n for n, p in compact.named_parameters() if p.requires_grad}
         assert trained == {"head.weight", "head.bias"}
 
@@ -228,7 +228,7 @@ def test_frozen_parameters_stay_frozen(small):
 def test_modes_are_kept(small):
     model = randomise(net(layer(), layer())).train()
     model.body[1].eval()
-    gated = resconv.convert(model, small)
+    gated = resconv.convert(model, small, units="layers")
     assert model.training
     assert not model.body[1].training
     assert gated.training
@@ -250,7 +250,7 @@ def test_modes_are_kept(small):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, small):
     model = randomise(net(layer(), layer(), layer())).to(dtype)
-    gated = randomise_gates(resconv.convert(model, small))
+    gated = randomise_gates(resconv.convert(model, small, units="layers"))
     plan = resconv.Plan(("body.0.0", "body.2.0"))
     compact = resconv.prune(gated, plan)
     assert {p.dtype for p in compact.parameters()} == {dtype}
@@ -272,7 +272,7 @@ def test_wrapped_models(wrap, small, tmp_path):
         )
         wrapped = nn.parallel.DistributedDataParallel(model)
     try:
-        gated = randomise_gates(resconv.convert(wrapped, small))
+        gated = randomise_gates(resconv.convert(wrapped, small, units="layers"))
         plan = resconv.Plan(("body.0.0",))
         around = nn.DataParallel(gated)
         compact = resconv.prune(around, plan)
@@ -290,19 +290,19 @@ def test_no_numbers_no_surgery(small):
     with pytest.raises(
         resconv.ResConvError, match=r"stem\.0\.weight.*meta device.*Load the weights"
     ):
-        resconv.convert(model, small)
+        resconv.convert(model, small, units="layers")
     lazy = nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.ReLU(), conv())
     with pytest.raises(
         resconv.ResConvError, match=r"has no size yet \(a lazy module\).*Run the model"
     ):
-        resconv.convert(lazy, small)
+        resconv.convert(lazy, small, units="layers")
     lazy(small.float())
-    assert set(resconv.gates(resconv.convert(lazy.eval(), small))) == {"2"}
+    assert set(resconv.gates(resconv.convert(lazy.eval(), small, units="layers"))) == {"2"}
     broken = net(layer())
     with torch.no_grad():
         broken.body[0][0].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(resconv.ResConvError, match=r"body\.0\.0\.weight.*hold NaN"):
-        resconv.convert(broken, small)
+        resconv.convert(broken, small, units="layers")
 
 
 # --- inputs, outputs, control flow --------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_buffers_are_read_and_not_worn(small):
     prune_all(model, small)
     calls = model.body[0].calls.item()
     resconv.units(model, small)
-    resconv.count(model, small)
+    resconv.profile(model, small)
     assert model.body[0].calls.item() == calls
 
 
@@ -418,7 +418,7 @@ class Decides(nn.Module):
 def test_both_ways_of_a_decision_stay_right(small):
     model = randomise(Decides().double())
     bright, dark = small.abs(), -small.abs()
-    gated = randomise_gates(resconv.convert(model, bright), 3)
+    gated = randomise_gates(resconv.convert(model, bright, units="layers"), 3)
     done = 0
     for name in resconv.gates(gated):
         plan = resconv.Plan((name,))
@@ -452,7 +452,9 @@ class Scripted(nn.Module):
 
 def test_script_modules_inside(small):
     model = net(Scripted(None), layer())
-    assert all("inside" not in n for n in resconv.gates(resconv.convert(model, small)))
+    assert all(
+        "inside" not in n for n in resconv.gates(resconv.convert(model, small, units="layers"))
+    )
     prune_all(model, small)
 
 
@@ -577,7 +579,7 @@ def test_the_argument_is_never_changed(small):
     prune_all(copy.deepcopy(model), small)
     gated = resconv.convert(model, small, units="all", start="identity")
     form, numbers = repr(gated), copy.deepcopy(gated.state_dict())
-    resconv.fuse(gated, small)
+    resconv.fuse(gated, small, fold_norms=True)
     resconv.prune(gated, resconv.Plan(("body.0.0",)))
     assert repr(model) == shape
     assert repr(gated) == form

@@ -48,7 +48,7 @@ def test_a_removed_block_costs_nothing(images):
     ]
     assert sum(isinstance(m, nn.ReLU) for m in compact.modules()) == 5
     assert (
-        resconv.count(compact, images).macs
+        resconv.profile(compact, images).macs
         == resconv.plan(zero(gated, names), images, resconv.Budget(threshold=0.0)).macs_after
     )
 
@@ -92,7 +92,7 @@ def test_another_activation_stays(images):
         nn.Conv2d(8, 2, 1),
     ]
     model = nn.Sequential(*body).double().eval()
-    gated = randomise_gates(resconv.convert(model, images))
+    gated = randomise_gates(resconv.convert(model, images, units="layers"))
     compact = resconv.prune(gated, resconv.Plan(["2"]))
     assert sum(isinstance(m, nn.SiLU) for m in compact.modules()) == 2
     resconv.verify(gated, compact, images, plan=resconv.Plan(["2"]))
@@ -106,7 +106,7 @@ def test_a_negative_control_keeps_its_relu(images):
         nn.ReLU(),
         nn.Conv2d(8, 2, 1),
     ]
-    gated = resconv.convert(nn.Sequential(*body).double().eval(), images)
+    gated = resconv.convert(nn.Sequential(*body).double().eval(), images, units="layers")
     with torch.no_grad():
         resconv.gates(gated)["2"].control.fill_(-0.8)
     plan = resconv.Plan(["2"])
@@ -122,7 +122,7 @@ def test_prune_twice_is_prune_once(images):
     half = resconv.prune(gated, resconv.Plan(names[:2]), fuse=False)
     twice = resconv.prune(half, resconv.Plan(names[2:4]))
     torch.testing.assert_close(twice(images), once(images), rtol=1e-10, atol=1e-10)
-    assert resconv.count(twice, images) == resconv.count(once, images)
+    assert resconv.profile(twice, images) == resconv.profile(once, images)
     with pytest.raises(resconv.ResConvError, match="no removable unit named"):
         resconv.prune(half, resconv.Plan(names[:1]))
 
@@ -153,7 +153,7 @@ def test_compact_can_be_converted_and_pruned_again(images):
     plan = some_plan(again, 5)
     smaller = resconv.prune(again, plan)
     resconv.verify(again, smaller, images, plan=plan)
-    assert resconv.count(smaller, images).macs < resconv.count(compact, images).macs
+    assert resconv.profile(smaller, images).macs < resconv.profile(compact, images).macs
 
 
 def test_refusals(images):
@@ -213,7 +213,7 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("functional", [True, False])
 def test_in_place_operations_do_not_reach_the_shortcut(functional, images):
     model = InPlace(functional).double().eval()
-    gated = randomise_gates(resconv.convert(model, images))
+    gated = randomise_gates(resconv.convert(model, images, units="layers"))
     plan = resconv.Plan(["conv1"])
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, images, plan=plan)

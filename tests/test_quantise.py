@@ -59,13 +59,17 @@ def test_torchao_example(examples):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda(tmp_path):
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    gated = randomise_gates(resconv.convert(randomise(nets.create("resnet20").double()), x), 1)
+    gated = randomise_gates(
+        resconv.convert(randomise(nets.create("resnet20").double()), x, units="layers"), 1
+    )
     compact = resconv.prune(gated, some_plan(gated, 1))
     expected = compact(x)
     compact.cuda()
     torch.testing.assert_close(compact(x.cuda()).cpu(), expected, rtol=1e-10, atol=1e-10)
     resconv.save(compact, tmp_path / "net", example_inputs=x.cuda())
     assert torch.equal(resconv.load(tmp_path / "net")(x), expected)
-    again = resconv.convert(compact, x)  # on the device, from an example that is not
+    again = resconv.convert(
+        compact, x, units="layers"
+    )  # on the device, from an example that is not
     assert next(again.parameters()).is_cuda
     assert resconv.export(compact.float(), tmp_path / "net.pt2", x).dynamic_batch

@@ -288,7 +288,7 @@ def test_a_module_that_drops_in_training_does_not_become_an_identity():
     net = nn.Sequential(
         nn.Conv2d(3, WIDTH, 3), nn.ReLU(), Layered(), nn.Conv2d(WIDTH, 2, 1)
     ).double()
-    gated = randomise_gates(resconv.convert(net.eval(), x))
+    gated = randomise_gates(resconv.convert(net.eval(), x, units="layers"))
     compact = resconv.prune(gated, resconv.Plan(("2.conv",)))
     assert not [m for m in compact.modules() if isinstance(m, nn.ReLU)][1:]
     torch.manual_seed(1)

@@ -110,7 +110,7 @@ def test_normalising_keeps_the_function():
 def one_step(make, *, closure=False, scheduler=None, share=0.1, grad=0.5, scale=None):
     """Take one step in which every gradient is ``grad``; return the model and the optimizer."""
     torch.manual_seed(0)
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8))
+    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8), units="layers")
     optimizer = make(gated.parameters())
     if scheduler is not None:
         scheduler(optimizer)
@@ -193,7 +193,7 @@ def test_a_fused_step_unscales_and_is_skipped_when_it_overflowed():
 )
 @pytest.mark.parametrize("early", [True, False])
 def test_any_scheduler_before_or_after(scheduler, early):
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8))
+    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8), units="layers")
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.1, momentum=0.9)
     plan = scheduler(optimizer) if early else None
     resconv.Sparsifier(gated, strength=0.0).attach(optimizer)
@@ -212,7 +212,7 @@ def test_any_scheduler_before_or_after(scheduler, early):
 
 
 def test_refusals():
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8))
+    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8), units="layers")
     with pytest.raises(resconv.ResConvError, match="has no gates"):
         resconv.Sparsifier(nets.create("resnet20"))
     with pytest.raises(resconv.ResConvError, match="total_steps"):
@@ -224,11 +224,13 @@ def test_refusals():
     dense = nets.create("resnet20").eval()
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
     with pytest.raises(resconv.ResConvError, match=r"does not hold 32 of 32 scalars.*a copy"):
-        resconv.Sparsifier(resconv.convert(dense, torch.randn(1, 3, 8, 8))).attach(optimizer)
+        resconv.Sparsifier(resconv.convert(dense, torch.randn(1, 3, 8, 8), units="layers")).attach(
+            optimizer
+        )
 
 
 def test_attaching_anew_leaves_the_first_optimizer():
-    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8))
+    gated = resconv.convert(nets.create("resnet20").eval(), torch.randn(1, 3, 8, 8), units="layers")
     first, second = (torch.optim.SGD(gated.parameters(), lr=0.1) for _ in range(2))
     sparsifier = resconv.Sparsifier(gated).attach(first).attach(second)
     for optimizer, count in ((first, 0), (second, 1)):
@@ -263,7 +265,7 @@ def test_on_digits_the_shallower_net_is_nearly_as_good():
     outcome = sparsifier.finish()
     assert outcome.met, str(outcome)
     compact = resconv.prune(gated.eval(), resconv.plan(gated, x[:2], budget))
-    assert resconv.count(compact, x[:1]).macs == outcome.macs <= 0.6 * sparsifier.costs.macs
+    assert resconv.profile(compact, x[:1]).macs == outcome.macs <= 0.6 * sparsifier.costs.macs
     with torch.no_grad():
         # On its own training images: what is tested is that pruning arrives without ruin.
         top1 = (compact(x).argmax(1) == y).float().mean()

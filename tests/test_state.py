@@ -64,7 +64,7 @@ def test_norms_that_were_frozen_stay_frozen(name, units, x):
         assert all(torch.equal(m.running_mean, before[n]) for n, m in left.items()), word
     # Negative control: a norm that nobody froze learns.
     norms[0].train()
-    gated = resconv.convert(net, x)
+    gated = resconv.convert(net, x, units="layers")
     assert sum(m.training for m in gated.modules() if isinstance(m, nn.BatchNorm2d)) == 1
 
 
@@ -76,7 +76,7 @@ def test_the_mode_of_the_argument_is_the_mode_of_the_result(name, training, x):
         assert {m.training for m in made.modules()} == {training}, word
         assert {m.training for m in net.modules()} == {training}
     if not training:
-        fused = resconv.fuse(resconv.convert(net, x, units="all"), x)
+        fused = resconv.fuse(resconv.convert(net, x, units="all"), x, fold_norms=True)
         assert {m.training for m in fused.modules()} == {False}
 
 
@@ -89,7 +89,7 @@ class Keeping(nn.BatchNorm2d):
 
 def test_a_norm_that_sets_its_own_mode_keeps_doing_so(x):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), Keeping(4), nn.ReLU())
-    gated = resconv.convert(randomise(net.double()), x).train()
+    gated = resconv.convert(randomise(net.double()), x, units="layers").train()
     (norm,) = (m for m in gated.modules() if isinstance(m, nn.BatchNorm2d))
     assert not norm.training
 
@@ -106,7 +106,7 @@ def test_frozen_parameters_stay_frozen(x):
         for n, p in gated.named_parameters()
         if not n.endswith(("scale", "control"))
     )
-    fused = resconv.fuse(gated.eval(), x)
+    fused = resconv.fuse(gated.eval(), x, fold_norms=True)
     for n, m in fused.named_modules():
         if isinstance(m, nn.Conv2d):
             assert n in convs
@@ -118,8 +118,8 @@ def test_frozen_parameters_stay_frozen(x):
 def test_channels_last_is_kept(name, x, tmp_path):
     net = trained(name, x).to(memory_format=torch.channels_last)
     forms = dict(every_form(net, x))
-    forms["fused"] = resconv.fuse(resconv.convert(net, x), x)
-    forms["folded"] = resconv.fuse(net, x)
+    forms["fused"] = resconv.fuse(resconv.convert(net, x, units="layers"), x, fold_norms=True)
+    forms["folded"] = resconv.fuse(net, x, fold_norms=True)
     forms["loaded"] = resconv.load(resconv.save(forms["compact"], tmp_path))
     for word, made in forms.items():
         kernels = [m.weight for m in made.modules() if isinstance(m, nn.Conv2d)]
@@ -198,7 +198,7 @@ def test_a_forward_that_closes_over_its_layers_runs_those_of_the_copy(patch, x):
     net = row()
     patch(net[2])
     before = net(x)
-    gated = resconv.convert(net, x)
+    gated = resconv.convert(net, x, units="layers")
     assert "2.conv" in resconv.gates(gated)
     torch.testing.assert_close(gated(x), before, rtol=1e-10, atol=1e-10)
     gated.train()(x).square().sum().backward()
@@ -218,12 +218,12 @@ def test_a_function_that_cannot_be_made_anew_is_named(x):
     block = net.patched
     block.forward = functools.lru_cache(lambda x: block.norm(block.conv(x)))
     with pytest.raises(ConversionError, match=r"patched\.forward of Sequential is a function that"):
-        resconv.convert(net, x)
+        resconv.convert(net, x, units="layers")
     GLOBAL.forward = lambda x: GLOBAL.norm(GLOBAL.conv(x))
     net = row()
     net.add_module("patched", GLOBAL.double())
     with pytest.raises(ConversionError, match=r"patched\.forward.*the global variable 'GLOBAL'"):
-        resconv.convert(net, x)
+        resconv.convert(net, x, units="layers")
 
 
 def test_hooks_of_the_user_run_on_the_copy(x):
@@ -231,7 +231,7 @@ def test_hooks_of_the_user_run_on_the_copy(x):
     net[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
     net[3].register_forward_hook(lambda module, args, out: out + net[0].bias.sum())
     before = net(x)
-    gated = resconv.convert(net, x)
+    gated = resconv.convert(net, x, units="layers")
     seen.clear()
     torch.testing.assert_close(gated(x), before, rtol=1e-10, atol=1e-10)
     assert len(seen) == 1
@@ -263,13 +263,13 @@ def test_tensors_kept_from_the_last_step_are_copied(x, tmp_path):
         model.train()(x).square().sum().backward()
         return model.eval()
 
-    gated = randomise_gates(resconv.convert(step(net), x))
+    gated = randomise_gates(resconv.convert(step(net), x, units="layers"))
     plan = resconv.Plan(("1.conv",))
     assert step(gated)[1].features.grad_fn is not None
     opened = step(resconv.prune(gated, plan, fuse=False))
     compact = step(resconv.prune(gated, plan))
     resconv.verify(gated, compact, x, plan=plan)
-    resconv.verify(opened, resconv.fuse(opened, x), x)
+    resconv.verify(opened, resconv.fuse(opened, x, fold_norms=True), x)
     resconv.export(compact, tmp_path / "net.pt2", x)
     back = resconv.load(resconv.save(compact, tmp_path / "net"), model=step(net))
     resconv.verify(compact, back, x)
@@ -281,7 +281,7 @@ def test_an_attribute_that_cannot_be_copied_is_named(x):
     net = row()
     net[1].lock = threading.Lock()
     with pytest.raises(ConversionError, match=r"1\.lock of Sequential \(a lock\) cannot be copied"):
-        resconv.convert(net, x)
+        resconv.convert(net, x, units="layers")
 
 
 @pytest.mark.parametrize("where", ["model", "inputs", "verbs", "all"])
@@ -300,7 +300,7 @@ def test_inside_inference_mode(where, x, tmp_path):
         plan = some_plan(gated, 1, 0.3)
         opened = resconv.prune(gated, plan, fuse=False)
         compact = resconv.prune(gated, plan)
-        fused = resconv.fuse(opened, example)
+        fused = resconv.fuse(opened, example, fold_norms=True)
         resconv.verify(gated, compact, example, plan=plan)
         back = resconv.load(resconv.save(compact, tmp_path))
     for made in (gated, opened, compact, fused, back):
@@ -352,5 +352,5 @@ def test_an_example_of_another_type_still_fits(tmp_path, x):
         (trained("resnet20", x), x.float()),
         (nets.create("resnet20").eval(), x),
     ):
-        assert resconv.gates(resconv.convert(net, example))
+        assert resconv.gates(resconv.convert(net, example, units="layers"))
         resconv.export(net, tmp_path / "net.pt2", example)

@@ -53,7 +53,7 @@ def test_a_net_without_a_source_needs_its_model(images, tmp_path):
     model = (
         nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
     )
-    gated = randomise_gates(resconv.convert(model, images))
+    gated = randomise_gates(resconv.convert(model, images, units="layers"))
     compact = resconv.prune(gated, resconv.Plan(["0"]))
     resconv.save(compact, tmp_path)
     with pytest.raises(resconv.ResConvError, match="does not say which network"):
@@ -476,7 +476,7 @@ def test_pruned_trained_pruned_again(tmp_path, images):
         resconv.save(net, tmp_path)
         net = resconv.load(tmp_path)
         assert resconv.verify(net, resconv.load(tmp_path), images).max_abs_error == 0
-    folded = resconv.fuse(net, images)
+    folded = resconv.fuse(net, images, fold_norms=True)
     resconv.save(folded, tmp_path / "folded")
     back = resconv.load(tmp_path / "folded")
     assert torch.equal(back(images), folded(images))
@@ -646,7 +646,7 @@ def test_an_open_net_without_gates_keeps_its_edits(tmp_path, images):
     net = (
         nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
     )
-    gated = randomise_gates(resconv.convert(net, images))
+    gated = randomise_gates(resconv.convert(net, images, units="layers"))
     bare = resconv.prune(gated, resconv.Plan(("0",)), fuse=False)
     assert not resconv.gates(bare)
     back = resconv.load(resconv.save(bare, tmp_path), model=net)
@@ -672,7 +672,7 @@ def test_gates_that_a_file_makes_up_are_refused(tmp_path, images):
             resconv.load(folder)
     (folder / "model.json").write_text(content)
     resconv.load(folder)
-    lost = resconv.convert(nets.create("resnet20").double().eval(), images)
+    lost = resconv.convert(nets.create("resnet20").double().eval(), images, units="layers")
     del lost.resconv_state
     with pytest.raises(SaveError, match="not the record of its conversion"):
         resconv.save(lost, tmp_path / "b")

@@ -86,7 +86,7 @@ def test_trying_leaves_the_model_as_it_was():
     before = {n: t.clone() for n, t in net.state_dict().items()}
     names = [n for n, _ in net.named_modules()]
     resconv.units(net, x)
-    resconv.convert(net, x, start="identity")
+    resconv.convert(net, x, start="identity", units="layers")
     assert names == [n for n, _ in net.named_modules()]
     assert net.training
     for n, t in net.state_dict().items():
@@ -131,7 +131,7 @@ def test_a_layer_under_two_names_is_replaced_under_both(tmp_path):
     x = images()
     net = built(EncoderDecoder())
     assert len(each_can_go(net, x)) == 3
-    gated = resconv.convert(net, x)
+    gated = resconv.convert(net, x, units="layers")
     assert gated.encoder[0].conv is gated.encoder[0].all_modules[0]
     assert gated.decoder.encoder is gated.encoder
     plan = resconv.Plan(("encoder.0.conv",))
@@ -210,7 +210,7 @@ def test_attach_leaves_the_outputs_alone(tied):
         net[4].weight = nn.Parameter(net[1].weight.detach().clone())
         net[4].bias = nn.Parameter(net[1].bias.detach().clone())
     x = images()
-    gated = resconv.convert(net, x)
+    gated = resconv.convert(net, x, units="layers")
     before = gated(x)
     resconv.Sparsifier(gated).attach(torch.optim.SGD(gated.parameters(), lr=0.1))
     close(gated(x), before)
@@ -245,7 +245,7 @@ def test_a_gate_answers_for_the_layer_inside_it():
     layer = conv(groups=2, bias=False)
     layer.mark = "theirs"
     net = built(nn.Sequential(layer, nn.SiLU(), nn.Sequential(conv())))
-    gate = resconv.convert(net, images())[0]
+    gate = resconv.convert(net, images(), units="layers")[0]
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"):
         assert getattr(gate, name) == getattr(layer, name)
     assert (gate.groups, gate.padding_mode, gate.bias, gate.mark) == (2, "zeros", None, "theirs")
@@ -257,7 +257,9 @@ def test_a_gate_answers_for_the_layer_inside_it():
 
 def test_second_derivatives_with_a_closed_shortcut():
     x = images().requires_grad_()
-    gated = resconv.convert(built(nn.Sequential(conv(), nn.Softplus(), conv())), x.detach())
+    gated = resconv.convert(
+        built(nn.Sequential(conv(), nn.Softplus(), conv())), x.detach(), units="layers"
+    )
     for gate in resconv.gates(gated).values():
         gate.control.data.zero_()
 
@@ -351,13 +353,15 @@ class FromList(nn.Module):
 
 def test_the_costs_of_a_net_that_takes_a_list_of_images():
     body = built(nn.Sequential(conv(), nn.ReLU(), conv()))
-    macs = resconv.count(body, images(1)).macs
+    macs = resconv.profile(body, images(1)).macs
     for n in (1, 2, 3, 8):
-        assert resconv.count(FromList(body), (list(images(n)),)).macs == macs
+        assert resconv.profile(FromList(body), (list(images(n)),)).macs == macs
 
 
 def test_a_bare_number_is_no_budget():
-    gated = resconv.convert(built(nn.Sequential(conv(), nn.ReLU(), conv())), images())
+    gated = resconv.convert(
+        built(nn.Sequential(conv(), nn.ReLU(), conv())), images(), units="layers"
+    )
     for call in (
         lambda: resconv.Sparsifier(gated, target=0.4, total_steps=60),
         lambda: resconv.plan(gated, images(), 0.4),
@@ -419,7 +423,7 @@ def test_branches_for_training_alone_are_named_and_merged_on_request(tmp_path):
     before = net(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gated = resconv.convert(net, x, reparameterize=True)
+        gated = resconv.convert(net, x, reparameterize=True, units="layers")
     assert net[0].one is None
     close(gated(x), before)
     assert list(resconv.gates(gated)) == ["0.one", "1.0", "2.one", "3"]
@@ -436,4 +440,4 @@ def test_branches_for_training_alone_are_named_and_merged_on_request(tmp_path):
 def test_a_merge_that_changes_the_outputs_is_refused(monkeypatch):
     monkeypatch.setattr(Rep, "wrong", True)
     with pytest.raises(resconv.ResConvError, match=r"Merging the branches of 0, 2 changes"):
-        resconv.convert(built(rep()), images(), reparameterize=True)
+        resconv.convert(built(rep()), images(), reparameterize=True, units="layers")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .analysis.counting import count as count
+    from .analysis.counting import profile as profile
     from .errors import ResConvError as ResConvError
     from .latency.table import LatencyTable as LatencyTable
     from .latency.table import measure_latency as measure_latency
@@ -18,12 +19,9 @@ if TYPE_CHECKING:
     from .nn.gates import gates as gates
     from .planning.budget import Budget as Budget
     from .planning.plan import Plan as Plan
-    from .recovery.distillation import distill as distill
-    from .recovery.distillation import follow as follow
-    from .recovery.hints import Watched as Watched
-    from .recovery.hints import skeleton as skeleton
     from .recovery.recalibration import recalibrate as recalibrate
     from .selection.planner import plan as plan
+    from .selection.pruning import prune as prune
     from .selection.sparsifier import Sparsifier as Sparsifier
     from .storage.exporting import export as export
     from .storage.store import load as load
@@ -32,28 +30,26 @@ if TYPE_CHECKING:
     from .surgery.conversion import units as units
     from .surgery.fusion import fuse as fuse
     from .surgery.pruning import leftovers as leftovers
-    from .surgery.pruning import prune as prune
     from .surgery.verification import verify as verify
     from .version import __version__ as __version__
 
 # The same, for the interpreter; a test holds the two lists together.
 _HOMES = {
-    "analysis.counting": ("count",),
+    "analysis.counting": ("count", "profile"),
     "errors": ("ResConvError",),
     "latency.table": ("LatencyTable", "measure_latency"),
     "nn.gates": ("copy_zeros", "gates"),
     "planning.budget": ("Budget",),
     "planning.plan": ("Plan",),
-    "recovery.distillation": ("distill", "follow"),
-    "recovery.hints": ("Watched", "skeleton"),
     "recovery.recalibration": ("recalibrate",),
     "selection.planner": ("plan",),
+    "selection.pruning": ("prune",),
     "selection.sparsifier": ("Sparsifier",),
     "storage.exporting": ("export",),
     "storage.store": ("load", "save"),
     "surgery.conversion": ("convert", "units"),
     "surgery.fusion": ("fuse",),
-    "surgery.pruning": ("leftovers", "prune"),
+    "surgery.pruning": ("leftovers",),
     "surgery.verification": ("verify",),
     "version": ("__version__",),
 }

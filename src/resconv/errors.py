@@ -44,6 +44,13 @@ class ResConvError(Exception):
     """Base of every error that resconv raises for a user's mistake or an impossible request.
 
     Its text is :func:`printable`, whatever the names in it are.
+
+    Example:
+        >>> try:
+        ...     resconv.prune(net)
+        ... except resconv.ResConvError as error:
+        ...     print(error)
+        Sequential is not a converted model. Call resconv.convert(model, example_inputs) first.
     """
 
     def __str__(self) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn.geometry import Reach
+from ..tables import html_table, text_table
 from .graph import Graph
 
 __all__ = [
     "Candidate",
     "Unit",
+    "Units",
     "owner_of",
     "params_behind",
     "why_untouchable",
@@ -31,6 +33,26 @@ class Unit:
     num_params: int
     removable: bool
     reason: str | None = None
+
+
+class Units(list[Unit]):
+    """The units of a model, a list; it prints as a table."""
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        free = sum(u.removable for u in self)
+        rows: list[list[object]] = [
+            [u.name, u.kind, u.macs, u.num_params, "can go" if u.removable else u.reason or "stays"]
+            for u in self
+        ]
+        title = f"{len(self)} units, {free} of them removable"
+        return title, ["unit", "kind", "MACs", "parameters", "removable, or why not"], rows
 
 
 @dataclass

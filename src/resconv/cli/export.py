@@ -61,8 +61,8 @@ def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
     import torch
 
     import resconv
+    from resconv.analysis.input_spec import make_inputs
     from resconv.errors import ExportError
-    from resconv.storage.input_spec import make_inputs
     from resconv.storage.store import read_header
 
     header = read_header(folder)

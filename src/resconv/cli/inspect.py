@@ -46,7 +46,7 @@ def inspect(
         warnings.simplefilter("always", TrainingFormWarning)
         found = resconv.units(net, example)
     notes = [str(w.message) for w in said]
-    total = resconv.count(net, example)
+    total = resconv.profile(net, example)
     if json:
         typer.echo(json_module.dumps([dataclasses.asdict(u) for u in found], indent=2))
         return

@@ -35,7 +35,7 @@ def find_converted(module: nn.Module, name: str | None = None) -> nn.Module:
     if not found:
         raise ConversionError(
             f"{type(module).__name__} holds no converted net. Before training: "
-            "net = resconv.convert(net, example_inputs, units='all')."
+            "net = resconv.convert(net, example_inputs)."
         )
     raise ConversionError(
         f"{type(module).__name__} holds {len(found)} converted nets ({', '.join(found)}). Say "

@@ -69,6 +69,14 @@ class LatencyTable:
     timings that the model was made from, ``checks`` those of finished nets, which a plan made again
     from the same table reads instead of timing anew. ``error`` is the largest relative deviation of
     the model from ``nets``.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> budget = resconv.Budget(latency=0.9)
+        >>> table = resconv.measure_latency(model, images, budget, seconds=0.1)
+        >>> table.save("latency.json")
+        >>> resconv.LatencyTable.load("latency.json") == table
+        True
     """
 
     runtime: str
@@ -178,6 +186,13 @@ def measure_latency(
     Raises:
         ConversionError: the model was not converted.
         MissingExtraError: the runtime is not installed.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> budget = resconv.Budget(latency=0.9, threads=1)
+        >>> table = resconv.measure_latency(model, images, budget, seconds=0.1)
+        >>> sorted(table.unit_ms) == sorted(resconv.gates(model))
+        True
     """
     from ..surgery.state import state_of
 
@@ -304,7 +319,7 @@ def _ready(model: nn.Module) -> nn.Module:
 
 def _deployed(model: nn.Module, removed: tuple[str, ...], example_inputs: Any) -> nn.Module:
     net = prune(model, Plan(removed)) if removed else fuse(model)
-    return fuse(net, example_inputs)
+    return fuse(net, example_inputs, fold_norms=True)
 
 
 def time_nets(

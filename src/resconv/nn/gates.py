@@ -283,6 +283,11 @@ def gates(model: nn.Module, *, fixed: bool = False) -> dict[str, Gate]:
 
     Each gate has ``scale`` and, where the shortcut is ours, ``control`` (else None). With ``fixed``
     those that cannot be removed are there as well; their ``reason`` says why.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> {name: gate.scale.item() for name, gate in resconv.gates(model).items()}
+        {'0': 1.0, '3': 1.0, '6': 1.0}
     """
     every = {m.unit or n: m for n, m in model.named_modules() if isinstance(m, Gate)}
     return {n: gate for n, gate in every.items() if fixed or gate.removable}
@@ -298,6 +303,15 @@ def copy_zeros(source: nn.Module, target: nn.Module) -> None:
 
     Raises:
         ConversionError: ``target`` lacks a unit of ``source``.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> average = torch.optim.swa_utils.AveragedModel(model)
+        >>> _ = torch.nn.init.zeros_(resconv.gates(model)["3"].scale)
+        >>> average.update_parameters(model)
+        >>> resconv.copy_zeros(model, average.module)
+        >>> resconv.gates(average.module)["3"].scale.item()
+        0.0
     """
     others = gates(target)
     every = gates(source)

@@ -31,6 +31,10 @@ class Budget:
 
     Raises:
         BudgetError: nothing is asked for, or numbers make no sense; all faults are named.
+
+    Example:
+        >>> resconv.Budget(macs=0.5).limits(macs=1000, num_params=200)
+        (500.0, inf, inf)
     """
 
     macs: float | int | None = None

@@ -15,6 +15,7 @@ from ..errors import PlanError
 from ..files import write_text
 from ..json_files import parse_json, read_bounded
 from ..nn.gates import gates
+from ..tables import html_table, text_table
 
 __all__ = ["Plan", "why_not_now"]
 
@@ -28,6 +29,14 @@ class Plan:
     ``latency_ms_predicted`` is what the measured table says of the net that is left, and
     ``latency_ms_after`` what that net, finished, took; ``latency_ms_before`` is the dense net's in
     the same rounds.
+
+    Example:
+        >>> resconv.Plan(("3",), macs_before=36_000, macs_after=27_000)
+        Plan: remove 1 unit: 3
+              before   after  change
+        MACs  36,000  27,000  -25.0%
+        >>> resconv.Plan.from_json('{"remove": ["3"]}').remove
+        ('3',)
     """
 
     # A file without it is no plan.
@@ -53,6 +62,30 @@ class Plan:
             raise PlanError(f"The plan names {', '.join(map(repr, twice))} more than once.")
         object.__setattr__(self, "remove", names)
 
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        number = len(self.remove)
+        title = f"Plan: remove {number} unit{'' if number == 1 else 's'}"
+        rows: list[list[object]] = [
+            [what, before, after, _change(before, after)]
+            for what, before, after in (
+                ("MACs", self.macs_before, self.macs_after),
+                ("parameters", self.num_params_before, self.num_params_after),
+                ("latency (ms)", self.latency_ms_before, self.latency_ms_after),
+            )
+            if before is not None or after is not None
+        ]
+        if not rows:
+            return title, ["unit"], [[n] for n in self.remove]
+        names = f": {', '.join(self.remove)}" if self.remove else ""
+        return title + names, ["", "before", "after", "change"], rows
+
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)
 
@@ -71,6 +104,10 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         return cls.from_json(read_bounded(Path(path), PlanError), str(path))
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{after / before - 1:+.1%}" if before and after is not None else ""
 
 
 def why_not_now(model: nn.Module, name: str) -> str | None:

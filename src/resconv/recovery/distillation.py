@@ -6,18 +6,25 @@ from torch.nn import functional as F
 
 from ..errors import ModelError
 
-__all__ = ["distill", "follow"]
+__all__ = ["distillation_loss", "hint_loss"]
 
 
-def distill(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0
+) -> Tensor:
     """Return how far the class probabilities are from the teacher's: a scalar loss, 0 where equal.
 
     ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, the mean over the batch. ``T^2`` keeps the
     size of the gradient the same at every temperature, so the loss can be weighed against cross-
-    entropy once: ``0.5 * F.cross_entropy(logits, labels) + 0.5 * distill(logits, teacher(images))``.
+    entropy once: ``0.5 * F.cross_entropy(logits, labels) + 0.5 * distillation_loss(logits, teacher(images))``.
     The gradient goes into ``logits`` alone. It is computed in float32 at least.
 
     Shape: both (N, classes) or (N, classes, *spatial) -> ().
+
+    Example:
+        >>> logits = net(images)
+        >>> resconv.recovery.distillation_loss(logits, logits).item()
+        0.0
     """
     if logits.shape != teacher_logits.shape:
         raise ModelError(
@@ -32,15 +39,20 @@ def distill(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0)
     return each.mean() * temperature**2
 
 
-def follow(inputs: tuple[Tensor, ...], teacher_inputs: tuple[Tensor, ...]) -> Tensor:
+def hint_loss(inputs: tuple[Tensor, ...], teacher_inputs: tuple[Tensor, ...]) -> Tensor:
     """Return how far tensors are from the teacher's: a scalar loss, 0 where equal, 1 where all are 0.
 
-    They are what :class:`resconv.Watched` returns. For each pair the mean of the squared difference
+    They are what :class:`resconv.recovery.FeatureTap` returns. For each pair the mean of the squared difference
     over the mean of the teacher's square; of those, the mean. The gradient goes into ``inputs`` alone.
     It is computed in float32 at least.
 
     Raises:
         ModelError: there are no tensors, or the shapes differ.
+
+    Example:
+        >>> features = (torch.randn(2, 4), torch.randn(2, 8))
+        >>> resconv.recovery.hint_loss(features, features).item()
+        0.0
     """
     mine, theirs = ([tuple(t.shape) for t in each] for each in (inputs, teacher_inputs))
     if not inputs or mine != theirs:

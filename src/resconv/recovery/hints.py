@@ -21,10 +21,10 @@ from ..analysis.recorder import record
 from ..errors import ModelError
 from ..nn.gates import is_leaf
 
-__all__ = ["Watched", "skeleton"]
+__all__ = ["FeatureTap", "hint_layers"]
 
 
-def skeleton(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
+def hint_layers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     """Return the names of the layers between which units lie, one for each tensor they read.
 
     These belong to no unit and change the size of what they read: in a ResNet the first conv of each
@@ -34,6 +34,10 @@ def skeleton(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
 
     Raises:
         TraceError: the model does not run on ``example_inputs``.
+
+    Example:
+        >>> resconv.recovery.hint_layers(net, images)
+        ('9', '11')
     """
     model = unwrap(model)
     graph = record(model, example_inputs, leaf=is_leaf)
@@ -58,13 +62,18 @@ def skeleton(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     return tuple(names.values())
 
 
-class Watched(nn.Module):
+class FeatureTap(nn.Module):
     """Runs ``net`` and returns its output with the inputs of the named layers: ``(output, inputs)``.
 
     The net itself is not changed, and its parameters are those of the net.
 
     Raises:
         ModelError: the net has no layer of that name, or (when called) did not call it.
+
+    Example:
+        >>> logits, features = resconv.recovery.FeatureTap(net, ("9", "11"))(images)
+        >>> [tuple(f.shape) for f in features]
+        [(2, 4, 6, 6), (2, 4)]
     """
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]) -> None:
@@ -76,7 +85,7 @@ class Watched(nn.Module):
         if missing:
             raise ModelError(
                 f"{type(net).__name__} has no layer named {', '.join(map(repr, missing[:5]))}. Take "
-                "the names from resconv.skeleton(model, example_inputs), of the same architecture."
+                "the names from resconv.recovery.hint_layers(model, example_inputs), of the same architecture."
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:

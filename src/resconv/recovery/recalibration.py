@@ -37,6 +37,10 @@ def recalibrate(
     Raises:
         DataError: there is no batch, a batch is of another kind, or the new statistics are not
             finite.
+
+    Example:
+        >>> resconv.recalibrate(net, [torch.randn(8, 4, 6, 6) for _ in range(3)])
+        3
     """
     norms = [
         m

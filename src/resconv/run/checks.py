@@ -129,7 +129,7 @@ def _check_target(run: Run, model: nn.Module) -> None:
             "sparse_epochs and batch_size."
         ) from error
     gated = resconv.convert(model.eval(), run.example(2), units=config.units)
-    if config.hints and not resconv.skeleton(gated, run.example(2)):
+    if config.hints and not resconv.recovery.hint_layers(gated, run.example(2)):
         raise RunError(
             f"hints=True: {config.model} has no layer, called as a module, between its units. Train "
             "without it."

@@ -110,7 +110,7 @@ def measure(run: Run) -> None:
     example = run.example()
     compact = compact_of(run)
     # The same deployment form on both sides: norms folded.
-    dense = resconv.fuse(run.dense(), example)
+    dense = resconv.fuse(run.dense(), example, fold_norms=True)
     runners = {
         "torch/dense": torch_runner(dense, example),
         "torch/compact": torch_runner(compact, example),

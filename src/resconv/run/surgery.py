@@ -55,7 +55,7 @@ def try_plan(run: Run, plan: Plan) -> None:
 
 
 def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module, Verification]:
-    compact = resconv.fuse(resconv.prune(gated, plan), example)
+    compact = resconv.fuse(resconv.prune(gated, plan), example, fold_norms=True)
     return compact, resconv.verify(gated, compact, example, plan=plan)
 
 
@@ -89,8 +89,8 @@ def prune(run: Run) -> None:
         "top1_compact": top1,
         "num_units": len(resconv.gates(gated)),
         "removed_units": removed_units(run, gated, plan),
-        "num_convs_dense": resconv.count(run.dense(), run.example()).num_convs,
-        "num_convs_compact": resconv.count(compact, run.example()).num_convs,
+        "num_convs_dense": resconv.profile(run.dense(), run.example()).num_convs,
+        "num_convs_compact": resconv.profile(compact, run.example()).num_convs,
     }
     run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
     asked = run.config.recalibrate
@@ -153,12 +153,12 @@ def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
         std=data.std,
     )
     resconv.recalibrate(net, islice(loader, 50))
-    return resconv.fuse(net.eval(), run.example(4))
+    return resconv.fuse(net.eval(), run.example(4), fold_norms=True)
 
 
 def save_compact(run: Run, compact: nn.Module, plan: Plan) -> None:
     resconv.save(compact, run.folder.path, plan=plan, example_inputs=run.example())
-    size = resconv.count(compact, run.example())
+    size = resconv.profile(compact, run.example())
     run.folder.add_metrics(macs_compact=size.macs, num_params_compact=size.num_params)
 
 

@@ -50,7 +50,7 @@ def dense(run: Run) -> None:
     if not run.ranks.leads:
         return
     top1 = None if config.from_random else evaluate(model, run.data)
-    size = resconv.count(model, run.example())
+    size = resconv.profile(model, run.example())
     save_state(model, run.folder / "dense.safetensors")
     epochs = config.stage_epochs()[0]
     run.folder.add_metrics(
@@ -75,7 +75,7 @@ def sparse(run: Run) -> None:
     start = "identity" if config.from_random else "keep"
     example = run.example(2)
     model = resconv.convert(run.dense(), example, units=config.units, start=start)
-    hints = resconv.skeleton(model, example) if config.hints else ()
+    hints = resconv.recovery.hint_layers(model, example) if config.hints else ()
     if config.hints and not hints:
         raise RunError(
             f"--hints: {config.model} has no layer, called as a module, between its units. Train "
@@ -188,7 +188,7 @@ def finetune(run: Run) -> None:
     if not run.ranks.leads:
         return
     model.eval()
-    compact = resconv.fuse(model, example)
+    compact = resconv.fuse(model, example, fold_norms=True)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
     before = run.folder.metrics().get("top1_compact")
@@ -207,7 +207,7 @@ def finetune(run: Run) -> None:
         run.folder.add_metrics(
             top1_compact=top1,
             removed_units=removed_units(run, model, plan),
-            num_convs_compact=resconv.count(compact, run.example()).num_convs,
+            num_convs_compact=resconv.profile(compact, run.example()).num_convs,
         )
     else:
         run.warn(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -25,10 +25,24 @@ from ..planning.plan import Plan, why_not_now
 __all__ = ["plan", "plan_measured"]
 
 
+@overload
+def plan(model: nn.Module, budget: Budget, /, *, latency: LatencyTable | None = None) -> Plan: ...
+
+
+@overload
 def plan(
     model: nn.Module,
-    example_inputs: Any,
-    budget: Budget,
+    example_inputs: Any = None,
+    budget: Budget | None = None,
+    *,
+    latency: LatencyTable | None = None,
+) -> Plan: ...
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    budget: Budget | None = None,
     *,
     latency: LatencyTable | None = None,
 ) -> Plan:
@@ -40,7 +54,8 @@ def plan(
 
     Args:
         model: what :func:`resconv.convert` returned, trained.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; may be left
+            out (``plan(model, budget)``): those that the model carries.
         budget: the limits.
         latency: what :func:`resconv.measure_latency` returned for this model; measured now if the
             budget needs it and none is given.
@@ -50,18 +65,33 @@ def plan(
         ConversionError: the model was not converted.
         PlanError: the model holds NaN or infinite numbers.
         MissingExtraError: the budget's runtime is not installed.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> resconv.plan(model, resconv.Budget(macs=0.7))
+        Plan: remove 1 unit: 0
+                    before   after  change
+        MACs        15,564  10,380  -33.3%
+        parameters     483     327  -32.3%
     """
+    from ..surgery.state import example_inputs_of, state_of
+
+    if budget is None:
+        example_inputs, budget = None, example_inputs
+    require_budget(budget, "budget")
+    state_of(model)
+    example_inputs = example_inputs_of(example_inputs, model)
     return plan_measured(model, example_inputs, budget, latency)[0]
 
 
 def plan_measured(
-    model: nn.Module, example_inputs: Any, budget: Budget, table: LatencyTable | None
+    model: nn.Module, example_inputs: Any, budget: Budget | None, table: LatencyTable | None
 ) -> tuple[Plan, LatencyTable | None]:
     """Return the plan, and the latency table with the timings of finished nets added."""
     from ..surgery.state import require_finite, state_of
 
     require_budget(budget, "budget")
-
+    assert budget is not None
     model = unwrap(model)
     state_of(model)
     require_finite(model, PlanError)

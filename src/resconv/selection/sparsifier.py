@@ -58,6 +58,7 @@ from ..latency.table import (
 from ..nn.gates import BranchGate, Gate, ResConv, gates
 from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
+from ..tables import html_table, text_table
 from .controls import Controls
 from .importance import Scores
 from .outcome import Outcome, Snapshot
@@ -78,10 +79,17 @@ class Sparsifier:
 
     Args:
         model: what :func:`resconv.convert` returned.
+        optimizer: made from the model's parameters; followed from now on, as by :meth:`attach`.
+        macs, params, latency_ms, latency, runtime, threads, batch: the budget to arrive at, as the
+            numbers of :class:`resconv.Budget` (``macs=0.5``: half the MACs; ``params`` is its
+            ``num_params``); needs ``total_steps``. ``latency`` may also be what
+            :func:`resconv.measure_latency` returned for this model: units then weigh by their
+            milliseconds. With a limit on the latency it is measured here if not given (in several
+            processes by the first, for all).
+        target: the same as a budget.
         strength: of the L1 term; not used with a target.
         mode: "proximal" (reaches exactly 0) or "subgradient" (the plain reading of the paper:
             ``strength * sign(s)`` is added to the gradient; never reaches 0).
-        target: a budget to arrive at; needs ``total_steps``.
         total_steps: how many steps the optimizer will take (with gradient accumulation, fewer
             than there are batches). A run that goes on longer keeps its zeros; for one that ends
             earlier, :meth:`finish` says what is missing.
@@ -90,28 +98,46 @@ class Sparsifier:
         shared: whether the processes of ``torch.distributed`` train one net together, so that the
             first one decides for all, and their scales are compared now and then. By default where
             ``model`` is wrapped in DistributedDataParallel.
-        latency: what :func:`resconv.measure_latency` returned for this model: units then weigh by
-            their milliseconds. With a target for the latency it is measured here if not given (in
-            several processes by the first, for all).
 
     Raises:
-        ConversionError: the model has no gates.
-        BudgetError: the target cannot be reached or limits nothing, or ``total_steps`` is missing.
+        ConversionError: the model has no gates, or the optimizer was made from another one.
+        BudgetError: the target cannot be reached or limits nothing, ``total_steps`` is missing, or
+            both a target and its numbers are given.
         MissingExtraError: the target's runtime is not installed.
+
+    Example:
+        >>> model = resconv.convert(net, images).train()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        >>> sparsifier = resconv.Sparsifier(model, optimizer, macs=0.7, total_steps=40)
+        >>> for _ in range(40):
+        ...     loss = nn.functional.cross_entropy(model(images), torch.tensor([0, 1]))
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> sparsifier.finish().met
+        True
+        >>> compact = resconv.prune(model.eval())
     """
 
     def __init__(
         self,
         model: nn.Module,
-        strength: float = 1e-3,
+        optimizer: Optimizer | None = None,
         *,
-        mode: str = "proximal",
+        macs: float | int | None = None,
+        params: float | int | None = None,
+        latency_ms: float | int | None = None,
+        latency: float | LatencyTable | None = None,
+        runtime: str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
         target: Budget | None = None,
+        strength: float = 1e-3,
+        mode: str = "proximal",
         total_steps: int | None = None,
         example_inputs: Any = None,
         learning_rate: float = 0.1,
         shared: bool | None = None,
-        latency: LatencyTable | None = None,
     ) -> None:
         from ..surgery.state import state_of
 
@@ -119,8 +145,22 @@ class Sparsifier:
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
         if not strength >= 0 or not math.isfinite(strength):
             raise BudgetError(f"strength={strength!r}: give a number from 0 up.")
-        if target is not None:
-            require_budget(target, "target")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise BudgetError(
+                f"optimizer={optimizer!r} is a {type(optimizer).__name__}, no torch.optim.Optimizer. "
+                "The strength, a budget and all else are given by name: strength=..., macs=0.5."
+            )
+        table = latency if isinstance(latency, LatencyTable) else None
+        numbers = {
+            "macs": macs,
+            "params": params,
+            "latency_ms": latency_ms,
+            "latency": None if isinstance(latency, LatencyTable) else latency,
+            "runtime": runtime,
+            "threads": threads,
+            "batch": batch,
+        }
+        target = _target(target, {k: v for k, v in numbers.items() if v is not None})
         self.shared = is_shared(model) if shared is None else shared and are_several()
         self.model = unwrap(model)
         self.gates = gates(self.model)
@@ -150,14 +190,14 @@ class Sparsifier:
         tied = _tied(self.model)
         every = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
         self._normed = [(g, n) for g, n in every if not {id(n.weight), id(n.bias)} & tied]
-        self.latency = latency
+        self.latency = table
         self._controls = Controls(self.model, example_inputs)
         self._untimed = False
         self._example_inputs = example_inputs
         self._steering: Steering | None = None
         if target is not None:
             check_form(target, mode, total_steps)
-            if target.times and latency is None:
+            if target.times and table is None:
                 self.latency = by_first(
                     lambda: measure_latency(self.model, example_inputs, target), self.shared
                 )
@@ -169,6 +209,8 @@ class Sparsifier:
             self._check_reach(target)
             assert total_steps is not None  # check_form
             self._steering = Steering(self.costs, target, total_steps)
+        if optimizer is not None:
+            self.attach(optimizer)
 
     def _check_reach(self, target: Budget) -> None:
         limits = target.limits(*self.costs.whole)
@@ -191,6 +233,27 @@ class Sparsifier:
                 f"The target cannot be reached: with all {len(self.costs.names)} units gone "
                 f"{too_much} are left. Raise it, or convert with units='all'."
             )
+
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        of = "" if self.total_steps is None else f" of {self.total_steps:,}"
+        title = f"Sparsifier of {type(self.model).__name__}, after {self._step:,}{of} steps"
+        whole, now = self.costs.whole, self.costs.left(self.removed)
+        limits = (math.inf,) * 3 if self.target is None else self.target.limits(*whole)
+        names = ("MACs", "parameters", "latency (ms)")
+        rows: list[list[object]] = [
+            [name, before, after, "" if math.isinf(limit) else f"{limit:,.6g}"]
+            for name, before, after, limit in zip(names, whole, now, limits, strict=True)
+            if name != "latency (ms)" or self.costs.unit_ms
+        ]
+        rows.insert(0, ["scales above 0", len(self.gates), len(self.gates) - len(self.removed), ""])
+        return title, ["", "whole", "without those at 0", "target"], rows
 
     def attach(self, optimizer: Optimizer) -> "Sparsifier":
         """Follow ``optimizer``: after each of its steps, take a step on the scales.
@@ -441,6 +504,32 @@ class Sparsifier:
             self._steering.costs = self.costs
             self._steering.load_state_dict(state)
             self._rest()
+
+
+def _target(target: Budget | None, numbers: dict[str, Any]) -> Budget | None:
+    """Return the budget, given whole or as its numbers.
+
+    Raises:
+        BudgetError: both are given, or the numbers make no sense.
+    """
+    if target is not None:
+        require_budget(target, "target")
+        if numbers:
+            raise BudgetError(
+                f"target=Budget(...) and {', '.join(f'{k}={v!r}' for k, v in numbers.items())} both say "
+                "what to arrive at. Give one of them."
+            )
+        return target
+    if not numbers:
+        return None
+    if "params" in numbers:
+        numbers = {**numbers, "num_params": numbers["params"]}
+        del numbers["params"]
+    try:
+        return Budget(**numbers)
+    except BudgetError as error:
+        # In the words that were typed.
+        raise BudgetError(str(error).replace("num_params", "params")) from None
 
 
 def check_form(target: Budget, mode: str, total_steps: int | None) -> None:

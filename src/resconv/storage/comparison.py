@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from ..analysis.input_spec import make_inputs
 from ..analysis.inputs import as_call
 from ..errors import LoadError, VerificationError
 from ..surgery.verification import Verification, compare_outputs, require_examples
-from .input_spec import make_inputs
 from .runtimes import Opened, first_line, open_file, tensors_of
 from .store import load, read_header
 

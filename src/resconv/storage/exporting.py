@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..analysis.input_spec import describe_inputs
 from ..analysis.inputs import as_batch, as_call, batch_size, evaluating, to_device_of, unwrap
 from ..errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
 from ..files import write_together
 from ..nn.gates import Gate
 from ..planning.plan import Plan
 from ..surgery.copying import as_normal_tensors, copy_model
+from ..surgery.state import example_inputs_of, plan_of
 from ..surgery.verification import (
     Verification,
     compare_outputs,
@@ -30,7 +32,6 @@ from ..surgery.verification import (
     tolerance_for,
 )
 from ..version import __version__
-from .input_spec import describe_inputs
 from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
 
 __all__ = ["Exported", "export", "onnx_bytes", "run_onnx"]
@@ -53,6 +54,13 @@ class Exported:
     dynamic_batch: bool
     opset: int | None
     verification: Verification
+
+    def __repr__(self) -> str:
+        batch = "open" if self.dynamic_batch else "fixed"
+        return (
+            f"{self.path}: {self.format}, {self.num_bytes:,} bytes, {batch} batch; its outputs are "
+            f"the network's up to {self.verification.max_rel_error:.2e} of the largest"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class _Attempt:
 def export(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
     plan: Plan | None = None,
     opset: int = _OPSET,
@@ -95,8 +103,9 @@ def export(
     Args:
         model: a pruned, fused or dense network, in any mode, on any device.
         path: where to write.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        plan: kept in the file.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; by default
+            random ones of the specification that the net carries.
+        plan: kept in the file; by default the one that the net was pruned by.
         opset: of ONNX.
         tolerance: relative to the largest output; None as in :func:`resconv.verify`.
 
@@ -105,6 +114,11 @@ def export(
             file cannot be written.
         VerificationError: the file computes something else, or its runtime cannot run it.
         MissingExtraError: the format's package is not installed.
+
+    Example:
+        >>> compact = resconv.fuse(resconv.convert(net, images), fold_norms=True)
+        >>> resconv.export(compact, "compact.pt2").format
+        'pt2'
     """
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):
@@ -117,6 +131,8 @@ def export(
         )
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
+    example_inputs = example_inputs_of(example_inputs, model)
+    plan = plan or plan_of(model)
     require_examples(example_inputs)
     net = copy_model(model, ExportError).cpu().eval()
     for parameter in net.parameters():

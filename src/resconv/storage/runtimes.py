@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..analysis.input_spec import check_signature, describe_inputs
 from ..analysis.inputs import as_call
 from ..errors import LoadError, MissingExtraError, SaveError
 from ..nets import require_trust
-from .input_spec import check_signature, describe_inputs
 
 __all__ = ["SUFFIXES", "Opened", "first_line", "open_file", "quietly", "run_onnx", "tensors_of"]
 

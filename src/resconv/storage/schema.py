@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..analysis.input_spec import check_signature
 from ..errors import LoadError, PlanError
 from ..json_files import parse_json, read_bounded
 from ..planning.plan import Plan
-from .input_spec import check_signature
 from .training_form import check_gates
 
 __all__ = [

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..analysis.input_spec import describe_inputs, make_inputs
 from ..analysis.inputs import as_call, evaluating, to_device_of, unwrap
 from ..analysis.recorder import restored
 from ..errors import LoadError, ResConvError, SaveError
@@ -32,10 +33,9 @@ from ..files import write_together
 from ..planning.plan import Plan
 from ..surgery.copying import copy_model
 from ..surgery.edits import apply_edits
-from ..surgery.state import State
+from ..surgery.state import State, plan_of, record_of
 from ..surgery.verification import relative_error, tolerance_for
 from ..version import __version__
-from .input_spec import describe_inputs, make_inputs
 from .schema import (
     FORMAT_VERSION,
     check_source,
@@ -68,8 +68,9 @@ def save(
     none, never half of one. The weights are compared bit by bit; where the net can be built again
     (it came from ``resconv.nets.create`` and has at most 1 GiB) so are its outputs.
 
-    ``example_inputs`` (a tensor, tuple or dict) give the input signature that is saved; a net in
-    training form has those it was converted with. Returns the folder; ``model`` is left as it was.
+    ``example_inputs`` (a tensor, tuple or dict) give the input signature that is saved, ``plan`` is
+    kept beside it; by default both are those that the net carries from ``convert`` and ``prune``.
+    Returns the folder; ``model`` is left as it was.
 
     Raises:
         SaveError: the model holds what plain tensors cannot, the folder cannot be written, or what
@@ -78,6 +79,12 @@ def save(
     Warns:
         UserWarning: the net was changed since it was created, so that only
             ``load(path, model=...)`` can bring it back.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> path = resconv.save(resconv.prune(model, resconv.Plan(("3",))), "compact")
+        >>> sorted(file.name for file in path.iterdir())
+        ['model.json', 'model.safetensors']
     """
     model = unwrap(model)
     folder = Path(path)
@@ -129,6 +136,12 @@ def load(
     Raises:
         LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
             not fit the model; all faults found are listed.
+
+    Example:
+        >>> path = resconv.save(resconv.convert(net, images), "trained")
+        >>> model = resconv.load(path, model=net)
+        >>> list(resconv.gates(model))
+        ['0', '3', '6']
     """
     folder = Path(path)
     header = read_header(folder)
@@ -147,12 +160,21 @@ def load(
             f"{str(error)[:200]}"
         ) from error
     if header["gates"] is None:
-        net.resconv_record = {"source": header["source"], "edits": header["edits"]}  # type: ignore[assignment]
+        net.resconv_record = {  # type: ignore[assignment]
+            **{k: header[k] for k in ("source", "edits", "inputs")},
+            "plan": _plan_in(header),
+        }
     else:
         net.__dict__.pop("resconv_record", None)  # of the dense net that was given
         inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
-        net.resconv_state = State(inputs, header["source"], header["edits"])  # type: ignore[assignment]
+        net.resconv_state = State(  # type: ignore[assignment]
+            inputs, header["source"], header["edits"], _plan_in(header)
+        )
     return net.eval()
+
+
+def _plan_in(header: dict[str, Any]) -> Plan | None:
+    return None if header["plan"] is None else Plan.from_json(json.dumps(header["plan"]))
 
 
 def _compare_weights(weights: Path, tensors: dict[str, Tensor]) -> None:
@@ -237,7 +259,8 @@ def _header(
     model: nn.Module, plan: Plan | None, example_inputs: Any, shared: dict[str, str]
 ) -> dict[str, Any]:
     state = model.state_dict(keep_vars=True)
-    record = getattr(model, "resconv_record", None) or {}
+    record = record_of(model)
+    plan = plan or plan_of(model)
     converted = getattr(model, "resconv_state", None)
     gates = describe_gates(model)
     if gates and not isinstance(converted, State):
@@ -256,7 +279,9 @@ def _header(
         "source": record.get("source") or getattr(model, "resconv_source", None),
         "edits": record.get("edits") or [],
         "plan": None if plan is None else json.loads(plan.to_json()),
-        "inputs": describe_inputs(example_inputs),
+        "inputs": record.get("inputs")
+        if example_inputs is None
+        else describe_inputs(example_inputs),
         "num_params": sum(p.numel() for p in model.parameters()),
         "modules": describe_modules(model),
         "shared": shared,

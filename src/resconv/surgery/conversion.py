@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate, Unit
+from ..analysis.candidates import Candidate, Unit, Units
 from ..analysis.graph import Graph
 from ..analysis.inputs import batch_size, copied, unwrap
 from ..analysis.layers import find_layers
@@ -35,7 +35,7 @@ from .edits import indexed_containers
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
 from .rehearsal import why_prune_fails
-from .state import State, require_finite
+from .state import State, example_inputs_of, require_finite
 from .trial import why_refused
 from .verification import relative_error
 
@@ -47,7 +47,7 @@ def convert(
     model: nn.Module,
     example_inputs: Any,
     *,
-    units: str = "layers",
+    units: str = "all",
     start: str = "keep",
     shortcut: str = "removable",
     filter: Callable[[str, nn.Module], bool] | None = None,
@@ -59,7 +59,7 @@ def convert(
         model: any module whose forward runs on ``example_inputs``.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         units: "layers" (conv layers get a shortcut), "blocks" (residual branches get a scale)
-            or "all".
+            or "all" of them.
         start: "keep" or "identity"; see the module's header.
         shortcut: which conv layers get one. "removable": those that keep their input's shape, so
             that they can go. "always": also those that change it (a stride, other channels, no
@@ -74,6 +74,11 @@ def convert(
         ConversionError: there is nothing to convert (the reasons are listed), or the outputs
             would change.
         TraceError: the model does not run on ``example_inputs``.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> torch.allclose(model(images), net(images), atol=1e-6)
+        True
     """
     if units not in ("layers", "blocks", "all"):
         raise ConversionError(f"units={units!r}; choose 'layers', 'blocks' or 'all'.")
@@ -112,25 +117,35 @@ def convert(
         reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
         raise ConversionError(
             f"Nothing to convert with units={units!r}: {len(kept)} candidates stay ({reasons}"
-            f"{'; ...' if len(kept) > 8 else ''}). Try units='all'."
+            f"{'; ...' if len(kept) > 8 else ''})."
+            + ("" if units == "all" else " Try units='all'.")
         )
     return gated
 
 
 @torch.inference_mode(False)
-def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
+def units(model: nn.Module, example_inputs: Any = None) -> Units:
     """List every conv layer and residual branch, with its cost and, where it stays, the reason.
 
     A unit is removable when its removal works out on a record of the whole model, alone and with
     the others, as :func:`resconv.prune` will do it. The model is run in eval mode and left as it
-    was.
+    was. What comes back is a list that prints as a table. ``example_inputs`` may be left out where
+    the model carries some.
 
     Raises:
         TraceError: the model does not run on ``example_inputs``.
         ConversionError: the model cannot be copied.
+
+    Example:
+        >>> resconv.units(net, images)
+        3 units, 3 of them removable
+        unit  kind    MACs  parameters  removable, or why not
+        0     layer  5,184         156  can go
+        3     layer  5,184         156  can go
+        6     layer  5,184         156  can go
     """
     model = unwrap(model)
-    example_inputs = as_normal_tensors(example_inputs)
+    example_inputs = as_normal_tensors(example_inputs_of(example_inputs, model))
     found = _find(model, example_inputs)
     warn_of_branches(found.graph)
     listed = {id(c): c.unit for c in found.every}
@@ -146,7 +161,7 @@ def units(model: nn.Module, example_inputs: Any) -> list[Unit]:
     batch = batch_size(example_inputs)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     every = sorted(found.every, key=lambda c: order.get(c.conv or c.gate, 0))
-    return [replace(listed[id(c)], macs=c.unit.macs // batch) for c in every]
+    return Units(replace(listed[id(c)], macs=c.unit.macs // batch) for c in every)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..errors import FusionError
 from ..nn.algebra import fold_norm
 from .copying import copy_model
 from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
+from .state import record_of, specified
 
 __all__ = ["Fused", "conv_edit", "fill_convs", "fold_norms"]
 
@@ -93,10 +94,11 @@ def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
             edits.append({"op": "drop", "path": norm})
     model = apply_edits(model, edits)
     fill_convs(model, kernels)
-    before = getattr(model, "resconv_record", None)
-    source = getattr(model, "resconv_source", None)
+    before = record_of(model)
     model.resconv_record = {  # type: ignore[assignment]
-        "source": (before or {}).get("source") or source,
-        "edits": [*((before or {}).get("edits") or []), *edits],
+        "source": before.get("source") or getattr(model, "resconv_source", None),
+        "edits": [*(before.get("edits") or []), *edits],
+        "inputs": before.get("inputs") or specified(example_inputs),
+        "plan": before.get("plan"),
     }
     return model

@@ -7,23 +7,36 @@ from torch import nn
 from ..analysis.inputs import unwrap
 from ..errors import FusionError
 from ..nn.gates import ResConv, gates
-from .folding import fold_norms
+from . import folding
 from .pruning import operate
+from .state import example_inputs_of
 
 __all__ = ["fuse"]
 
 
-def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example_inputs: Any = None, *, fold_norms: bool = False) -> nn.Module:
     """Return a copy of ``model`` with every ResConv turned into an ordinary conv.
 
-    Scales of residual branches go into the layers around them. With ``example_inputs``, every
-    remaining BatchNorm that alone reads a conv is folded into it as well (the form to deploy; it
-    trains less well). Outputs change by rounding only; ``model`` is left as it was.
+    Scales of residual branches go into the layers around them. Outputs change by rounding only;
+    ``model`` is left as it was.
+
+    Args:
+        model: converted, or pruned with ``fuse=False``; or an ordinary net, to fold its norms.
+        example_inputs: by default those that the net carries.
+        fold_norms: fold every remaining BatchNorm that alone reads a conv into it as well (the
+            form to deploy; it trains less well). Given the inputs of an ordinary net, that is done
+            in any case: nothing else is left to fuse there.
 
     Raises:
         FusionError: a norm is in training mode, so no fixed kernel equals it.
             Call ``model.eval()`` first.
         PruneError: the model holds NaN or infinite numbers, or cannot be recorded any more.
+        TraceError: norms are to be folded, and there are no example inputs.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> sum(isinstance(layer, nn.BatchNorm2d) for layer in resconv.fuse(model))
+        0
     """
     # An open net whose units are all gone has no gates either, but still its edits to hand over.
     if gates(model) or getattr(unwrap(model), "resconv_state", None) is not None:
@@ -34,9 +47,11 @@ def fuse(model: nn.Module, example_inputs: Any = None) -> nn.Module:
                     "Call model.eval() first."
                 )
         model = operate(model, (), fuse=True)
-    elif example_inputs is None:
+        if not fold_norms:
+            return model
+    elif not fold_norms and example_inputs is None:
         raise FusionError(
-            "The model has no ResConv to fuse. Convert it first, or give example_inputs to fold "
+            "The model has no ResConv to fuse. Convert it first, or say fold_norms=True to fold "
             "its BatchNorms into the convs before them."
         )
-    return model if example_inputs is None else fold_norms(model, example_inputs)
+    return folding.fold_norms(model, example_inputs_of(example_inputs, model))

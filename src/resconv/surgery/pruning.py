@@ -24,7 +24,7 @@ from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
-from .state import State, require_finite, set_submodule, state_of
+from .state import State, record_of, require_finite, set_submodule, specified, state_of
 from .trial import FAITHFUL, decisions
 
 __all__ = ["leftovers", "operate", "prune"]
@@ -61,11 +61,13 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
             f"{len(every)}: {', '.join(list(every)[:8])}{' ...' if len(every) > 8 else ''}. "
             "`resconv.units(model, example_inputs)` lists why other layers are kept."
         )
-    return operate(model, tuple(plan.remove), fuse=fuse)
+    return operate(model, tuple(plan.remove), fuse=fuse, plan=plan)
 
 
 @torch.inference_mode(False)
-def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Module:
+def operate(
+    model: nn.Module, remove: tuple[str, ...], *, fuse: bool, plan: Plan | None = None
+) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
     state = copy.copy(state_of(model))
@@ -96,6 +98,7 @@ def operate(model: nn.Module, remove: tuple[str, ...], *, fuse: bool) -> nn.Modu
                 raise
             faithful += 1
     state.edits = [*state.edits, *edits]
+    state.plan = plan or state.plan
     _label(made, state, fuse)
     return made
 
@@ -129,7 +132,12 @@ def _operated(
 def _label(model: nn.Module, state: State, fuse: bool) -> None:
     if fuse:
         model.__dict__.pop("resconv_state", None)
-        model.resconv_record = {"source": state.source, "edits": state.edits}  # type: ignore[assignment]
+        model.resconv_record = {  # type: ignore[assignment]
+            "source": state.source,
+            "edits": state.edits,
+            "inputs": specified(state.example_inputs),
+            "plan": state.plan,
+        }
     else:
         model.resconv_state = state  # type: ignore[assignment]
 
@@ -168,6 +176,12 @@ def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
 
 
 def leftovers(compact: nn.Module) -> dict[str, float]:
-    """Return the factors that no layer could absorb, by the path of the multiply."""
-    edits = (getattr(compact, "resconv_record", None) or {}).get("edits", [])
+    """Return the factors that no layer could absorb, by the path of the multiply.
+
+    Example:
+        >>> model = resconv.convert(net, images, start="identity")
+        >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
+        {}
+    """
+    edits = record_of(compact).get("edits", [])
     return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append")}

@@ -20,6 +20,8 @@ from ..analysis.recorder import restored
 from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
+from ..tables import html_table, text_table
+from .state import example_inputs_of
 
 __all__ = [
     "Verification",
@@ -49,18 +51,40 @@ class Verification:
     num_outputs: int
     dtype: str
 
+    def __repr__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[object]]]:
+        """Return title, header and rows of what a reader wants to know."""
+        outputs = (
+            "1 output agrees" if self.num_outputs == 1 else f"{self.num_outputs} outputs agree"
+        )
+        return (
+            f"Verified: {outputs}",
+            ["", "difference", "allowed"],
+            [
+                ["of the largest entry", self.max_rel_error, f"{self.tolerance:.3g}"],
+                ["alone", self.max_abs_error, ""],
+                ["compared in", self.dtype, ""],
+            ],
+        )
+
 
 def verify(
     model: nn.Module,
     compact: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
     plan: Plan | None = None,
     tolerance: float | None = None,
 ) -> Verification:
     """Compare ``model`` (its planned scales set to 0 meanwhile) with ``compact``, in eval mode.
 
-    Both run on ``example_inputs``. The tolerance is relative to the largest entry of each output:
+    Both run on ``example_inputs``; by default on those that ``model`` carries, else on those of
+    ``compact``. The tolerance is relative to the largest entry of each output:
     by default 1e-10 for float64, 1e-4 for float32, 5e-2 for half precision, by the least precise
     of the output's type and the nets' parameters'. Whole numbers, texts and the structure of the
     outputs must be equal, NaN and infinities stand at the same places. Both nets are left as they
@@ -70,12 +94,18 @@ def verify(
         VerificationError: they disagree (the numbers are in the message), one of them does not
             run, or nothing finite can be compared.
         PlanError: the plan names a unit that ``model`` does not have.
+
+    Example:
+        >>> model = resconv.convert(net, images)
+        >>> resconv.verify(model, resconv.fuse(model)).num_outputs
+        1
     """
     model, compact = unwrap(model), unwrap(compact)
     names: tuple[str, ...] = () if plan is None else plan.remove
     unknown = [n for n in names if n not in gates(model)]
     if unknown:
         raise PlanError(f"The gated model has no unit named {', '.join(map(repr, unknown[:5]))}.")
+    example_inputs = example_inputs_of(example_inputs, model, compact)
     require_examples(example_inputs)
     with zeroed(model, names):
         before = _outputs(model, example_inputs, "first")

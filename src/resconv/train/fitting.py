@@ -73,7 +73,7 @@ def fit(
 
     With a ``target`` it is sparse training towards that budget, with units weighed by ``latency``
     where it limits that. A ``teacher`` is followed in its logits and in what the layers named by
-    ``hints`` read (see :func:`resconv.skeleton`). ``devices`` are processes on this
+    ``hints`` read (see :func:`resconv.recovery.hint_layers`). ``devices`` are processes on this
     machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
     how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on

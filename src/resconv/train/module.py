@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from resconv.data import BatchLoader, ImageData, default_augment
 from resconv.errors import RunError
-from resconv.recovery.distillation import distill, follow
-from resconv.recovery.hints import Watched
+from resconv.recovery.distillation import distillation_loss, hint_loss
+from resconv.recovery.hints import FeatureTap
 
 from .mixing import Mixing
 from .recipe import Recipe
@@ -50,9 +50,9 @@ class Classifier(lightning.LightningModule):
         hints = () if teacher is None else hints
         # The student and then its teacher. In lists, so that no weights but the net's are trained or
         # saved, and those once.
-        self._nets = [Watched(model, hints)]
+        self._nets = [FeatureTap(model, hints)]
         if teacher is not None:
-            self._nets.append(Watched(teacher.eval().requires_grad_(False), hints))
+            self._nets.append(FeatureTap(teacher.eval().requires_grad_(False), hints))
         self._recorded = [RecordedNet(net) for net in self._nets] if cuda_graphs else []
         mix = recipe.mix
         self._mixing = None if mix is None else Mixing(mix, data.num_classes, recipe.seed)
@@ -143,12 +143,12 @@ class Classifier(lightning.LightningModule):
         if teacher:
             with torch.no_grad():
                 wanted, teacher_inputs = teacher[0](images)
-            followed = distill(logits, wanted)
+            followed = distillation_loss(logits, wanted)
             if inputs:
                 # They fade as the rate does: they bring a net back that lost layers, and in the end
                 # it is the logits that count, of which a smaller net cannot follow all causes.
                 left = self.trainer.optimizers[0].param_groups[0]["lr"] / self.recipe.lr
-                followed = followed + left * self.recipe.hints * follow(inputs, teacher_inputs)
+                followed = followed + left * self.recipe.hints * hint_loss(inputs, teacher_inputs)
             share = self.recipe.distill
             loss = (1 - share) * loss + share * followed
         # Now and then only: to ask is to wait for the device. The last batch before a checkpoint counts.

@@ -43,7 +43,8 @@ def describe_inputs(example_inputs: Any) -> dict[str, Any] | None:
 def _describe(x: Any) -> dict[str, Any]:
     if isinstance(x, Tensor):
         dtype = str(x.dtype).removeprefix("torch.")
-        if dtype in _DTYPES:
+        dense = x.layout == torch.strided and not (x.is_meta or x.is_nested)
+        if dtype in _DTYPES and dense:
             spec: dict[str, Any] = {"shape": list(x.shape), "dtype": dtype}
             if not (x.dtype.is_floating_point or x.dtype.is_complex or dtype == "bool"):
                 spec["low"] = int(x.min()) if x.numel() else 0
@@ -55,7 +56,7 @@ def _describe(x: Any) -> dict[str, Any]:
         return {"dict": {k: _describe(v) for k, v in x.items()}}
     elif isinstance(x, bool | int | float | str | type(None)):
         return {"value": x}
-    what = f"{x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+    what = f"{x.dtype} tensor ({x.layout})" if isinstance(x, Tensor) else type(x).__name__
     raise SaveError(
         f"example_inputs hold a {what}, which a saved signature cannot describe: it knows tensors, "
         "tuples, lists, dicts with names, numbers and strings."
