@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from resconv.storage.input_spec import make_inputs
+from resconv.analysis.input_spec import make_inputs
 from safetensors.torch import save_file
 
 import resconv

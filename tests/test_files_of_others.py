@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import pytest
 import torch
-from resconv.storage.input_spec import make_inputs
+from resconv.analysis.input_spec import make_inputs
 
 import resconv
 from resconv import nets
@@ -169,7 +169,7 @@ import resource, sys, torch, json
 from pathlib import Path
 import timm, torchvision, resconv
 from resconv.errors import LoadError
-from resconv.storage.input_spec import make_inputs
+from resconv.analysis.input_spec import make_inputs
 from resconv.storage.schema import read_header
 torch.set_num_threads(1)
 peak = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))
