@@ -342,7 +342,11 @@ def test_what_a_stage_left_goes_when_it_is_undone(earlier):
     earlier.claim(["model.onnx", "plan.json"])
     for name in ("model.onnx", "plan.json"):
         (earlier / name).write_text("old")
-    earlier.add_metrics(top1_pruned=1.0, latency={"torch": {}}, seconds={"plan": 1})
+    earlier.add_metrics(
+        top1_pruned=1.0,
+        latency={"torch": dict.fromkeys(("dense_ms", "compact_ms", "ratio"), 1.0)},
+        seconds={"plan": 1},
+    )
     record = lambda *names, metrics=(): Record({}, {}, {}, dict.fromkeys(names, ""), list(metrics))  # noqa: E731
     earlier.finish("plan", record("plan.json", metrics=["top1_pruned", "seconds"]))
     earlier.finish("measure", record("model.onnx", metrics=["latency", "seconds"]))
@@ -381,9 +385,9 @@ def test_a_file_that_is_not_what_was_written_is_refused(trained, tmp_path, name,
     else:
         how(out / name)
     with pytest.raises(RunError, match=f"{name} is (missing|not what the stage)"):
-        run.run_stage(run.open_run(out, quiet), "plan")
+        run.run_stage(run.open_run(out, quiet, trust_source=True), "plan")
     shutil.copy(trained[0] / name, out / name)
-    run.run_stage(run.open_run(out, quiet), "plan")  # put back, it is used
+    run.run_stage(run.open_run(out, quiet, trust_source=True), "plan")  # put back, it is used
 
 
 def test_settings_of_another_run_are_refused(trained, tmp_path):
@@ -391,14 +395,14 @@ def test_settings_of_another_run_are_refused(trained, tmp_path):
     shutil.copytree(trained[0], out)
     shutil.copy(trained[1] / "config.json", out / "config.json")
     with pytest.raises(RunError, match="seed: 0 there, 1 now"):
-        run.run_stage(run.open_run(out, quiet), "plan")
+        run.run_stage(run.open_run(out, quiet, trust_source=True), "plan")
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(trained, tmp_path):
     out, said = tmp_path / "run", []
     shutil.copytree(trained[0], out)
     shutil.copytree(trained[1] / "logs", out / "logs", dirs_exist_ok=True)
-    run.run_stage(run.open_run(out, said.append), "sparse", again=True)
+    run.run_stage(run.open_run(out, said.append, trust_source=True), "sparse", again=True)
     assert "belongs to another run" in " ".join(said)
     assert (out / "gated.safetensors").read_bytes() == (
         trained[0] / "gated.safetensors"
