@@ -70,7 +70,9 @@ def test_watching_leaves_the_net_as_it_was():
 
 def test_what_cannot_be_watched_is_refused():
     model, _ = made("resnet20")
-    with pytest.raises(resconv.ResConvError, match=r"no layer named 'layer9'.*resconv\.skeleton"):
+    with pytest.raises(
+        resconv.ResConvError, match=r"no layer named 'layer9'.*resconv\.recovery\.hint_layers"
+    ):
         resconv.recovery.FeatureTap(model, ("fc", "layer9"))
 
     class Skips(nn.Module):
