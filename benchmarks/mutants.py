@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from resconv.analysis.input_spec import make_inputs
 from safetensors.torch import save_file
 
 import resconv
 from resconv import data, nets
+from resconv.analysis.input_spec import make_inputs
 from resconv.latency.table import LatencyTable, TimedNet, processor
 from resconv.planning.plan import Plan
 from resconv.run.config import Config

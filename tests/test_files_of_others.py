@@ -10,10 +10,10 @@ from typing import TypedDict
 
 import pytest
 import torch
-from resconv.analysis.input_spec import make_inputs
 
 import resconv
 from resconv import nets
+from resconv.analysis.input_spec import make_inputs
 from resconv.errors import LoadError, PlanError, ResConvError, RunError
 from resconv.json_files import parse_json, read_json
 from resconv.run import Config, RunFolder

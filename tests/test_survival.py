@@ -499,7 +499,7 @@ def test_a_signal_while_importing_says_how_to_go_on(tmp_path, number, status):
         stderr=subprocess.PIPE,
         text=True,
     )
-    seen = next(line for line in process.stderr if "resconv.cli.signals" in line)
+    seen = next(line for line in process.stderr if "typer" in line)
     process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait() == status, seen
