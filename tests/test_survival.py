@@ -498,6 +498,8 @@ def test_a_signal_while_importing_says_how_to_go_on(tmp_path, number, status):
         [*command, "--model", "resnet20", "--data", "digits", "--out", tmp_path / "x"],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore SIGINT, and the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = next(line for line in process.stderr if "typer" in line)
     process.send_signal(number)
