@@ -73,7 +73,7 @@ def _why_kept(
 ) -> str | None:
     """Return the reason why no identity can stand beside this conv, or None."""
     if param is None:
-        return f"the kernel of {path} is computed in its forward, not a parameter"
+        return f"the kernel of {path or 'the model'} is computed in its forward, not a parameter"
     module = model.get_submodule(path)
     if node.args[6]:
         return f"{path} is a transposed convolution"
