@@ -335,7 +335,7 @@ def test_exported_inputs_keep_their_types(words, suffix, tmp_path):
     file = resconv.export(net, tmp_path / f"net.{suffix}", (x, stamp)).path
     from resconv.storage.runtimes import open_file
 
-    opened = open_file(file)
+    opened = open_file(file, trust_source=True)
     assert [s["dtype"] for s in opened.inputs["tuple"]] == [
         "int64" if words else "float32",
         "float64",
