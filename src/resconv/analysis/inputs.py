@@ -1,5 +1,6 @@
 """The user's model and example inputs, taken as they come: wrappers, arguments, devices, batch size."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -102,20 +103,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def to_device_of(model: nn.Module, example_inputs: Any) -> Any:
     """Move example tensors to the model's device.
 
-    Floats go to its dtype, unless one of them has a dtype of the model already: then the others
-    differ on purpose (a time stamp in double precision beside an image) and are kept.
+    Floats go to the dtype that most of its parameters have, unless one of them has it already: then
+    the others differ on purpose (a time stamp in double precision beside an image) and are kept.
     """
     floats = [p for p in model.parameters() if p.is_floating_point()]
     if not floats:
         return example_inputs
-    first, known = floats[0], {p.dtype for p in floats}
-    fits = any(isinstance(t, Tensor) and t.dtype in known for t in tree_leaves(example_inputs))
+    # Scalars of gates, and some norms, stay in float32 in a net of half precision.
+    sizes = Counter[torch.dtype]()
+    for p in floats:
+        sizes[p.dtype] += p.numel()
+    first, usual = floats[0], sizes.most_common(1)[0][0]
+    fits = any(isinstance(t, Tensor) and t.dtype == usual for t in tree_leaves(example_inputs))
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         casts = leaf.is_floating_point() and not fits
-        return leaf.to(first.device, first.dtype if casts else None)
+        return leaf.to(first.device, usual if casts else None)
 
     return tree_map(move, example_inputs)
 
