@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import PruneError
 from .tracing import Trace, digest, pass_by, used
 
-__all__ = ["both_modes", "still_called"]
+__all__ = ["both_modes", "called"]
 
 
 def both_modes(
@@ -38,10 +38,10 @@ def both_modes(
         elif name not in optional:
             raise PruneError(f"{name} is not done the same way there")
     before = used(running.graph, training.graph)
-    called = _called(running.graph)
+    before_called = called(running.graph)
     pass_by(running.graph, nodes, "eval mode")
     pass_by(training.graph, form["nodes"], "training mode")
-    still = (called - _called(running.graph)) & _called(training.graph)
+    still = (before_called - called(running.graph)) & called(training.graph)
     if still:
         raise PruneError(f"it still runs {', '.join(sorted(still)[:3])} there")
     if _text(running.graph) != _text(training.graph):
@@ -50,17 +50,12 @@ def both_modes(
     return edit
 
 
-def still_called(trace: Trace, nodes: list[list[Any]]) -> set[str]:
-    """Return the modules that run once the named operations are passed by; the trace is used up."""
-    pass_by(trace.graph, nodes, "eval mode")
-    return _called(trace.graph)
-
-
 def _text(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
-def _called(graph: fx.Graph) -> set[str]:
+def called(graph: fx.Graph) -> set[str]:
+    """Return the modules that a graph runs."""
     return {str(n.target) for n in graph.nodes if n.op == "call_module"}
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..analysis.graph import Graph, Ref
-from ..analysis.inputs import as_call, evaluating, tensors_in, to_device_of
+from ..analysis.inputs import as_call, copied, evaluating, tensors_in, to_device_of
 from ..errors import VerificationError
 from .copying import copy_model
 from .verification import relative_error
@@ -79,12 +79,8 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
-    args, kwargs = as_call(to_device_of(model, _copied(example_inputs)))
+    args, kwargs = as_call(to_device_of(model, copied(example_inputs)))
     return tree_map(_detached, model(*args, **kwargs))
-
-
-def _copied(tree: Any) -> Any:
-    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
 
 
 def _detached(t: Any) -> Any:

@@ -5,7 +5,7 @@ This finds the rest: a net that does not run without a unit, or computes somethi
 record shows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from ..analysis.candidates import Candidate
 from ..errors import ResConvError
 from ..nn.gates import gates
 from .pruning import operate
-from .trial import generic
+from .trial import first_refused, generic
 
 __all__ = ["why_prune_fails"]
 
@@ -45,22 +45,8 @@ def why_prune_fails(gated: nn.Module, chosen: list[Candidate]) -> dict[str, str]
         return None
 
     while (reason := attempt(names)) is not None:
-        name, why = _first_refused(names, reason, attempt)
-        refused[name] = why
+        count = first_refused(names, attempt)
+        name = names[count - 1]
+        refused[name] = reason if count == len(names) else attempt(names[:count]) or reason
         names.remove(name)
     return refused
-
-
-def _first_refused(
-    names: list[str], reason: str, attempt: Callable[[Sequence[str]], str | None]
-) -> tuple[str, str]:
-    """Return the first unit that cannot go together with those before it, and why."""
-    good, bad = 0, len(names)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        found = attempt(names[:middle])
-        if found is None:
-            good = middle
-        else:
-            bad, reason = middle, found
-    return names[bad - 1], reason

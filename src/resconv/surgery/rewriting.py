@@ -19,7 +19,7 @@ from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
 from .forms import Form, device_of, fill
 from .inplace import same_flow, unsafe_writes
-from .modes import both_modes, still_called
+from .modes import both_modes, called
 from .proof import trains_as_identity
 from .rewritten import of_user
 
@@ -180,8 +180,9 @@ def _rewrite(
         "constants": form.constants,
         "nodes": nodes,
     }
+    running = form.trace.copy()
     try:
-        edit |= both_modes(form.trace.copy(), form.in_training.copy(), nodes, optional)
+        edit |= both_modes(running, form.in_training.copy(), nodes, optional)
     except Exception as error:
         line = str(error).partition(chr(10))[0][:160]
         raise refuse(
@@ -189,8 +190,8 @@ def _rewrite(
             f"({'' if isinstance(error, TraceError) else type(error).__name__ + ': '}{line})"
         ) from error
     edit["removed"] = _outermost(module, graph, call, edit["removed"])
-    running = still_called(form.trace.copy(), nodes)
-    if left := [n for n in _all_dead(todo, call) if n in running]:
+    still = called(running.graph)
+    if left := [n for n in _all_dead(todo, call) if n in still]:
         raise refuse(f"{left[0]} would still run, since other code uses more than its output")
     return edit
 

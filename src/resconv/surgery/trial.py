@@ -6,8 +6,9 @@ other's way). Nothing is copied or changed. The decisions depend on the controls
 training will choose, so they are tried with several: below 1, at 1 and above.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .proof import values_in_training_code
 from .removal import decide
 from .rewriting import tree_edits
 
-__all__ = ["FAITHFUL", "decisions", "generic", "unabsorbed", "why_refused"]
+__all__ = ["FAITHFUL", "decisions", "first_refused", "generic", "unabsorbed", "why_refused"]
 
 
 # What a removal makes redundant in eval mode may count in training mode (dropout in a branch, an
@@ -91,18 +92,26 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
     for names, low, high, fuse in trials:
         while attempt(names, low, high, fuse) is not None:
             free = [n for n in names if n not in refused]
-            # The first that those before it leave no way out.
-            good, bad = 0, len(free)
-            while bad - good > 1:
-                middle = (good + bad) // 2
-                if attempt(free[:middle], low, high, fuse) is None:
-                    good = middle
-                else:
-                    bad = middle
-            reason = attempt(free[:bad], low, high, fuse)
+            count = first_refused(free, partial(attempt, low=low, high=high, fuse=fuse))
+            reason = attempt(free[:count], low, high, fuse)
             assert reason is not None
-            refused[free[bad - 1]] = f"it cannot go together with other units: {reason}"
+            refused[free[count - 1]] = f"it cannot go together with other units: {reason}"
     return refused
+
+
+def first_refused(names: list[str], attempt: Callable[[Sequence[str]], str | None]) -> int:
+    """Return how many of the names, in their order, are refused for the first time, by halving.
+
+    ``attempt`` returns why units cannot go together, or None. All names together are refused.
+    """
+    good, bad = 0, len(names)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if attempt(names[:middle]) is None:
+            good = middle
+        else:
+            bad = middle
+    return bad
 
 
 def unabsorbed(model: nn.Module, graph: Graph, remove: tuple[str, ...]) -> list[str]:
