@@ -444,15 +444,15 @@ def test_finetuning_that_made_it_worse_is_not_kept(better, copied, monkeypatch, 
     current = run.open_run(copied, trust_source=True)
     run.run_stage(current, "prune", again=True)
     pruned = (copied / "model.safetensors").read_bytes()
-    before = current.folder.metrics()["top1_pruned"]
+    before = current.folder.metrics().top1_pruned
     run.run_stage(current, "finetune")
     kept = (copied / "model.safetensors").read_bytes() == pruned
     metrics = current.folder.metrics()
     assert kept is not better
-    assert metrics["finetuned_kept"] is better
-    assert metrics["top1_compact"] == (100.0 if better else before)
+    assert metrics.finetuned_kept is better
+    assert metrics.top1_compact == (100.0 if better else before)
     assert ("Finetuning made the net worse" in said(capsys)) is not better
-    assert bool(metrics.get("warnings", {}).get("finetune")) is not better
+    assert bool(metrics.warnings.get("finetune")) is not better
 
 
 def test_a_net_at_chance_level_is_said(finished):

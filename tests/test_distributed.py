@@ -313,7 +313,7 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["macs_compact"] <= 0.6 * metrics["macs_dense"]
     assert metrics["removed_with_nonzero_scale"] == []
-    steps = [step for step, *_ in json.loads((out / "scales.json").read_text())]
+    steps = [s["step"] for s in json.loads((out / "scales.json").read_text())["steps"]]
     assert steps == list(range(4 * 6 + 1))
     # The log has the rows from before the crash, and those after it, each once.
     rows = [r.split(",") for r in (out / "logs/sparse/metrics.csv").read_text().splitlines()]

@@ -217,7 +217,7 @@ def test_a_target_in_latency(tmp_path):
     table = resconv.LatencyTable.load(out / "latency.json")
     assert table.check_of(plan.remove).latency_ms == plan.latency_ms_after
     assert "Latency target" in (out / "report.html").read_text()
-    assert len(json.loads((out / "scales.json").read_text())[0]) == 5
+    assert json.loads((out / "scales.json").read_text())["steps"][0]["latency_ms"] > 0
     # The stored table is used again, and gives the same plan.
     result = invoke("prune", out)
     assert "Measuring" not in result.output
@@ -303,12 +303,13 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
     run.use_plan(current, tmp_path / "plan.json")
     # What the old plan led to is gone, files and figures.
     assert not (out / "model.onnx").exists()
-    assert not {"onnx", "latency", "top1_pruned"} & current.folder.metrics().keys()
+    left = current.folder.metrics()
+    assert (left.onnx, left.latency, left.top1_pruned) == (None, {}, None)
     run.run_stage(current, "prune")
     metrics = current.folder.metrics()
-    assert sorted(metrics["removed_with_nonzero_scale"]) == sorted(kept[-2:])
-    assert metrics["top1_recalibrated"] is not None
-    assert metrics["top1_recalibrated"] != metrics["top1_pruned"]
+    assert sorted(metrics.removed_with_nonzero_scale) == sorted(kept[-2:])
+    assert metrics.top1_recalibrated is not None
+    assert metrics.top1_recalibrated != metrics.top1_pruned
     first = json.loads((finished[0] / "metrics.json").read_text())
     assert first["top1_recalibrated"] is None
 
@@ -413,7 +414,7 @@ def test_sparse_training_from_random_weights(tmp_path):
     assert metrics["macs_compact"] <= 0.6 * metrics["macs_dense"]
     assert not metrics["removed_with_nonzero_scale"]
     # What makes an untrained plain net trainable is there from the first step.
-    controls = json.loads((tmp_path / "x" / "scales.json").read_text())[0][2]
+    controls = json.loads((tmp_path / "x" / "scales.json").read_text())["steps"][0]["controls"]
     assert set(controls.values()) == {1.0}
     refused = invoke("compress", *short, "--distill", "--out", tmp_path / "y")
     assert "no dense net to learn from" in str(refused.exception or refused.output)

@@ -25,6 +25,7 @@ from resconv.files import OURS, write_text, write_together
 from resconv.run import exchange, lock, stages
 from resconv.run.fingerprint import differing_parts, fingerprint
 from resconv.run.mark import MARK, Mark, Record
+from resconv.run.metrics import Metrics
 from resconv.train import Recipe, checkpoints, fit, watch
 from resconv.train.checkpoints import Bound, choose_checkpoint
 
@@ -352,7 +353,7 @@ def test_what_a_stage_left_goes_when_it_is_undone(earlier):
     earlier.finish("measure", record("model.onnx", metrics=["latency", "seconds"]))
     earlier.undo(["measure"])
     assert not (earlier / "model.onnx").exists()
-    assert earlier.metrics() == {"top1_pruned": 1.0, "seconds": {"plan": 1}}
+    assert earlier.metrics() == Metrics(top1_pruned=1.0, seconds={"plan": 1})
     assert (earlier / "plan.json").exists()
     assert earlier.done() == ["dense", "plan"]
     assert (earlier / "notes.txt").exists()
@@ -589,4 +590,4 @@ def test_a_text_is_written_with_the_rights_of_any_other_file(tmp_path):
     write_text(tmp_path / "ours", "x")
     modes = [(tmp_path / n).stat().st_mode for n in ("plain", "ours")]
     assert modes[0] == modes[1]
-    assert Mark().id != Mark().id
+    assert Mark.new().id != Mark.new().id

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from resconv.errors import BudgetError, printable
+
+if TYPE_CHECKING:
+    from resconv.run.metrics import Metrics
 
 __all__ = [
     "Data",
@@ -115,11 +118,11 @@ def example_for(name: str, image_size: int | None) -> tuple[Any, Any]:
     return model, torch.randn(1, channels, height, width)
 
 
-def say_warnings(metrics: dict[str, Any]) -> None:
+def say_warnings(metrics: "Metrics") -> None:
     """Repeat what a run warned of, where it would be lost above."""
     from .messages import as_options
 
-    for texts in metrics.get("warnings", {}).values():
+    for texts in metrics.warnings.values():
         for text in texts:
             typer.echo(f"Warning: {as_options(text)}")
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from resconv.errors import MissingExtraError, ModelError, TrustError
 from resconv.nets import resnet, vgg
+from resconv.surgery.provenance import Provenance, Source, carry
 
 __all__ = [
     "create",
@@ -94,8 +95,8 @@ def require_trusted_source(name: str, place: object, *, trusted: bool) -> None:
 def create(name: str, **kwargs: Any) -> nn.Module:
     """Return a new network with random weights, in training mode.
 
-    Its plain attribute ``resconv_source`` holds ``{"name": name, "kwargs": kwargs}``, from which
-    the same architecture can be built again.
+    It carries its name and keywords, from which the same architecture can be built again (see
+    :class:`resconv.surgery.provenance.Provenance`).
 
     Args:
         name: a built-in name, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
@@ -124,8 +125,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
         model = _create_torchvision(rest, kwargs)
     else:
         model = _create_from_factory(prefix, rest, kwargs)
-    # nn.Module types its attributes as tensors and modules; this one is plain data.
-    model.__dict__["resconv_source"] = {"name": name, "kwargs": dict(kwargs)}
+    carry(model, Provenance(Source(name, dict(kwargs))))
     return model
 
 

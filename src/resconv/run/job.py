@@ -97,7 +97,7 @@ class Run:
         """Say what the user should know of the stage, and keep it for the report."""
         self.say(f"Warning: {text}")
         if self.ranks.leads:
-            said = self.folder.metrics().get("warnings", {})
+            said = self.folder.metrics().warnings
             texts = list(dict.fromkeys([*said.get(stage, []), text]))
             self.folder.add_metrics(warnings={**said, stage: texts})
 

@@ -20,7 +20,7 @@ from .config import Config
 from .folder import RunFolder, log_files
 from .job import Run, Say
 from .lock import locked
-from .metrics import Row
+from .metrics import Metrics
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
 
@@ -112,7 +112,7 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
         with _told(run, stage):
             STAGES[stage](run)
         if run.ranks.leads:
-            seconds = run.folder.metrics().get("seconds", {})
+            seconds = run.folder.metrics().seconds
             run.folder.add_metrics(
                 seconds={**seconds, stage: round(time.perf_counter() - start, 1)}
             )
@@ -195,7 +195,7 @@ def use_plan(run: Run, path: Path) -> None:
         run.folder.finish("plan", stages.record(run, "plan"))
 
 
-def compress(run: Run) -> dict[str, Any]:
+def compress(run: Run) -> Metrics:
     """Run every stage that is not done, and return the metrics (on the leading process)."""
     run.config.budget()
     with _owned(run):
@@ -203,9 +203,9 @@ def compress(run: Run) -> dict[str, Any]:
             run.ranks.by_first(lambda: check(run, run.folder.done()))
         for stage in STAGES:
             run_stage(run, stage)
-    return run.folder.metrics() if run.ranks.leads else {}
+    return run.folder.metrics() if run.ranks.leads else Metrics()
 
 
 def history(folder: RunFolder) -> list[Snapshot]:
     """Return the scales over sparse training."""
-    return [Snapshot(*row) for row in folder.read_json("scales.json", list[Row])]
+    return list(folder.history().steps)

@@ -17,6 +17,7 @@ from resconv.surgery.verification import Verification
 from resconv.train import evaluate
 
 from .job import LATENCY, Run
+from .metrics import Metrics, Verified
 from .timing import latency_table
 
 __all__ = ["compact_of", "in_convs", "plan", "prune", "removed_units", "save_compact", "try_plan"]
@@ -92,7 +93,7 @@ def prune(run: Run) -> None:
         "num_convs_dense": resconv.profile(run.dense(), run.example()).num_convs,
         "num_convs_compact": resconv.profile(compact, run.example()).num_convs,
     }
-    run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
+    run.say(in_convs(Metrics(**metrics)) + ".")
     asked = run.config.recalibrate
     if asked or (asked is None and nonzero):
         compact = _recalibrated(run, gated, plan)
@@ -101,11 +102,7 @@ def prune(run: Run) -> None:
     save_compact(run, compact, plan)
     run.folder.add_metrics(
         **metrics,
-        verify={
-            "max_abs_error": check.max_abs_error,
-            "max_rel_error": check.max_rel_error,
-            "tolerance": check.tolerance,
-        },
+        verify=Verified(check.max_abs_error, check.max_rel_error, check.tolerance),
         removed_with_nonzero_scale=nonzero,
         leftover_factors=leftovers(compact),
     )
@@ -128,14 +125,14 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
     return [n for n in resconv.gates(gated) if n in gone]
 
 
-def in_convs(metrics: dict[str, Any]) -> str:
+def in_convs(metrics: Metrics) -> str:
     """Say what the removed units are in convolutions; empty in a run of an older version."""
-    if "num_convs_compact" not in metrics:
+    if metrics.num_convs_compact is None:
         return ""
-    gone, before = len(metrics["removed_units"]), metrics["num_convs_dense"]
+    gone, before = len(metrics.removed_units or ()), metrics.num_convs_dense
     return (
-        f"{gone} of {metrics['num_units']} units are removed, those inside of others counted: {before} "
-        f"convolution{'s' * (before != 1)} became {metrics['num_convs_compact']}"
+        f"{gone} of {metrics.num_units} units are removed, those inside of others counted: {before} "
+        f"convolution{'s' * (before != 1)} became {metrics.num_convs_compact}"
     )
 
 

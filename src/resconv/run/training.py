@@ -9,6 +9,7 @@ from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
+from .metrics import History
 from .surgery import compact_of, removed_units, save_compact
 from .timing import latency_table
 
@@ -109,10 +110,7 @@ def sparse(run: Run) -> None:
         return
     top1 = evaluate(model, run.data)
     save_state(model, run.folder / "gated.safetensors")
-    run.folder.write_json(
-        "scales.json",
-        [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in result.history],
-    )
+    run.folder.write_history(History(tuple(result.history)))
     if result.latency is not None:
         result.latency.save(run.folder / LATENCY)
     zero = [n for n, g in resconv.gates(model).items() if g.scale.item() == 0]
@@ -191,7 +189,7 @@ def finetune(run: Run) -> None:
     compact = resconv.fuse(model, example, fold_norms=True)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
-    before = run.folder.metrics().get("top1_compact")
+    before = run.folder.metrics().top1_compact
     if before is None:  # the user may delete metrics.json
         before = evaluate(compact_of(run), run.data)
     better = top1 >= before

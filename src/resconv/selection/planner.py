@@ -74,12 +74,12 @@ def plan(
         MACs        15,564  10,380  -33.3%
         parameters     483     327  -32.3%
     """
-    from ..surgery.state import example_inputs_of, state_of
+    from ..surgery.provenance import converted, example_inputs_of
 
     if budget is None:
         example_inputs, budget = None, example_inputs
     require_budget(budget, "budget")
-    state_of(model)
+    converted(model)
     example_inputs = example_inputs_of(example_inputs, model)
     return plan_measured(model, example_inputs, budget, latency)[0]
 
@@ -88,12 +88,13 @@ def plan_measured(
     model: nn.Module, example_inputs: Any, budget: Budget | None, table: LatencyTable | None
 ) -> tuple[Plan, LatencyTable | None]:
     """Return the plan, and the latency table with the timings of finished nets added."""
-    from ..surgery.state import require_finite, state_of
+    from ..surgery.provenance import converted
+    from ..surgery.state import require_finite
 
     require_budget(budget, "budget")
     assert budget is not None
     model = unwrap(model)
-    state_of(model)
+    converted(model)
     require_finite(model, PlanError)
     costs = ledger(model, example_inputs)
     if budget.times:

@@ -34,6 +34,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -139,7 +140,7 @@ class Sparsifier:
         learning_rate: float = 0.1,
         shared: bool | None = None,
     ) -> None:
-        from ..surgery.state import state_of
+        from ..surgery.provenance import converted, example_inputs_of
 
         if mode not in ("proximal", "subgradient"):
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
@@ -169,7 +170,8 @@ class Sparsifier:
                 "The model has no gates. Call resconv.convert(model, example_inputs) first."
             )
         if example_inputs is None:
-            example_inputs = state_of(self.model).example_inputs
+            converted(self.model)
+            example_inputs = example_inputs_of(None, self.model)
         self.strength, self.mode, self.target = strength, mode, target
         self.total_steps = total_steps
         self.history: list[Snapshot] = []
@@ -479,7 +481,7 @@ class Sparsifier:
             "weights": dict(self._weights),
             "scalars": self._scalars.state_dict(),
             "held": list(self._controls.held),
-            "history": [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in self.history],
+            "history": msgspec.to_builtins(self.history),
         }
         if self.latency is not None:
             state["latency"] = self.latency.to_json()
@@ -495,7 +497,7 @@ class Sparsifier:
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
         self._controls.held = list(state.get("held", ()))
-        self.history = [Snapshot(*s) for s in state["history"]]
+        self.history = msgspec.convert(state["history"], list[Snapshot])
         if "latency" in state:
             # A resumed run goes on from what the first one measured.
             self.latency = LatencyTable.from_json(state["latency"])

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +25,7 @@ from ..files import write_together
 from ..nn.gates import Gate
 from ..planning.plan import Plan
 from ..surgery.copying import as_normal_tensors, copy_model
-from ..surgery.state import example_inputs_of, plan_of
+from ..surgery.provenance import example_inputs_of, plan_of
 from ..surgery.verification import (
     Verification,
     compare_outputs,
@@ -140,7 +141,7 @@ def export(
     inputs = _inputs_for(net, as_normal_tensors(example_inputs))
     meta = {"producer": "resconv", "resconv_version": __version__}
     with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
-        meta["inputs"] = json.dumps(describe_inputs(inputs))
+        meta["inputs"] = json.dumps(msgspec.to_builtins(describe_inputs(inputs)))
     if plan is not None:
         meta["plan"] = plan.to_json()
     job = _Job(net, path, inputs, meta, opset, tolerance)

@@ -12,8 +12,10 @@ from ..nn.algebra import add_identity
 from ..nn.gates import BranchGate, Gate, ResConv, is_plain_norm
 from ..nn.geometry import tap
 from .copying import copy_model
+from .edit_kinds import Children, Drop, Edit
 from .edits import apply_edit, droppable
-from .state import State, set_submodule
+from .provenance import Provenance, carry_on
+from .state import set_submodule
 
 __all__ = ["is_fresh", "sharing_copy", "with_gates"]
 
@@ -34,12 +36,13 @@ def with_gates(
     chosen: list[Candidate],
     branches: list[Candidate],
     start: str,
-    state: State,
+    provenance: Provenance,
 ) -> nn.Module:
     """Return a copy of ``model`` with gates, which shares its tensors; ``model`` is left unchanged.
 
     ``graph`` and ``indexed`` are of a record of the model, ``branches`` all its residual branches.
-    ``state.edits`` gets what was changed in the tree. Kernels that ``start`` changes are new ones.
+    The copy carries ``provenance``, with the edits that were made. Kernels that ``start`` changes are
+    new ones.
     """
     fresh = is_fresh(model)
     # A norm that goes into a ResConv leaves its place; a branch may have ended there.
@@ -49,14 +52,15 @@ def with_gates(
     ]
     in_branch = set().union(*(c.nodes for c in branches)) if fresh else set()
     model = sharing_copy(model)
+    edits: list[Edit] = []
     for candidate in chosen:
         if candidate.unit.kind == "layer":
             identity = start == "identity" and not candidate.nodes & in_branch
-            _insert_layer(model, candidate, state, identity, fresh)
+            edits += _insert_layer(model, candidate, identity, fresh)
     for path in empty:
         if isinstance(model.get_submodule(path), nn.Identity):
-            state.edits.append({"op": "drop", "path": path})
-            apply_edit(model, state.edits[-1])
+            edits.append(Drop(path))
+            apply_edit(model, edits[-1])
     places: dict[str, str] = {}
     for candidate in chosen:
         if candidate.unit.kind == "block":
@@ -70,7 +74,7 @@ def with_gates(
     if start == "identity" and fresh:
         ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
         _start_small(model, graph, chosen, ends)
-    model.resconv_state = state  # type: ignore[assignment]
+    carry_on(model, provenance, edits=edits, training_form=True)
     return model
 
 
@@ -146,16 +150,17 @@ def plain_norm(norm: nn.Module) -> nn.Module:
 
 
 def _insert_layer(
-    model: nn.Module, candidate: Candidate, state: State, identity: bool, fresh: bool
-) -> None:
+    model: nn.Module, candidate: Candidate, identity: bool, fresh: bool
+) -> list[Edit]:
+    """Put a ResConv in the place of the conv, in place, and return how the tree was changed for it."""
+    edits: list[Edit] = []
     conv = model.get_submodule(candidate.conv)
     norm = None
     if candidate.norm is not None:
         whole = model.get_submodule(candidate.norm)
         norm = plain_norm(whole)
-        edit = {"op": "children", "path": candidate.norm, "names": list(candidate.norm_children)}
-        state.edits.append(edit)
-        apply_edit(model, edit)
+        edits.append(Children(candidate.norm, tuple(candidate.norm_children)))
+        apply_edit(model, edits[-1])
     control = 0.0
     where = tap(conv) if candidate.reach is None else candidate.reach.tap
     if identity and where is not None and (fresh or take_out_identity(conv, norm, where)):
@@ -164,6 +169,7 @@ def _insert_layer(
     gate.unit, gate.reason = candidate.conv, candidate.unit.reason
     gate.scale.requires_grad_(gate.reason is None)
     set_submodule(model, candidate.conv, gate)
+    return edits
 
 
 def take_out_identity(conv: nn.Module, norm: nn.Module | None, where: tuple[int, ...]) -> bool:

@@ -7,10 +7,10 @@ edited: a module that only passes its input on becomes an identity, and where a 
 has to change (two branches in one block, a functional activation) that forward is rewritten.
 """
 
-import copy
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from ..analysis.inputs import unwrap
@@ -20,11 +20,13 @@ from ..nn.gates import BranchGate, Gate, gates, is_leaf
 from ..planning.plan import Plan
 from .copying import copy_model
 from .decisions import original_path
+from .edit_kinds import Append, Conv, Edit, Multiply
 from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
-from .state import State, record_of, require_finite, set_submodule, specified, state_of
+from .provenance import carry_on, converted, example_inputs_of, provenance_of
+from .state import require_finite, set_submodule
 from .trial import FAITHFUL, decisions
 
 __all__ = ["leftovers", "operate", "prune"]
@@ -70,7 +72,8 @@ def operate(
 ) -> nn.Module:
     """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
     model = unwrap(model)
-    state = copy.copy(state_of(model))
+    before = converted(model)
+    example_inputs = example_inputs_of(None, model)
     require_finite(model, PruneError)
     model = copy_model(model, PruneError)
     for gate in gates(model, fixed=True).values():
@@ -85,11 +88,12 @@ def operate(
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    witness = Witness(model, state.example_inputs)
+    witness = Witness(model, example_inputs)
     faithful = 0
     while True:
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
-            made, edits = _operated(copy_model(model, PruneError), state, remove, fuse, faithful)
+            copied = copy_model(model, PruneError)
+            made, edits = _operated(copied, example_inputs, remove, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -97,22 +101,20 @@ def operate(
             if faithful == len(FAITHFUL) - 1:
                 raise
             faithful += 1
-    state.edits = [*state.edits, *edits]
-    state.plan = plan or state.plan
-    _label(made, state, fuse)
+    carry_on(made, before, edits=edits, plan=plan, training_form=not fuse)
     return made
 
 
 def _operated(
-    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, faithful: int
-) -> tuple[nn.Module, list[dict[str, Any]]]:
+    model: nn.Module, example_inputs: Any, remove: tuple[str, ...], fuse: bool, faithful: int
+) -> tuple[nn.Module, list[Edit]]:
     """Carry the surgery out on ``model``, and return the net with the edits that made it."""
     with indexed_containers() as indexed:
-        graph = record(model, state.example_inputs, leaf=is_leaf)
+        graph = record(model, example_inputs, leaf=is_leaf)
     todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed, faithful=faithful)
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
-    convs: list[dict[str, Any]] = []
+    convs: list[Conv] = []
     kernels: dict[str, Fused] = {}
     for path, (weight, bias, like) in kept.items():
         original = original_path(model, path)
@@ -120,26 +122,12 @@ def _operated(
         layer: Any = model.get_submodule(path)
         kernels[original] = Fused(weight, bias, like, layer.norm)
     model = _without_gates(model, everything=fuse, removed=remove)
-    if not fuse:
-        structure = [_gated_path(model, e) for e in structure]
+    here = structure if fuse else [_gated(model, e) for e in structure]
     # Kernels first: what is put behind a conv later gives it another path.
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
-    model = apply_edits(model, structure)
-    return model, [_original_edit(e) for e in (*convs, *structure)]
-
-
-def _label(model: nn.Module, state: State, fuse: bool) -> None:
-    if fuse:
-        model.__dict__.pop("resconv_state", None)
-        model.resconv_record = {  # type: ignore[assignment]
-            "source": state.source,
-            "edits": state.edits,
-            "inputs": specified(state.example_inputs),
-            "plan": state.plan,
-        }
-    else:
-        model.resconv_state = state  # type: ignore[assignment]
+    model = apply_edits(model, here)
+    return model, [*convs, *structure]
 
 
 def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:
@@ -152,11 +140,11 @@ def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ..
     return model
 
 
-def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
+def _gated(model: nn.Module, edit: Edit) -> Edit:
     """Point an edit at the same module of a model that keeps some gates."""
     module: nn.Module = model
     path = []
-    for part in edit["path"].split(".") if edit["path"] else []:
+    for part in edit.path.split(".") if edit.path else []:
         if isinstance(module, BranchGate):
             path.append("module")
             module = module.module
@@ -166,13 +154,7 @@ def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
     while isinstance(module, BranchGate):
         path.append("module")
         module = module.module
-    return {**edit, "path": ".".join(path), "_original": edit["path"]}
-
-
-def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
-    edit = dict(edit)
-    edit["path"] = edit.pop("_original", edit["path"])
-    return edit
+    return replace(edit, path=".".join(path))
 
 
 def leftovers(compact: nn.Module) -> dict[str, float]:
@@ -183,5 +165,5 @@ def leftovers(compact: nn.Module) -> dict[str, float]:
         >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
         {}
     """
-    edits = record_of(compact).get("edits", [])
-    return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append")}
+    edits = provenance_of(compact).edits
+    return {e.path: e.factor for e in edits if isinstance(e, Multiply | Append)}

@@ -21,7 +21,7 @@ from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
 from ..tables import html_table, text_table
-from .state import example_inputs_of
+from .provenance import example_inputs_of
 
 __all__ = [
     "Verification",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import msgspec
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from torch import nn
@@ -22,7 +23,7 @@ from resconv.planning.budget import Budget
 from resconv.planning.costs import excess, ledger
 from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
-from resconv.surgery.state import state_of
+from resconv.surgery.provenance import example_inputs_of
 
 from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
@@ -165,7 +166,7 @@ def fit(
     if target is not None:
         if spawns:
             state = _stored_state(last)
-            history = [Snapshot(*row) for row in state["history"]]
+            history = msgspec.convert(state["history"], list[Snapshot])
             if "latency" in state:
                 latency = LatencyTable.from_json(state["latency"])
         elif (sparsifier := sparsity[0].sparsifier) is not None:
@@ -180,7 +181,7 @@ def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> s
 
     It is worked out from the trained net: other processes may have trained it, or an earlier call.
     """
-    costs = ledger(model, state_of(model).example_inputs)
+    costs = ledger(model, example_inputs_of(None, model))
     if latency is not None:
         costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
     zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]
