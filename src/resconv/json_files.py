@@ -151,7 +151,7 @@ def version_in(
     if type(version) is not int or version < 1:
         raise error(f"{place} is damaged: {key!r} is {_shown(version)}, needed is a whole number.")
     if version > newest:
-        writer = f" It was written by resconv {content['resconv_version']!s:.40}."
+        writer = f" It was written by resconv {content.get('resconv_version')!s:.40}."
         raise error(
             f"{place} has {key.replace('_', ' ')} {version}; this resconv reads up to {newest}."
             f"{writer if 'resconv_version' in content else ''} Upgrade with pip install -U resconv."
