@@ -255,7 +255,7 @@ def _import_module(module_name: str, name: str) -> Any:
             f"{name!r}: there is no module {error.name!r} (looked in the current folder and in "
             f"the installed packages).{_suggest(module_name, _ZOOS)} {form}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # the user's module runs when it is imported
         raise ModelError(
             f"{name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}"
         ) from error
@@ -268,7 +268,7 @@ def _call(
         return factory(*args, **fixed, **kwargs)
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # a factory of a zoo's or the user's
         asked = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no keywords"
         raise ModelError(
             f"Building {name!r} with {asked} failed with {type(error).__name__}: {error}"

@@ -92,7 +92,7 @@ def _try_step(run: Run, model: nn.Module, name: str) -> None:
             return
     except ResConvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a zoo's or the user's forward
         if is_out_of_memory(error):
             raise
         text = (str(error).splitlines() or [""])[0][:200]

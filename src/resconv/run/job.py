@@ -160,7 +160,7 @@ def build(name: str, data: ImageData) -> nn.Module:
             out = model(torch.zeros(1, data.channels, side, side))
     except resconv.ResConvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a zoo's or the user's forward
         if is_out_of_memory(error):
             raise
         raise RunError(
@@ -190,7 +190,7 @@ def load_state(model: nn.Module, path: Path) -> None:
         raise RunError(f"{path} is missing: the stage before was not finished.")
     try:
         model.load_state_dict(load_file(path))
-    except Exception as error:
+    except Exception as error:  # safetensors' and torch's, for a damaged file
         raise RunError(
             f"{path} cannot be used ({type(error).__name__}: {str(error)[:160]}). Start anew with "
             "--fresh."

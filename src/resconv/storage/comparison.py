@@ -54,7 +54,7 @@ def compare(
             outputs.append(one.run(inputs))
         except LoadError:
             raise
-        except Exception as error:
+        except Exception as error:  # of a runtime, or of the user's own net
             sizes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
             raise VerificationError(
                 f"{path} does not run on inputs of shape {sizes}: {first_line(error)}. Are both "

@@ -130,7 +130,7 @@ def _open_onnx(path: Path) -> Opened:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's own classes
         raise LoadError(f"ONNX Runtime cannot read {path}: {first_line(error)}") from error
     names = [i.name for i in session.get_inputs()]
 
@@ -191,7 +191,7 @@ def _open_pt2(path: Path) -> Opened:
         with quietly():
             program = torch.export.load(path, extra_files=extra)
             module = program.module()
-    except Exception as error:
+    except Exception as error:  # it unpickles, and runs what it finds
         raise LoadError(f"{path} is not a readable .pt2: {first_line(error)}") from error
 
     def run(inputs: Any) -> list[Tensor]:
@@ -224,7 +224,7 @@ def _open_openvino(path: Path) -> Opened:
         model = core.read_model(path)
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(model, "CPU", hints)
-    except Exception as error:
+    except Exception as error:  # OpenVINO's own classes
         raise LoadError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
     names = [_ov_name(p, i) for i, p in enumerate(compiled.inputs)]
 

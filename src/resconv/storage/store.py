@@ -30,6 +30,7 @@ from ..analysis.input_spec import (
 from ..analysis.inputs import as_call, evaluating, to_device_of, unwrap
 from ..analysis.recorder import restored
 from ..errors import LoadError, ResConvError, SaveError
+from ..failures import is_own
 from ..files import digest, write_together
 from ..nets import runs_user_code
 from ..planning.plan import Plan
@@ -153,9 +154,11 @@ def load(
     except ResConvError as error:
         raise LoadError(f"{folder / 'model.json'} does not fit its source: {error}") from error
     except Exception as error:  # whatever a hostile file may set off in torch is its own fault
+        what = f"{type(error).__name__}: {str(error)[:200]}"
         raise LoadError(
-            f"{folder / 'model.json'} cannot be carried out: {type(error).__name__}: "
-            f"{str(error)[:200]}"
+            f"{folder} cannot be read by a fault in resconv ({what}). Please report it."
+            if is_own(error)
+            else f"{folder / 'model.json'} cannot be carried out: {what}"
         ) from error
     inputs = None if header.inputs is None else ExampleInputs(header.inputs, {})
     carry(

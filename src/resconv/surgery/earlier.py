@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import PruneError
+from ..failures import is_own
 from .arguments import FREE, decode
 from .edit_kinds import Bypass
 from .tracing import OTHER_BRANCH, digest, pass_by
@@ -25,6 +26,8 @@ class _EarlierForward(fx.Tracer):
         self.branches = list(branches)
 
     def to_bool(self, obj: Any) -> bool:
+        if not self.branches:
+            raise PruneError("it branches more often than it did")
         chosen = bool(self.branches.pop(0))
         held = obj if chosen else self.create_proxy("call_function", operator.not_, (obj,), {})
         self.create_proxy("call_function", torch._assert, (held, OTHER_BRANCH), {})
@@ -55,7 +58,9 @@ def as_graph_module(module: nn.Module, edit: Bypass) -> nn.Module:
         fixed = {name: _placeholders(decode(v)) for name, v in edit.constants.items()}
         tracer = _EarlierForward(edit.branches)
         graph = tracer.trace(module, concrete_args=fixed or None)
-    except Exception as error:
+    except Exception as error:  # torch.fx runs the module's own forward, which is the user's code
+        if is_own(error):
+            raise
         raise PruneError(f"The forward of {path!r} cannot be rewritten: {error}") from error
     finally:
         for m, mode in modes:

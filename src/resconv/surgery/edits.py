@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph
 from ..errors import PruneError
+from ..failures import is_own
 from . import edit_kinds as kinds
 from .arguments import template
 from .earlier import as_graph_module
@@ -184,14 +185,20 @@ def _replayed(
 ) -> fx.Graph:
     """Return the graph of the module's forward without the operations that ``form`` passes by."""
     path = edit.path
-    branches = list(form.branches)
+    branches = iter(form.branches)
+
+    def decide(node: fx.Node) -> bool | int:
+        for branch in branches:
+            return branch
+        raise PruneError(f"The forward of {path!r} branches more often than it did.")
+
     try:
-        trace = trace_forward(
-            module, edit.constants, lambda node: branches.pop(0), training=training
-        )
+        trace = trace_forward(module, edit.constants, decide, training=training)
     except PruneError:
         raise
     except Exception as error:  # torch.fx runs the module's own forward, which is the user's code
+        if is_own(error):
+            raise
         raise PruneError(f"The forward of {path!r} cannot be rewritten: {error}") from error
     if digest(trace.graph) != form.code:
         raise PruneError(

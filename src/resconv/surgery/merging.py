@@ -71,7 +71,7 @@ def merged(module: nn.Module, path: str) -> nn.Module:
     module.eval()
     try:
         new = getattr(module, method)()
-    except Exception as error:
+    except Exception as error:  # the module's own method
         raise PruneError(
             f"{path}.{method}() fails with {type(error).__name__}: {error}."
         ) from error

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
+from ..failures import is_own
 from ..nn.gates import BranchGate, ResConv
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
@@ -189,7 +190,9 @@ def _rewrite(
     running = form.trace.copy()
     try:
         edit = both_modes(running, form.in_training.copy(), nodes, optional)
-    except Exception as error:
+    except Exception as error:  # torch.fx has many for a graph that does not hold together
+        if is_own(error):
+            raise
         line = str(error).partition(chr(10))[0][:160]
         raise refuse(
             "what it does in training mode cannot be kept "
@@ -239,7 +242,9 @@ def _traced_as_recorded(
         try:
             form = Form(graph, module, given, _constants(given, free))
             ran = form.ran()
-        except Exception as error:
+        except Exception as error:  # whatever the user's forward raises when it is traced
+            if is_own(error):
+                raise
             why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.

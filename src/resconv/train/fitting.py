@@ -148,7 +148,7 @@ def fit(
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None
             raise
-        except Exception as error:
+        except Exception as error:  # raised again below
             inside = raised_inside(error)
             if inside is not None:
                 raise inside from error
