@@ -69,7 +69,7 @@ def train(model, *, rank=0, world=1, steps=STEPS, accumulate=1, call=None, score
     sparsifier = resconv.Sparsifier(model, target=BUDGET, total_steps=steps, **options)
     sparsifier.attach(optimizer)
     if scores is not None:
-        sparsifier._scores.read = scores
+        sparsifier._importance.read = scores
     call = call or model
     for _ in range(steps):
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def worker(rank, folder, port):
         found[name] = (model.module.state_dict(), state, sparsifier.outcome().met)
 
     def unequal():
-        """Scores that the processes would draw opposite conclusions from."""
+        """Importance that the processes would draw opposite conclusions from."""
         return {n: 4.0 ** (i if rank == 0 else -i) for i, n in enumerate(names)}
 
     names = list(resconv.gates(gated_net()))

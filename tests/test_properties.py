@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import resconv
 from resconv.nn.gates import zeroed
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 from resconv.surgery.verification import relative_error
 
 from .helpers import randomise
@@ -84,11 +84,11 @@ def test_laws_hold_on_random_nets(recipe, seed, units, start, data):
     assert_close(outputs(compact, x), promised, "prune")
     assert not resconv.gates(compact)
 
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     # Branches whose scale is 0 go as well when the net is fused.
     zeros = [n for n, g in resconv.gates(gated).items() if g.control is None and not g.scale.item()]
     gone = {*plan.remove, *zeros}
-    assert resconv.profile(compact, x).macs == costs.macs - costs.saving(gone).macs
+    assert resconv.profile(compact, x).macs == costs.macs - costs.cost_of(gone).macs
     assert_close(outputs(resconv.fuse(gated), x), whole, "fuse")
     assert_close(outputs(resconv.fuse(compact, x, fold_norms=True), x), promised, "fold")
 

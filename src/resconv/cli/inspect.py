@@ -38,7 +38,7 @@ def inspect(
     import warnings
 
     import resconv
-    from resconv.planning.costs import ledger
+    from resconv.planning.costs import cost_model
     from resconv.surgery.merging import TrainingFormWarning
 
     net, example = example_for(model, image_size)
@@ -73,8 +73,8 @@ def inspect(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrainingFormWarning)
             gated = resconv.convert(net, example, units="all")
-        costs = ledger(gated, example)
-        left = total.macs - costs.saving(costs.names).macs
+        costs = cost_model(gated, example)
+        left = total.macs - costs.cost_of(costs.names).macs
         text += (
             f" {len(removable)} of {len(found)} units are removable; with all of them gone "
             f"{left:,} MACs ({left / max(1, total.macs):.1%}) are left."

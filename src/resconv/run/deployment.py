@@ -56,7 +56,7 @@ def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> Target:
     budget, plan, table = run.config.budget(), run.plan(), latency_table(run, run.gated())
     assert table is not None  # the budget limits the latency
     before, after = time_nets([dense, compact], run.example(), table)
-    limit = budget.limits(0, 0, before.median_ms)[2]
+    limit = budget.limits(0, 0, before.median_ms).latency_ms
     found = Target(
         asked_ms=budget.latency_ms,
         asked_share=budget.latency,

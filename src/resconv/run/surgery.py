@@ -1,6 +1,5 @@
 """The stages between training and deployment: which units go, and the net without them."""
 
-import math
 from itertools import islice
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 import resconv
 from resconv.data import BatchLoader
 from resconv.nn.gates import BranchGate
-from resconv.planning.costs import excess, ledger
+from resconv.planning.costs import cost_model, excess
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
 from resconv.surgery.pruning import leftovers
@@ -62,11 +61,11 @@ def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module
 
 def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
     """Warn where a plan, written by hand perhaps, leaves more than the run was asked for."""
-    costs = ledger(gated, run.example())
-    macs, num_params, _ = run.config.budget().limits(costs.macs, costs.num_params)
+    costs = cost_model(gated, run.example())
+    limits = run.config.budget().limits(costs.macs, costs.num_params)
     # Milliseconds are not predicted but measured, at the end.
     left = costs.left(removed_units(run, gated, plan))
-    over = excess(left, costs.whole, (macs, num_params, math.inf))
+    over = excess(left, costs.whole, limits.without_latency())
     if over:
         run.warn("prune", f"The plan misses the target of the run: it leaves {over}.")
 
@@ -121,7 +120,7 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
     still = resconv.gates(trained)
     idle = [n for n, g in still.items() if isinstance(g, BranchGate) and g.scale.item() == 0]
     gated = run.gated()
-    gone = ledger(gated, run.example()).gone([*plan.remove, *idle])
+    gone = cost_model(gated, run.example()).gone([*plan.remove, *idle])
     return [n for n in resconv.gates(gated) if n in gone]
 
 

@@ -1,6 +1,5 @@
 """The verb: from scales and a budget to a plan."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, overload
 
@@ -18,8 +17,8 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import gates
-from ..planning.budget import Budget, require_budget
-from ..planning.costs import Ledger, excess, ledger
+from ..planning.budget import Budget, Limits, require_budget
+from ..planning.costs import CostModel, cost_model, excess
 from ..planning.plan import Plan, why_not_now
 
 __all__ = ["plan", "plan_measured"]
@@ -96,7 +95,7 @@ def plan_measured(
     model = unwrap(model)
     converted(model)
     require_finite(model, PlanError)
-    costs = ledger(model, example_inputs)
+    costs = cost_model(model, example_inputs)
     if budget.times:
         if table is None:
             table = measure_latency(model, example_inputs, budget)
@@ -127,9 +126,10 @@ def plan_measured(
                 break
             if last or len(chosen) == len(free):
                 _refuse(costs, free, blocked, limits, _too_slow(budget, timed))
-            limits = (*limits[:2], min(limits[2], corrected_limit(budget, table, timed)))
+            least = min(limits.latency_ms, corrected_limit(budget, table, timed))
+            limits = limits._replace(latency_ms=least)
             chosen = _fill(costs, surely, ranked, limits)
-    if chosen is None or not _within(costs, chosen, (*limits[:2], math.inf)):
+    if chosen is None or not _within(costs, chosen, limits.without_latency()):
         _refuse(costs, free, blocked, limits, "")
     assert chosen is not None
     left = costs.left(chosen)
@@ -148,7 +148,7 @@ def plan_measured(
 
 
 def _fill(
-    costs: Ledger, surely: Iterable[str], ranked: list[str], limits: tuple[float, float, float]
+    costs: CostModel, surely: Iterable[str], ranked: list[str], limits: Limits
 ) -> list[str] | None:
     """Return the units to remove, or None where all of them are not enough."""
     chosen, rest, added = list(surely), list(ranked), []
@@ -166,13 +166,11 @@ def _fill(
     return chosen
 
 
-def _within(costs: Ledger, chosen: list[str], limits: tuple[float, float, float]) -> bool:
+def _within(costs: CostModel, chosen: list[str], limits: Limits) -> bool:
     return all(s <= lim for s, lim in zip(costs.left(chosen), limits, strict=True))
 
 
-def _next(
-    costs: Ledger, ranked: list[str], chosen: list[str], limits: tuple[float, float, float]
-) -> str | None:
+def _next(costs: CostModel, ranked: list[str], chosen: list[str], limits: Limits) -> str | None:
     """Return the first unit that saves what is over a limit; whole branches before their last layer."""
     now = costs.left(chosen)
     emptying = None
@@ -195,13 +193,13 @@ def _too_slow(budget: Budget, timed: TimedNet) -> str:
 
 
 def _refuse(
-    costs: Ledger,
+    costs: CostModel,
     free: list[str],
     blocked: dict[str, str],
-    limits: tuple[float, float, float],
+    limits: Limits,
     too_slow: str,
 ) -> None:
-    size = excess(costs.left(free), costs.whole, (*limits[:2], math.inf))
+    size = excess(costs.left(free), costs.whole, limits.without_latency())
     too_much = " and ".join(t for t in (size, too_slow) if t)
     why = "; ".join(f"{n}: {r}" for n, r in list(blocked.items())[:5])
     raise BudgetError(

@@ -8,7 +8,7 @@ same on all shrinks a whole residual stage without making one scale 0 (reweighte
 With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
 the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a
 removed layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``).
-It counts for more, the less of its kind is left (see steering.py). On a schedule that ends at 40 %
+It counts for more, the less of its kind is left (see schedule.py). On a schedule that ends at 40 %
 of the run, the next units in that order are put under a penalty that grows until their scale is 0.
 So exactly enough scales end at 0, and the rest of the run trains the net that will be shipped. A
 target in milliseconds is then measured on that net, once, and where it misses, more units go.
@@ -57,15 +57,15 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import BranchGate, Gate, ResConv, gates
-from ..planning.budget import Budget, require_budget
-from ..planning.costs import Ledger, excess, ledger
+from ..planning.budget import Budget, Limits, require_budget
+from ..planning.costs import CostModel, cost_model, excess
 from ..tables import html_table, text_table
 from .controls import Controls
-from .importance import Scores
+from .importance import Importance
 from .outcome import Outcome, Snapshot
 from .processes import are_several, by_first, differing_ranks, from_first, is_shared
 from .scalars import Scalars, by_name, like, stack
-from .schedule import Steering
+from .schedule import Schedule
 
 __all__ = ["Sparsifier", "check_form"]
 
@@ -175,7 +175,7 @@ class Sparsifier:
         self.strength, self.mode, self.target = strength, mode, target
         self.total_steps = total_steps
         self.history: list[Snapshot] = []
-        self.costs: Ledger = ledger(self.model, example_inputs)
+        self.costs: CostModel = cost_model(self.model, example_inputs)
         self._step = 0
         scalars = {
             f"{n}.{kind}": p
@@ -184,7 +184,7 @@ class Sparsifier:
             if p is not None
         }
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
-        self._scores = Scores({n: self.gates[n] for n in self.costs.names}, scalars)
+        self._importance = Importance({n: self.gates[n] for n in self.costs.names}, scalars)
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
@@ -196,7 +196,7 @@ class Sparsifier:
         self._controls = Controls(self.model, example_inputs)
         self._untimed = False
         self._example_inputs = example_inputs
-        self._steering: Steering | None = None
+        self._schedule: Schedule | None = None
         if target is not None:
             check_form(target, mode, total_steps)
             if target.times and table is None:
@@ -210,7 +210,7 @@ class Sparsifier:
         if target is not None:
             self._check_reach(target)
             assert total_steps is not None  # check_form
-            self._steering = Steering(self.costs, target, total_steps)
+            self._schedule = Schedule(self.costs, target, total_steps)
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -247,7 +247,7 @@ class Sparsifier:
         of = "" if self.total_steps is None else f" of {self.total_steps:,}"
         title = f"Sparsifier of {type(self.model).__name__}, after {self._step:,}{of} steps"
         whole, now = self.costs.whole, self.costs.left(self.removed)
-        limits = (math.inf,) * 3 if self.target is None else self.target.limits(*whole)
+        limits = Limits() if self.target is None else self.target.limits(*whole)
         names = ("MACs", "parameters", "latency (ms)")
         rows: list[list[object]] = [
             [name, before, after, "" if math.isinf(limit) else f"{limit:,.6g}"]
@@ -268,7 +268,7 @@ class Sparsifier:
             ConversionError: the optimizer does not hold the scales: it was made from another model.
         """
         self._scalars.attach(optimizer)
-        self._rest()
+        self._skip()
         self._normalise()
         self._snapshot()
         return self
@@ -277,7 +277,7 @@ class Sparsifier:
         """Leave the optimizer; scales at 0 are then held there by nothing."""
         self._scalars.detach()
         for gate in self.gates.values():
-            gate.resting = False
+            gate.skipped = False
 
     def finish(self) -> Outcome:
         """Leave the optimizer, and return where the run stands.
@@ -298,10 +298,10 @@ class Sparsifier:
         left = self.costs.left(removed)
         over = ""
         pending: tuple[str, ...] = ()
-        if self._steering is not None:
-            over = excess(left, self.costs.whole, self._steering.limits)
+        if self._schedule is not None:
+            over = excess(left, self.costs.whole, self._schedule.limits)
             if over:
-                planned = [*self._steering.taken, *self._steering.missing(self._scores.read())]
+                planned = [*self._schedule.taken, *self._schedule.missing(self._importance.read())]
                 pending = tuple(n for n in planned if n not in removed)
         return Outcome(
             step=self._step,
@@ -319,14 +319,14 @@ class Sparsifier:
             signs = self._scalars.values().sign()
             grads.add_(self._pulled.to(grads.device) * signs, alpha=self.strength)
         elif self.target is not None:
-            self._scores.add(self._scalars.values(), grads, seen)
+            self._importance.add(self._scalars.values(), grads, seen)
 
     def _finish_step(self, optimizer: Optimizer) -> None:
         self._step += 1
         self._project()
         self._normalise()
-        if self._steering is not None:
-            self._steer(self._steering)
+        if self._schedule is not None:
+            self._follow(self._schedule)
         elif self.mode == "proximal":
             self._shrink(optimizer)
             if self._step % _REFRESH == 0:
@@ -380,32 +380,32 @@ class Sparsifier:
         torch._foreach_sub_(scales, [rate * self.strength * self._weights[n] for n in names])
         torch._foreach_clamp_min_(scales, 0.0)
 
-    def _steer(self, steering: Steering) -> None:
+    def _follow(self, schedule: Schedule) -> None:
         step = self._step
-        if steering.due(step):
-            steering.choose(step, self._scores.read(), lambda n: self.gates[n].scale.item())
+        if schedule.due(step):
+            schedule.choose(step, self._importance.read(), lambda n: self.gates[n].scale.item())
             if self.shared:
-                steering.load_state_dict(from_first(steering.state_dict()))
-            if self.target is not None and self.target.times and steering.settled(step):
-                self._check_latency(steering, self.target)
-        fades = {n: f.left(step) for n, f in steering.fading.items()}
+                schedule.load_state_dict(from_first(schedule.state_dict()))
+            if self.target is not None and self.target.times and schedule.settled(step):
+                self._check_latency(schedule, self.target)
+        fades = {n: f.left(step) for n, f in schedule.fading.items()}
         arrived = [n for n, left in fades.items() if left <= 0]
         for name in arrived:
-            del steering.fading[name]
-            steering.zero.append(name)
+            del schedule.fading[name]
+            schedule.zero.append(name)
         if arrived:
-            self._rest()
+            self._skip()
         # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
         self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
-        if steering.fading:
-            bounds = [f.scale * fades[n] for n, f in steering.fading.items()]
-            torch._foreach_clamp_max_([self.gates[n].scale for n in steering.fading], bounds)
-        if steering.zero:
-            torch._foreach_zero_([self.gates[n].scale for n in steering.zero])
-            self._keep_controls(dict.fromkeys(steering.zero, _LEAST_CONTROL))
+        if schedule.fading:
+            bounds = [f.scale * fades[n] for n, f in schedule.fading.items()]
+            torch._foreach_clamp_max_([self.gates[n].scale for n in schedule.fading], bounds)
+        if schedule.zero:
+            torch._foreach_zero_([self.gates[n].scale for n in schedule.zero])
+            self._keep_controls(dict.fromkeys(schedule.zero, _LEAST_CONTROL))
             self._controls.hold()
         if arrived:
-            self._controls.settle(steering.zero)
+            self._controls.settle(schedule.zero)
 
     def _keep_controls(self, least: dict[str, float]) -> None:
         """Hold the controls of the named units (branches have none) at their least or above."""
@@ -413,12 +413,12 @@ class Sparsifier:
         if controls:
             torch._foreach_clamp_min_(list(controls.values()), [least[n] for n in controls])
 
-    def _rest(self) -> None:
+    def _skip(self) -> None:
         """Let the units that the schedule brought to 0 rest, and those inside them."""
-        zero = [] if self._steering is None or are_several() else self._steering.zero
+        zero = [] if self._schedule is None or are_several() else self._schedule.zero
         gone = self.costs.gone(zero)
         for name, gate in self.gates.items():
-            gate.resting = name in gone
+            gate.skipped = name in gone
 
     def _compare(self) -> None:
         every: list[Tensor] = [g.scale for g in self.gates.values()]
@@ -432,15 +432,15 @@ class Sparsifier:
                 "and convert before wrapping."
             )
 
-    def _check_latency(self, steering: Steering, target: Budget) -> None:
+    def _check_latency(self, schedule: Schedule, target: Budget) -> None:
         """Time the net that the zeros leave; where it misses the target, let more units go."""
         table = self.latency
         assert table is not None
-        if table.check_of(steering.zero) is not None or self._untimed:
+        if table.check_of(schedule.zero) is not None or self._untimed:
             return
 
         def check() -> LatencyTable:
-            return check_latency(self.model, self._example_inputs, table, steering.zero)[0]
+            return check_latency(self.model, self._example_inputs, table, schedule.zero)[0]
 
         try:
             self.latency = by_first(check, self.shared)
@@ -450,10 +450,10 @@ class Sparsifier:
             text = f"The net was not timed during training: {error}"
             warnings.warn(text, ResConvWarning, stacklevel=2)
             return
-        found = self.latency.check_of(steering.zero)
+        found = self.latency.check_of(schedule.zero)
         assert found is not None
         if not is_met(target, found):
-            steering.limit_ms = min(steering.limit_ms, corrected_limit(target, self.latency, found))
+            schedule.limit_ms = min(schedule.limit_ms, corrected_limit(target, self.latency, found))
 
     def _snapshot(self) -> None:
         if self.shared:
@@ -475,7 +475,7 @@ class Sparsifier:
         """Return what a resumed run needs, as plain data."""
         state: dict[str, Any] = {
             "step": self._step,
-            "scores": self._scores.read(),
+            "importance": self._importance.read(),
             "fading": {},
             "zero": [],
             "weights": dict(self._weights),
@@ -485,14 +485,14 @@ class Sparsifier:
         }
         if self.latency is not None:
             state["latency"] = self.latency.to_json()
-        if self._steering is not None:
-            state |= self._steering.state_dict()
+        if self._schedule is not None:
+            state |= self._schedule.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another Sparsifier's ``state_dict`` (the same model and arguments)."""
         self._step = state["step"]
-        self._scores.restore(state["scores"])
+        self._importance.restore(state["importance"])
         self._weights = dict(state["weights"])
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
@@ -502,10 +502,10 @@ class Sparsifier:
             # A resumed run goes on from what the first one measured.
             self.latency = LatencyTable.from_json(state["latency"])
             self.costs = self.costs.with_latency(self.latency.latency_ms, self.latency.unit_ms)
-        if self._steering is not None:
-            self._steering.costs = self.costs
-            self._steering.load_state_dict(state)
-            self._rest()
+        if self._schedule is not None:
+            self._schedule.costs = self.costs
+            self._schedule.load_state_dict(state)
+            self._skip()
 
 
 def _target(target: Budget | None, numbers: dict[str, Any]) -> Budget | None:

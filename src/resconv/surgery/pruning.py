@@ -77,7 +77,7 @@ def operate(
     require_finite(model, PruneError)
     model = copy_model(model, PruneError)
     for gate in gates(model, fixed=True).values():
-        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
+        gate.skipped = False  # whose run is over; a unit at 0 that stays may learn again
     with torch.no_grad():
         for name in remove:
             gates(model)[name].scale.zero_()

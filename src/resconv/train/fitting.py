@@ -20,7 +20,7 @@ from resconv.integrations.lightning import SparsityCallback
 from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
-from resconv.planning.costs import excess, ledger
+from resconv.planning.costs import cost_model, excess
 from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
 from resconv.surgery.provenance import example_inputs_of
@@ -181,7 +181,7 @@ def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> s
 
     It is worked out from the trained net: other processes may have trained it, or an earlier call.
     """
-    costs = ledger(model, example_inputs_of(None, model))
+    costs = cost_model(model, example_inputs_of(None, model))
     if latency is not None:
         costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
     zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]

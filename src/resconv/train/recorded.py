@@ -73,7 +73,7 @@ class RecordedNet:
             self._recorded = None
 
     def _find_resting(self) -> tuple[str, ...]:
-        return tuple(n for n, gate in gates(self.net, fixed=True).items() if gate.resting)
+        return tuple(n for n, gate in gates(self.net, fixed=True).items() if gate.skipped)
 
     def _record(self, images: Tensor) -> _Net:
         net = _Net(self.net)
