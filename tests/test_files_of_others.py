@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from msgspec import Struct
@@ -14,7 +15,7 @@ import resconv
 from resconv import nets
 from resconv.analysis.input_spec import InputSpec, make_inputs
 from resconv.errors import LoadError, PlanError, ResConvError, RunError
-from resconv.json_files import parse_json, read_json
+from resconv.json_files import parse_json, read_json, to_json
 from resconv.run import Config, RunFolder
 from resconv.run.metrics import Metrics
 from resconv.run.report.table import rows
@@ -74,6 +75,18 @@ def test_a_fault_is_named_with_its_field(text, message):
 def test_what_is_right_is_read_as_it_was_written():
     text = '{"inner": {"names": ["a", "\\u00e9"]}, "count": 3, "text": null, "more": [1]}'
     assert parse_json(text, Outer, "", RunError) == Outer(Inner(("a", "é")), 3, None)
+
+
+class Text(str):
+    pass
+
+
+def test_numbers_and_texts_of_other_classes_are_written_as_plain_ones():
+    given = Outer(Inner((Text("a"),), np.float64(0.25)), np.int64(3), torch.__version__)
+    back = parse_json(to_json(given), Outer, "", RunError)
+    assert back == Outer(Inner(("a",), 0.25), 3, str(torch.__version__))
+    with pytest.raises(TypeError, match="a Tensor is no plain data"):
+        to_json(Outer(count=torch.ones(2)))
 
 
 def test_what_is_no_file_is_named(tmp_path):

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ __all__ = [
     "read_bounded",
     "read_json",
     "to_json",
+    "to_plain",
     "upgraded",
     "version_in",
 ]
@@ -107,8 +109,21 @@ def parse_json(
 
 def to_json(value: Any, version: int | None = None) -> str:
     """Return a struct as the text of a file, with its version."""
-    plain: Any = msgspec.to_builtins(value)
+    plain = to_plain(value)
     return json.dumps(plain if version is None else {"version": version, **plain}, indent=2) + "\n"
+
+
+def to_plain(value: Any) -> Any:
+    """Return a struct, or what holds some, as plain data."""
+
+    def plain(other: Any) -> Any:
+        # Torch's version is a text of its own class, and numpy has numbers of its own.
+        for kind, plain_kind in ((str, str), (Integral, int), (Real, float)):
+            if isinstance(other, kind):
+                return plain_kind(other)  # type: ignore[call-overload]
+        raise TypeError(f"a {type(other).__name__} is no plain data")
+
+    return msgspec.to_builtins(value, enc_hook=plain)
 
 
 def load_json(text: str | bytes, place: str, error: type[ResConvError]) -> Any:

@@ -8,7 +8,7 @@ constant {"value": true}
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -80,7 +80,8 @@ class InputSpec(
             or self.dtype is None
             or not low <= high
             or (whole and not (isinstance(low, int) and isinstance(high, int)))
-            or max(abs(low), abs(high)) >= (_MAX_WHOLE if whole else math.inf)
+            or not math.isfinite(high - low)
+            or (whole and max(abs(low), abs(high)) >= _MAX_WHOLE)
         ):
             raise ValueError(f"the range {low!s:.40} to {high!s:.40} is none")
 
@@ -133,8 +134,8 @@ class ExampleInputs:
     """
 
     spec: InputSpec | None
-    kept: Mapping[int, Tensor]
-    whole: Any = None
+    kept: Mapping[int, Tensor] = field(default_factory=dict, compare=False)
+    whole: Any = field(default=None, compare=False)
 
     @classmethod
     def of(cls, example_inputs: Any) -> "ExampleInputs":

@@ -206,7 +206,7 @@ def measure_latency(
         threads=budget.threads or torch.get_num_threads(),
         device="cpu" if budget.runtime == "onnxruntime" else str(device),
         processor=processor(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         latency_ms=0.0,
         unit_ms={},
         error=0.0,

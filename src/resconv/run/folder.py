@@ -11,7 +11,7 @@ import msgspec
 
 from resconv.errors import RunError
 from resconv.files import OURS, digest, sweep, write_text
-from resconv.json_files import Upgrades, read_json, to_json
+from resconv.json_files import Upgrades, read_json, to_json, to_plain
 from resconv.train.checkpoints import CHECKPOINT_FILES
 
 from . import exchange
@@ -252,10 +252,10 @@ class RunFolder:
 
     def add_metrics(self, **values: Any) -> None:
         self.added |= values.keys()
-        self._write_metrics({**msgspec.to_builtins(self.metrics()), **values})
+        self._write_metrics({**to_plain(self.metrics()), **values})
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
-        metrics = msgspec.convert(msgspec.to_builtins(values), Metrics)
+        metrics = msgspec.convert(to_plain(values), Metrics)
         write_text(self.path / _METRICS, to_json(metrics, METRICS_VERSION))
 
     def done(self) -> list[str]:
@@ -295,7 +295,7 @@ class RunFolder:
         self.remove(n for r in gone for n in r.wrote if n not in kept)
         counted = _COMMON.union(*(r.metrics for r in left))
         struck = {k for r in gone for k in r.metrics} - counted
-        known = msgspec.to_builtins(self.metrics())
+        known = to_plain(self.metrics())
         self._write_metrics({k: v for k, v in known.items() if k not in struck})
 
 

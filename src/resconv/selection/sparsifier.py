@@ -48,6 +48,7 @@ from ..errors import (
     ResConvWarning,
     RunError,
 )
+from ..json_files import to_plain
 from ..latency.table import (
     LatencyTable,
     check_latency,
@@ -481,7 +482,7 @@ class Sparsifier:
             "weights": dict(self._weights),
             "scalars": self._scalars.state_dict(),
             "held": list(self._controls.held),
-            "history": msgspec.to_builtins(self.history),
+            "history": to_plain(self.history),
         }
         if self.latency is not None:
             state["latency"] = self.latency.to_json()

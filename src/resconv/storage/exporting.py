@@ -12,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,6 +21,7 @@ from ..analysis.input_spec import describe_inputs
 from ..analysis.inputs import as_batch, as_call, batch_size, evaluating, to_device_of, unwrap
 from ..errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
 from ..files import write_together
+from ..json_files import to_plain
 from ..nn.gates import Gate
 from ..planning.plan import Plan
 from ..surgery.copying import as_normal_tensors, copy_model
@@ -141,7 +141,7 @@ def export(
     inputs = _inputs_for(net, as_normal_tensors(example_inputs))
     meta = {"producer": "resconv", "resconv_version": __version__}
     with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
-        meta["inputs"] = json.dumps(msgspec.to_builtins(describe_inputs(inputs)))
+        meta["inputs"] = json.dumps(to_plain(describe_inputs(inputs)))
     if plan is not None:
         meta["plan"] = plan.to_json()
     job = _Job(net, path, inputs, meta, opset, tolerance)

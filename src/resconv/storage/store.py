@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import to_builtins
 from msgspec.structs import replace
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -32,6 +31,7 @@ from ..analysis.recorder import restored
 from ..errors import LoadError, ResConvError, SaveError
 from ..failures import is_own
 from ..files import digest, write_together
+from ..json_files import to_plain
 from ..nets import runs_user_code
 from ..planning.plan import Plan
 from ..surgery.provenance import Provenance, carry, is_converted, provenance_of
@@ -160,7 +160,7 @@ def load(
             if is_own(error)
             else f"{folder / 'model.json'} cannot be carried out: {what}"
         ) from error
-    inputs = None if header.inputs is None else ExampleInputs(header.inputs, {})
+    inputs = None if header.inputs is None else ExampleInputs(header.inputs)
     carry(
         net,
         Provenance(
@@ -282,7 +282,7 @@ def _header(
 
 
 def _plain(header: Header) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, **to_builtins(header)}
+    return {"format_version": FORMAT_VERSION, **to_plain(header)}
 
 
 def _spec(known: Provenance, example_inputs: Any) -> InputSpec | None:
