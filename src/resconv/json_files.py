@@ -118,9 +118,12 @@ def to_plain(value: Any) -> Any:
 
     def plain(other: Any) -> Any:
         # Torch's version is a text of its own class, and numpy has numbers of its own.
-        for kind, plain_kind in ((str, str), (Integral, int), (Real, float)):
-            if isinstance(other, kind):
-                return plain_kind(other)  # type: ignore[call-overload]
+        if isinstance(other, str):
+            return str(other)
+        if isinstance(other, Integral):
+            return int(other)
+        if isinstance(other, Real):
+            return float(other)
         raise TypeError(f"a {type(other).__name__} is no plain data")
 
     return msgspec.to_builtins(value, enc_hook=plain)
