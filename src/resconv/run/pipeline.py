@@ -195,15 +195,15 @@ def use_plan(run: Run, path: Path) -> None:
         run.folder.finish("plan", stages.record(run, "plan"))
 
 
-def compress(run: Run) -> Metrics:
-    """Run every stage that is not done, and return the metrics (on the leading process)."""
+def compress(run: Run) -> Metrics | None:
+    """Run every stage that is not done, and return the metrics (None but on the leading process)."""
     run.config.budget()
     with _owned(run):
         if not run.is_checked:
             run.ranks.by_first(lambda: check(run, run.folder.done()))
         for stage in STAGES:
             run_stage(run, stage)
-    return run.folder.metrics() if run.ranks.leads else Metrics()
+    return run.folder.metrics() if run.ranks.leads else None
 
 
 def history(folder: RunFolder) -> list[Snapshot]:
