@@ -92,6 +92,9 @@ class Graph:
     # Values that code may read which did not run this time, since other values decide on it. They
     # are among the outputs, too.
     exposed: set[int] = field(default_factory=set)
+    # Calls in which something asked for its mode: all others do the same in training mode, as long
+    # as norms keep their statistics (see asking.py).
+    asking: set[int] = field(default_factory=set)
 
     kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
     # What was found out about modules as they were recorded, by what is asked and the path.

@@ -49,7 +49,7 @@ class Form:
     @cached_property
     def in_training(self) -> Trace:
         """The same forward, traced in training mode."""
-        return self._traced(training=True)
+        return self._traced(training=True) if self.trace.asks else self.trace
 
     def _traced(self, *, training: bool) -> Trace:
         return trace_forward(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..analysis.graph import Graph
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
@@ -85,11 +86,15 @@ def operate(
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
         )
-    witness = Witness(model, state.example_inputs)
+    witness = None
     faithful = 0
     while True:
+        copied = copy_model(model, PruneError)
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
-            made, edits = _operated(copy_model(model, PruneError), state, remove, fuse, faithful)
+            with indexed_containers() as indexed:
+                graph = record(copied, state.example_inputs, leaf=is_leaf)
+            witness = witness or Witness(model, state.example_inputs, graph)
+            made, edits = _operated(copied, graph, indexed, remove, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -104,11 +109,17 @@ def operate(
 
 
 def _operated(
-    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, faithful: int
+    model: nn.Module,
+    graph: Graph,
+    indexed: set[int],
+    remove: tuple[str, ...],
+    fuse: bool,
+    faithful: int,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Carry the surgery out on ``model``, and return the net with the edits that made it."""
-    with indexed_containers() as indexed:
-        graph = record(model, state.example_inputs, leaf=is_leaf)
+    """Carry the surgery out on ``model``, and return the net with the edits that made it.
+
+    ``graph`` and ``indexed`` are of a record of ``model`` itself.
+    """
     todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed, faithful=faithful)
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)

@@ -48,11 +48,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
             continue
         if times[call.path] > 1 or _has_hooks(module):
             continue
-        key = "passes on in training", call.path
-        if key not in graph.known:
-            like = fill(graph, read, device_of(module))
-            graph.known[key] = trains_as_identity(module, like)
-        if not graph.known[key]:
+        if not _passes_on_in_training(graph, call, read):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -112,6 +108,16 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     rewritten.sort(key=lambda e: -e["path"].count("."))
     appended.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten + appended
+
+
+def _passes_on_in_training(graph: Graph, call: Call, read: Ref) -> bool:
+    if call.index not in graph.asking:
+        return True  # it does the same there
+    key = "passes on in training", call.path
+    if key not in graph.known:
+        like = fill(graph, read, device_of(call.module))
+        graph.known[key] = trains_as_identity(call.module, like)
+    return bool(graph.known[key])
 
 
 def _passed_on(call: Call) -> Ref | None:
