@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -263,6 +264,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about a tensor, such as its device
+            return func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         if self.inside_leaf is None and self.stack:
             refs, kwrefs = self._refs(tuple(args)), self._refs(kwargs)
@@ -320,7 +323,10 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], kind: type)
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
+        storage = tensor.untyped_storage()
+        if isinstance(tensor, FakeTensor):  # it has memory to share, and nothing in it
+            return int(storage._cdata)
+        return storage.data_ptr() or id(tensor)
     except (RuntimeError, NotImplementedError):
         return id(tensor)
 

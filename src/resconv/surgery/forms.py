@@ -3,11 +3,13 @@
 import inspect
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..analysis.graph import Graph, Node, Ref
@@ -30,15 +32,26 @@ class _Tagging(fx.Interpreter):
 
 
 class Form:
-    """A module's own forward, traced with some of its arguments fixed."""
+    """A module's own forward, traced with some of its arguments fixed.
+
+    With ``fake``, its tensors have shapes and memory, and no numbers: nothing is computed. What it
+    runs is to be compared with the record in any case.
+    """
 
     def __init__(
-        self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
+        self,
+        graph: Graph,
+        module: nn.Module,
+        given: dict[str, Any],
+        constants: dict[str, Any],
+        *,
+        fake: bool,
     ) -> None:
         self.module, self.constants = module, constants
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         device = device_of(module)
         shapes = template(inspect.signature(module.forward), constants)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.fakes:
             self.values = [
                 fill(graph, leaf, device)
                 for name, shape in shapes.items()
@@ -53,12 +66,12 @@ class Form:
 
     def _traced(self, *, training: bool) -> Trace:
         return trace_forward(
-            self.module,
-            self.constants,
-            lambda node: _decide(self.module, node, self.values),
-            training=training,
-            keep=False,
+            self.module, self.constants, self._decide, training=training, keep=False
         )
+
+    def _decide(self, node: fx.Node) -> Any:
+        with self.fakes:
+            return _decide(self.module, node, self.values)
 
     def ran(self) -> list[Node]:
         """Return the operations that the trace runs, each tagged with the name of its traced node."""
@@ -74,12 +87,13 @@ class Form:
                 return interpreter.run(*args)
 
         try:
-            seen = record(
-                Runner(self.module),
-                tuple(self.values),
-                leaf=is_leaf,
-                tag=lambda: interpreter.current,
-            )
+            with self.fakes:
+                seen = record(
+                    Runner(self.module),
+                    tuple(self.values),
+                    leaf=is_leaf,
+                    tag=lambda: interpreter.current,
+                )
         finally:
             for name in self.trace.made:
                 delattr(self.module, name)
