@@ -99,6 +99,8 @@ class Graph:
     kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
     # What was found out about modules as they were recorded, by what is asked and the path.
     known: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+    # What rewritten forwards run, by their text and what was recorded: the same in another record.
+    matched: dict[Any, list[Node]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None

@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..analysis.graph import Graph, Node, Ref
+from ..analysis.graph import Call, Graph, Node, Ref
 from ..analysis.inputs import evaluating
 from ..analysis.recorder import record
 from ..errors import TraceError
@@ -20,7 +20,7 @@ from ..nn.gates import is_leaf
 from .arguments import leaves, template
 from .tracing import Trace, trace_forward
 
-__all__ = ["Form", "device_of", "fill"]
+__all__ = ["Form", "device_of", "fill", "signature"]
 
 
 class _Tagging(fx.Interpreter):
@@ -73,6 +73,15 @@ class Form:
         with self.fakes:
             return _decide(self.module, node, self.values)
 
+    @property
+    def text(self) -> Hashable:
+        """Return what two traces have in common that do the same with alike children."""
+        code = self.trace.graph.python_code("self")
+        try:
+            return code.src, frozenset(code.globals.items()), repr(self.constants)
+        except TypeError:  # it names what cannot be told from others
+            return object()
+
     def ran(self) -> list[Node]:
         """Return the operations that the trace runs, each tagged with the name of its traced node."""
         vars(self.module).update(self.trace.made)
@@ -98,6 +107,33 @@ class Form:
             for name in self.trace.made:
                 delattr(self.module, name)
         return seen.nodes
+
+
+def signature(graph: Graph, call: Call) -> Hashable:
+    """Return what a call did, whichever module of a net it was: equal for blocks that are alike.
+
+    The operations, in which child they ran, which of the values they read and wrote, and the shapes
+    and memory of these. A trace whose text is that of another one, over children that did the same,
+    runs what the other one runs.
+    """
+    numbers: dict[int, int] = {}
+    memories: dict[int, int] = {}
+    rows: list[Hashable] = []
+
+    def number(value: int) -> int:
+        if value not in numbers:
+            numbers[value] = len(numbers)
+            v = graph.values[value]
+            memory = memories.setdefault(v.memory, len(memories))
+            rows.append((v.shape, v.stride, v.dtype, memory, v.constant))
+        return numbers[value]
+
+    for node in graph.nodes[call.start : call.end]:
+        place = node.call.path[len(call.path) :] if node.call is not call else ""
+        values = (node.inputs, node.outputs, node.writes)
+        kind = type(node.call.module) if node.op == "gate" else None
+        rows.append((node.op, kind, place, *(tuple(number(v) for v in vs) for vs in values)))
+    return tuple(rows)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..analysis.graph import Call, Node, Ref, Value
+from ..analysis.graph import Call, Graph, Node, Ref, Value
 from ..analysis.inputs import as_call, evaluating, to_device_of
 from ..analysis.saved import kept_for_backward
 from ..nn.gates import Multiply
@@ -49,6 +49,14 @@ def unsafe_writes(model: nn.Module, todo: Surgery, covered: set[int]) -> Writes:
 def _frozen(model: nn.Module, todo: Surgery) -> set[int]:
     """Return the values that need no gradient, in a net in which others do."""
     graph = todo.graph
+    key = "needs no gradient", ""
+    if key not in graph.known:
+        graph.known[key] = _without_gradient(model, graph)
+    found: set[int] = graph.known[key]
+    return found
+
+
+def _without_gradient(model: nn.Module, graph: Graph) -> set[int]:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moving = {v.index for v in graph.values if v.param in trained}
     for node in graph.nodes:

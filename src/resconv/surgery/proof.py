@@ -7,7 +7,7 @@ act on both nets alike.
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..analysis.asking import depends_on_mode, hides_its_mode, noting_modes
 from ..analysis.graph import Graph, Ref
 from ..analysis.inputs import as_call, copied, evaluating, tensors_in, to_device_of
+from ..analysis.recorder import restored
 from ..errors import VerificationError
 from .copying import copy_model
 from .verification import relative_error
@@ -106,12 +107,12 @@ class TrainingDiffersError(VerificationError):
 class Witness:
     """What a net computes, to be compared with the net that a surgery makes of it.
 
-    ``model`` is left as it is, and must stay so; ``record`` is one of a copy of it. Where neither
-    net asks for its mode, training mode shows nothing new, and it is not run.
+    ``start`` returns a new copy of it, and ``record`` is of one. Where neither net asks for its
+    mode, training mode shows nothing new, and it is not run.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, record: Graph) -> None:
-        self.model, self.example_inputs = model, example_inputs
+    def __init__(self, start: Callable[[], nn.Module], example_inputs: Any, record: Graph) -> None:
+        self.start, self.example_inputs = start, example_inputs
         self.evaluated = tree_map(_detached, record.output)
         self.asks = bool(record.asking)
 
@@ -121,8 +122,7 @@ class Witness:
         return self._in_training(0) if self.asks else self.evaluated
 
     def _in_training(self, seed: int) -> Any:
-        # What a forward leaves on a net stays on the copy.
-        return _in_training(copy_model(self.model, VerificationError), self.example_inputs, seed)
+        return _in_training(self.start(), self.example_inputs, seed)
 
     def require_same(self, made: nn.Module) -> None:
         """Raise where ``made`` does not run, or computes something else.
@@ -130,7 +130,8 @@ class Witness:
         Raises:
             VerificationError: with the reason and the numbers.
         """
-        made = copy_model(made, VerificationError)
+        # What a forward leaves on a net stays on the copy.
+        made = copy_model(made, VerificationError, share=True)
         asks = [made] if hides_its_mode(made) else []
 
         def note(module: nn.Module) -> None:
@@ -138,7 +139,7 @@ class Witness:
                 asks.append(module)
 
         try:
-            with evaluating(made), noting_modes(note):
+            with evaluating(made), restored(made), noting_modes(note):
                 evaluated = _run(made, self.example_inputs)
         except Exception as error:
             raise VerificationError(
@@ -160,7 +161,7 @@ class Witness:
 
     def _require_same_in_training(self, made: nn.Module, evaluated: Any, asks: bool) -> None:
         try:
-            with _as_in_training(made):
+            with _as_in_training(made), restored(made):
                 random.seed(0)
                 after = _run(made, self.example_inputs) if asks else evaluated
         except Exception as error:
@@ -187,7 +188,7 @@ class Witness:
     @torch.no_grad()
     def _rounding(self) -> float:
         """Return how far the outputs move when every weight is rounded anew."""
-        moved = copy_model(self.model, VerificationError)
+        moved = self.start()
         for p in moved.parameters():
             if p.is_floating_point():
                 p.mul_(1 + torch.finfo(p.dtype).eps * (torch.rand_like(p) - 0.5))

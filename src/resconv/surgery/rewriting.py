@@ -17,7 +17,7 @@ from ..nn.gates import BranchGate, ResConv
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
-from .forms import Form, device_of, fill
+from .forms import Form, device_of, fill, signature
 from .inplace import same_flow, unsafe_writes
 from .modes import both_modes, called
 from .proof import trains_as_identity
@@ -239,6 +239,9 @@ def _traced_as_recorded(
     for free, fake in ((True, True), (True, False), (False, True), (False, False)):
         try:
             form = Form(graph, module, given, _constants(given, free), fake=fake)
+            key = form.text, signature(graph, call)
+            if (seen := graph.matched.get(key)) is not None:
+                return form, seen
             ran = form.ran()
         except Exception as error:
             if not fake:
@@ -250,6 +253,7 @@ def _traced_as_recorded(
         elif not same_flow(mine, ran):
             why = why or "it writes into a tensor that it also reads under another name"
         else:
+            graph.matched[key] = ran
             return form, ran
     return why
 
