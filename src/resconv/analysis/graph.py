@@ -3,8 +3,9 @@
 In-place writes are turned into new values on the way, so a value never changes once it is made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ __all__ = [
     "Node",
     "Ref",
     "Value",
+    "data_of",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ class Graph:
         self._calls_of: dict[str, list[Call]] | None = None
         self._calls_to: dict[int, list[Call]] | None = None
         self._places: dict[int, list[str]] | None = None
+        self._tables: dict[Any, list[Any]] = {}
+
+    def table(self, of: Callable[["Graph", Node], T]) -> list[T]:
+        """Return what ``of`` says of each node of a finished record; it is asked once."""
+        if of not in self._tables:
+            self._tables[of] = [of(self, node) for node in self.nodes]
+        return self._tables[of]
 
     @property
     def users(self) -> dict[int, list[Node]]:
@@ -145,3 +156,8 @@ class Graph:
     def producer(self, value: int) -> Node | None:
         index = self.values[value].producer
         return None if index is None else self.nodes[index]
+
+
+def data_of(graph: Graph, node: Node) -> list[int]:
+    """Return the inputs of the node that depend on the net's input."""
+    return [v for v in node.inputs if not graph.values[v].constant]

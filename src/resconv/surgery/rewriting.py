@@ -7,6 +7,7 @@ eval mode is matched with the record by running it once.
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,9 @@ __all__ = ["tree_edits"]
 def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     """Return the edits of the module tree that carry out what the values say."""
     graph = todo.graph
-    times: dict[str, int] = {}
-    for call in graph.calls:
-        times[call.path] = times.get(call.path, 0) + 1
     identities: list[str] = []
     covered: set[int] = set()
-    for call in graph.calls:
+    for call in _around(graph, todo.bypassed):
         if not call.path or any(call.path.startswith(p + ".") for p in identities):
             continue
         if any(call.path == p for p in identities):
@@ -43,10 +41,9 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         read = _passed_on(call)
         if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
-        inside = [i for i in todo.bypassed if call.start <= i < call.end]
-        if not inside or todo.resolve(call.output.value) != todo.resolve(read.value):
+        if todo.resolve(call.output.value) != todo.resolve(read.value):
             continue
-        if times[call.path] > 1 or _has_hooks(module):
+        if len(graph.calls_of(call.path)) > 1 or _has_hooks(module):
             continue
         if not _passes_on_in_training(graph, call, read):
             continue
@@ -108,6 +105,17 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     rewritten.sort(key=lambda e: -e["path"].count("."))
     appended.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten + appended
+
+
+def _around(graph: Graph, nodes: Iterable[int]) -> list[Call]:
+    """Return the calls that run one of the nodes, in their order."""
+    found: dict[int, Call] = {}
+    for index in nodes:
+        call: Call | None = graph.nodes[index].call
+        while call is not None and call.index not in found:
+            found[call.index] = call
+            call = call.parent
+    return [found[i] for i in sorted(found)]
 
 
 def _passes_on_in_training(graph: Graph, call: Call, read: Ref) -> bool:

@@ -7,7 +7,6 @@ has) is decided by the caller, and the decision is asserted in the graph.
 import copy
 import hashlib
 import inspect
-import itertools
 import operator
 import random
 import sys
@@ -76,6 +75,8 @@ class _OwnForward(fx.Tracer):
         self.places: dict[str, tuple[Any, ...]] = {}
         self.seen: dict[tuple[Any, ...], int] = {}
         self.deciding = False
+        # of code that runs, which is kept alive so that its id stays its own
+        self.positions: dict[int, tuple[types.CodeType, list[Any]]] = {}
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -117,9 +118,20 @@ class _OwnForward(fx.Tracer):
         while frame is not None and frame.f_code is not getattr(self, "start", None):
             code = frame.f_code
             if not code.co_filename.startswith(_FX):
-                place.append((code.co_filename, code.co_firstlineno, _position(frame)))
+                place.append((code.co_filename, code.co_firstlineno, self._position(frame)))
             frame = frame.f_back  # type: ignore[assignment]
         return tuple(place)
+
+    def _position(self, frame: types.FrameType) -> Any:
+        """Return the lines and columns that run in a frame.
+
+        Not the instruction: CPython runs the same call by other instructions once it is specialised.
+        """
+        code = frame.f_code
+        if id(code) not in self.positions:
+            self.positions[id(code)] = code, list(code.co_positions())
+        found = self.positions[id(code)][1][frame.f_lasti // 2]
+        return frame.f_lasti if None in found else found
 
     def to_bool(self, obj: Any) -> bool:
         chosen = bool(self._decided(obj.node))
@@ -193,15 +205,6 @@ def trace_forward(
     graph._tracer_cls = None
     asks = bool(asking) or hides_its_mode(module)
     return Trace(graph, tracer.decisions, tracer.places, made, asks)
-
-
-def _position(frame: types.FrameType) -> Any:
-    """Return the lines and columns that run in a frame.
-
-    Not the instruction: CPython runs the same call by other instructions once it is specialised.
-    """
-    found = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    return frame.f_lasti if None in found else found
 
 
 @contextmanager
