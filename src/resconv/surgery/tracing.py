@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,6 @@ class _OwnForward(fx.Tracer):
         self.places: dict[str, tuple[Any, ...]] = {}
         self.seen: dict[tuple[Any, ...], int] = {}
         self.deciding = False
-        # of code that runs, which is kept alive so that its id stays its own
-        self.positions: dict[int, tuple[types.CodeType, list[Any]]] = {}
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -118,20 +117,9 @@ class _OwnForward(fx.Tracer):
         while frame is not None and frame.f_code is not getattr(self, "start", None):
             code = frame.f_code
             if not code.co_filename.startswith(_FX):
-                place.append((code.co_filename, code.co_firstlineno, self._position(frame)))
+                place.append((code.co_filename, code.co_firstlineno, _position(frame)))
             frame = frame.f_back  # type: ignore[assignment]
         return tuple(place)
-
-    def _position(self, frame: types.FrameType) -> Any:
-        """Return the lines and columns that run in a frame.
-
-        Not the instruction: CPython runs the same call by other instructions once it is specialised.
-        """
-        code = frame.f_code
-        if id(code) not in self.positions:
-            self.positions[id(code)] = code, list(code.co_positions())
-        found = self.positions[id(code)][1][frame.f_lasti // 2]
-        return frame.f_lasti if None in found else found
 
     def to_bool(self, obj: Any) -> bool:
         chosen = bool(self._decided(obj.node))
@@ -205,6 +193,20 @@ def trace_forward(
     graph._tracer_cls = None
     asks = bool(asking) or hides_its_mode(module)
     return Trace(graph, tracer.decisions, tracer.places, made, asks)
+
+
+def _position(frame: types.FrameType) -> Any:
+    """Return the lines and columns that run in a frame.
+
+    Not the instruction: CPython runs the same call by other instructions once it is specialised.
+    """
+    found = _positions(frame.f_code)[frame.f_lasti // 2]
+    return frame.f_lasti if None in found else found
+
+
+@lru_cache(maxsize=256)
+def _positions(code: types.CodeType) -> list[Any]:
+    return list(code.co_positions())
 
 
 @contextmanager
