@@ -3,6 +3,9 @@
 In eval mode, and in training mode where that can be compared: norms frozen, and every random number
 of torch replaced by a pattern that depends on its shape alone, so that dropout and stochastic depth
 act on both nets alike.
+
+A net that never asks for its mode computes the same in both (analysis/asking.py): its outputs in
+eval mode stand for those in training mode then, and it is not run again.
 """
 
 import inspect
