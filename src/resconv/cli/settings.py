@@ -52,7 +52,8 @@ def make_config(
         bool, typer.Option(help="Follow the outputs of the dense net too: of one well trained.")
     ] = False,
     distill_share: Annotated[
-        float, typer.Option(help="With --distill: the share of the loss that follows the dense net.")
+        float,
+        typer.Option(help="With --distill: the share of the loss that follows the dense net."),
     ] = 0.5,
     hints: Annotated[
         bool,
