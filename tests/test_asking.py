@@ -124,7 +124,8 @@ def test_a_surgery_runs_the_net_no_more_often_than_it_has_to(kind, convert, prun
     net.register_forward_pre_hook(counted)  # copies of the net count in the same list
     COUNTS.clear()
     gated = resconv.convert(net, IMAGES)
-    # The net, on its inputs and on those described; the gated net; the gated net without units and the compact net, in each mode in
+    # The net, on its inputs and on those described; the gated net; the gated net without units and
+    # the compact net, in each mode in
     # which they may differ.
     assert len(COUNTS) == convert
     randomise_gates(gated)
