@@ -191,14 +191,7 @@ def _scores(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[
     images, labels = next(
         iter(
             BatchLoader(
-                data.train,
-                1000,
-                shuffle=True,
-                seed=seed,
-                augment=None,
-                mean=data.mean,
-                std=data.std,
-                device=torch.device("cpu"),
+                data.train, 1000, data.preprocessing, shuffle=True, seed=seed
             )
         )
     )

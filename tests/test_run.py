@@ -158,7 +158,7 @@ def test_stages_are_commands(finished, tmp_path):
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,
@@ -246,7 +246,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
             if trainer.current_epoch == 1:
                 raise KeyboardInterrupt
 
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,

@@ -1,88 +1,319 @@
-"""What a run was asked to do."""
+"""What a run is asked to do: every setting is defined here, once.
+
+A field says its type, default, help and limits. From these come the options of the command line, the check of
+a setting wherever it is from, and ``config.json``. No torch is imported: ``resconv --help`` waits for this.
+"""
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from resconv.errors import BudgetError, RunError
+import msgspec
+
+from resconv.errors import BudgetError, ResConvError, RunError
 from resconv.planning.budget import Budget
-from resconv.train.mixing import check_mix
-from resconv.train.precision import PRECISIONS
+from resconv.preprocessing import Interpolation
 
-__all__ = ["Config"]
+__all__ = ["Config", "Data", "Deployment", "Net", "Setting", "Target", "Training", "settings"]
 
+_VERSION = 2
 _EPOCHS = {"digits": (12, 10, 0)}
 _DEFAULT_EPOCHS = (30, 20, 10)
-# These change how a run is carried out, not what comes out of it.
-_FREE = {"progress", "devices", "cuda_graphs"}
-# These are read after pruning alone, which trains nothing.
-_LATE = {"finetune_epochs", "finetune_lr"}
-_LEAST = {
-    **dict.fromkeys(("epochs", "finetune_epochs", "seed"), 0),
-    **dict.fromkeys(("sparse_epochs", "batch_size", "image_size", "limit"), 1),
-    **dict.fromkeys(("latency_batch", "threads"), 1),
-}
-_UNITS = ("layers", "blocks", "all")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Config:
-    """All settings of a run; JSON in ``config.json``. None means: the default for the data."""
+class Limits:
+    """What a setting is checked and shown by, beside its type.
 
-    model: str
-    data: str
-    macs: float | int | None = None
-    num_params: float | int | None = None
-    latency_ms: float | None = None
-    latency: float | None = None
-    runtime: str = "torch"
-    latency_batch: int = 1
-    threads: int | None = None
-    weights: str | None = None
-    epochs: int | None = None
-    sparse_epochs: int | None = None
-    finetune_epochs: int | None = None
-    distill: bool = False
-    hints: bool = False
-    mix: str | None = None
-    recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
-    units: str = "all"
-    lr: float = 0.1
-    sparse_lr: float | None = None
-    finetune_lr: float | None = None
-    batch_size: int = 128
-    seed: int = 0
-    image_size: int | None = None
-    channels: int | None = None
-    holdout: float = 0.0  # the share of every class of train that is judged by, in place of val
-    limit: int | None = None
-    precision: str = "auto"
-    devices: int | str = "auto"
-    cuda_graphs: bool = False
-    progress: bool = True
+    Attributes:
+        least, most, above, below: bounds of a number, which is finite; a None is always allowed.
+        words: what is allowed, where a bound or a choice does not say it well.
+        option: the option's name on the command line, where it is not the field's.
+        name: the setting's name where all stand in one list, where it is not the field's.
+        read: makes the value of what is typed; the option then takes text.
+        bears: "training" and planning; "finetuning" alone; "nothing" that comes out of the run.
+        hidden: for Python alone.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    words: str | None = None
+    option: str | None = None
+    name: str | None = None
+    read: Callable[[str, str], Any] | None = None
+    bears: Literal["training", "finetuning", "nothing"] = "training"
+    hidden: bool = False
+
+
+def about(text: str, **limits: Any) -> msgspec.Meta:
+    """Describe a setting: its help, and its :class:`Limits`."""
+    return msgspec.Meta(description=text, extra={"limits": Limits(**limits)})
+
+
+def amount(text: str, option: str) -> float | int:
+    """Read a fraction (0.5, 50%) or an absolute number (40000000, 40M)."""
+    fault = BudgetError(
+        f"{option} {text}: give a fraction above 0 and up to 1 (0.5 or 50%), or a whole number from 1 up "
+        "(40000000 or 40M)."
+    )
+    units = {"%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9}
+    raw = text.strip().lower().replace("_", "").replace(",", "")
+    try:
+        if raw and raw[-1] in units:
+            value = float(raw[:-1]) * units[raw[-1]]
+            is_fraction = raw[-1] == "%"
+        else:
+            value = float(raw)
+            # 1e7 is a number, and 1 the whole net.
+            is_fraction = "." in raw or value <= 1
+    except ValueError:
+        raise fault from None
+    if not (0 < value <= 1 if is_fraction else 1 <= value < math.inf):
+        raise fault
+    return value if is_fraction else round(value)
+
+
+def share(text: str, option: str) -> float:
+    """Read a fraction (0.5, 50%)."""
+    value = amount(text, option)
+    if 0 < value < 1:
+        return value
+    raise BudgetError(
+        f"{option} {text}: a share of the dense net's latency lies between 0 and 1 (0.5 or 50%). "
+        f"For milliseconds give --latency-ms."
+    )
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Read numbers with commas between them (0.485,0.456,0.406)."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise RunError(
+            f"{option} {text}: give one number a channel, with commas between them (0.485,0.456,0.406)."
+        ) from None
+
+
+class _Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one kind."""
+
+
+class Net(_Group, frozen=True, kw_only=True):
+    """The net."""
+
+    model: Annotated[
+        str, about("resnet20, vgg16_bn, timm:NAME, torchvision:NAME or package.module:factory.")
+    ]
+    weights: Annotated[
+        str | None, about("Trained weights (.safetensors, .pt); else it is trained.")
+    ] = None
+
+
+class Data(_Group, frozen=True, kw_only=True):
+    """The images, how they become the net's inputs, and how they are changed at random in training."""
+
+    source: Annotated[
+        str,
+        about(
+            "digits, cifar10, cifar100, folder:PATH, parquet:PATH or hf:NAME (a dataset of the hub).",
+            name="data",
+        ),
+    ]
+    image_size: Annotated[int | None, about("Side of the images in pixels.", least=1)] = None
+    crop_fraction: Annotated[
+        float | None,
+        about(
+            "Share of the shorter side that is kept; default: 1, from 160 pixels up 0.875.",
+            above=0,
+            most=1,
+            words="a share above 0 and up to 1",
+        ),
+    ] = None
+    interpolation: Annotated[
+        Interpolation | None, about("nearest, bilinear or bicubic; default: bilinear.")
+    ] = None
+    mean: Annotated[
+        tuple[float, ...] | None,
+        about("Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.", read=numbers),
+    ] = None
+    std: Annotated[
+        tuple[float, ...] | None, about("Standard deviation, in the same way.", read=numbers)
+    ] = None
+    channels: Annotated[
+        Literal[1, 3] | None,
+        about("1 (grey) or 3 (RGB).", words="images are grey (1) or RGB (3)"),
+    ] = None
+    augment: Annotated[
+        Literal["shift", "crop", "none"] | None,
+        about("Random changes: shift, crop or none; default: shift up to 64 pixels, above crop."),
+    ] = None
+    mirror: Annotated[
+        bool | None, about("Mirror half of the images; default: unless they are characters.")
+    ] = None
+    holdout: Annotated[
+        float,
+        about(
+            "Judge by this share of the training images, in place of a val split.",
+            least=0,
+            below=1,
+            words="a share from 0 to below 1",
+        ),
+    ] = 0.0
+    limit: Annotated[int | None, about("Use this many images of each split.", least=1)] = None
+
+
+class Target(_Group, frozen=True, kw_only=True):
+    """How large or slow the compact net may be, and what may go."""
+
+    macs: Annotated[
+        float | int | None, about("MACs to end at: 0.5, 50% or 20M.", read=amount)
+    ] = None
+    num_params: Annotated[
+        float | int | None,
+        about("Parameters to end at: 0.5, 50% or 200k.", option="params", read=amount),
+    ] = None
+    latency_ms: Annotated[
+        float | None, about("Milliseconds of one forward pass on this machine to end at.")
+    ] = None
+    latency: Annotated[
+        float | None, about("The same as a share of the dense net's: 0.5 or 50%.", read=share)
+    ] = None
+    units: Annotated[
+        Literal["layers", "blocks", "all"], about("What may go: layers, blocks or all.")
+    ] = "all"
+    recalibrate: Annotated[
+        bool | None,
+        about(
+            "Collect BatchNorm statistics anew after pruning; default: where a unit goes whose scale is "
+            "not 0."
+        ),
+    ] = None
+
+
+class Deployment(_Group, frozen=True, kw_only=True):
+    """How the compact net is to be run: what a latency is measured with."""
+
+    runtime: Annotated[str, about("What the latency is measured in: torch or onnxruntime.")] = (
+        "torch"
+    )
+    batch: Annotated[
+        int, about("Images a forward pass, for the latency.", name="latency_batch", least=1)
+    ] = 1
+    threads: Annotated[
+        int | None, about("For the latency; default: as many as torch uses.", least=1)
+    ] = None
+
+
+class Training(_Group, frozen=True, kw_only=True):
+    """How it is trained."""
+
+    epochs: Annotated[
+        int | None,
+        about("Epochs of dense training; 0: sparse training from random weights.", least=0),
+    ] = None
+    sparse_epochs: Annotated[int | None, about("Epochs of sparse training.", least=1)] = None
+    finetune_epochs: Annotated[
+        int | None, about("Epochs after pruning.", least=0, bears="finetuning")
+    ] = None
+    distill: Annotated[
+        bool, about("Follow the outputs of the dense net too: of one well trained.")
+    ] = False
+    hints: Annotated[
+        bool, about("With --distill: follow what the layers between units read there, too.")
+    ] = False
+    mix: Annotated[
+        Literal["mixup", "cutmix"] | None,
+        about("Train on images blended two by two, their labels too: mixup or cutmix."),
+    ] = None
+    lr: Annotated[float, about("Peak learning rate of dense training.", above=0)] = 0.1
+    sparse_lr: Annotated[
+        float | None,
+        about("Of sparse training; default: half of --lr, all of it with --epochs 0.", above=0),
+    ] = None
+    finetune_lr: Annotated[
+        float | None,
+        about(
+            "Of training after pruning; default: half of that of sparse training.",
+            above=0,
+            bears="finetuning",
+        ),
+    ] = None
+    batch_size: Annotated[int, about("Images a step.", least=1)] = 128
+    seed: Annotated[int, about("Of everything random.", least=0, below=2**32)] = 0
+    precision: Annotated[
+        Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
+        about("auto, 32-true, bf16-mixed or 16-mixed."),
+    ] = "auto"
+    devices: Annotated[
+        int | None,
+        about(
+            "Processes that train: GPUs, or CPU processes; default: every GPU, else one process.",
+            bears="nothing",
+        ),
+    ] = None
+    cuda_graphs: Annotated[
+        bool,
+        about(
+            "Record the training step on the GPU: faster for small nets whose forward does the same "
+            "operations every time.",
+            bears="nothing",
+        ),
+    ] = False
+    progress: Annotated[bool, about("Show a bar.", bears="nothing", hidden=True)] = True
+
+
+_GROUPS: dict[str, Any] = {
+    "net": Net,
+    "data": Data,
+    "target": Target,
+    "deployment": Deployment,
+    "training": Training,
+}
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a run; JSON in ``config.json``. None means: the default for the data.
+
+    Example:
+        >>> from resconv.run.config import Config, Data, Net, Target
+        >>> config = Config(net=Net(model="resnet20"), data=Data(source="digits"), target=Target(macs=0.5))
+        >>> config == Config.of(model="resnet20", data="digits", macs=0.5)
+        True
+    """
+
+    net: Net
+    data: Data
+    target: Target = Target()
+    training: Training = Training()
+    deployment: Deployment = Deployment()
+    version: int = _VERSION
 
     def __post_init__(self) -> None:
-        faults = [*self._number_faults(), *self._choice_faults()]
+        faults = [fault for setting in settings() for fault in setting.faults(setting.of(self))]
         if faults:
             raise RunError("; ".join(faults) + ".")
-        if self.from_random and self.distill:
+        for name, kind in _GROUPS.items():  # made by hand, their types were not looked at
+            _converted(msgspec.to_builtins(getattr(self, name)), kind, name)
+        training = self.training
+        if self.from_random and training.distill:
             raise RunError(
                 "distill=True with epochs=0: there is no dense net to learn from. Give its weights, or "
                 "more epochs to train it."
             )
-        if self.hints and not self.distill:
+        if training.hints and not training.distill:
             raise RunError(
                 "hints=True is about what the dense net shows as a teacher: add distill=True."
             )
-        if self.mix is not None:
-            check_mix(self.mix)
         asked = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if f.name in ("runtime", "latency_batch", "threads")
-            and getattr(self, f.name) != f.default
+            f"{s.name}={s.of(self)!r}"
+            for s in settings()
+            if s.group == "deployment" and s.of(self) != s.default
         ]
-        if asked and self.latency is None and self.latency_ms is None:
+        if asked and self.target.latency is None and self.target.latency_ms is None:
             raise BudgetError(
                 f"{' and '.join(asked)} says how a latency is measured, but no latency is limited; add "
                 "latency_ms=8 or latency=0.5."
@@ -90,61 +321,86 @@ class Config:
         if self.has_target():
             self._budget()
 
-    def _number_faults(self) -> list[str]:
-        """Return what is out of range, in words; a comparison with NaN is false."""
-        faults = []
-        for key, least in _LEAST.items():
-            value = getattr(self, key)
-            if value is not None and value < least:
-                faults.append(f"{key}={value}: at least {least}")
-        for key in ("lr", "sparse_lr", "finetune_lr"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                faults.append(f"{key}={value}: it must be above 0, and finite")
-        if not 0 <= self.holdout < 1:
-            faults.append(f"holdout={self.holdout}: a share from 0 to below 1")
-        if self.seed >= 2**32:
-            faults.append(f"seed={self.seed}: below {2**32}")
-        return faults
+    @classmethod
+    def of(cls, **values: Any) -> "Config":
+        """Make one of settings by their names, without their groups: ``Config.of(model=..., data=...)``.
 
-    def _choice_faults(self) -> list[str]:
-        faults = []
-        if self.channels not in (None, 1, 3):
-            faults.append(f"channels={self.channels}: images are grey (1) or RGB (3)")
-        if self.units not in _UNITS:
-            faults.append(f"units={self.units!r}: choose one of {', '.join(_UNITS)}")
-        if self.precision not in PRECISIONS:
-            faults.append(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        return faults
+        Raises:
+            RunError: a name is unknown or missing, or a value is of another type.
+            ResConvError: values make no sense.
+        """
+        known = {s.name: s for s in settings()}
+        if unknown := [n for n in values if n not in known]:
+            raise RunError(f"There is no setting {', '.join(map(repr, unknown[:6]))}.")
+        groups: dict[str, Any] = {"net": {}, "data": {}}
+        for name, value in values.items():
+            groups.setdefault(known[name].group, {})[known[name].field] = value
+        return cls.from_content(groups)
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> "Config":
+        """Make one of what ``config.json`` holds, also of an older version (without groups).
+
+        Raises:
+            RunError: it holds something else, or is of a newer version.
+            ResConvError: values make no sense.
+        """
+        if "net" not in content and "model" in content:  # of version 1
+            old = {k: v for k, v in content.items() if (k, v) != ("devices", "auto")}
+            return cls.of(**old)
+        version = content.get("version", _VERSION)
+        if isinstance(version, int) and version > _VERSION:
+            raise RunError(f"It is of version {version}, and this resconv reads {_VERSION}.")
+        faults = [
+            fault
+            for s in settings()
+            if s.choices and isinstance(group := content.get(s.group), dict)
+            for fault in s.faults(group.get(s.field))
+        ]
+        if faults:
+            raise RunError("; ".join(faults) + ".")
+        return _converted(content, cls)
+
+    def content(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds of it."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+    def values(self) -> dict[str, Any]:
+        """Return the settings by their names, without their groups."""
+        return {s.name: s.of(self) for s in settings()}
 
     @property
     def from_random(self) -> bool:
         """Whether sparse training starts from random weights, with no dense net before it."""
-        return self.weights is None and self.epochs == 0
+        return self.net.weights is None and self.training.epochs == 0
 
     def sparse_rate(self) -> float:
         """Return the peak learning rate of sparse training."""
-        if self.sparse_lr is not None:
-            return self.sparse_lr
-        return self.lr if self.from_random else self.lr / 2
+        training = self.training
+        if training.sparse_lr is not None:
+            return training.sparse_lr
+        return training.lr if self.from_random else training.lr / 2
 
     def finetune_rate(self) -> float:
         """Return the peak learning rate of finetuning."""
-        return self.sparse_rate() / 2 if self.finetune_lr is None else self.finetune_lr
+        asked = self.training.finetune_lr
+        return self.sparse_rate() / 2 if asked is None else asked
 
     def has_target(self) -> bool:
-        limits = (self.macs, self.num_params, self.latency_ms, self.latency)
+        target = self.target
+        limits = (target.macs, target.num_params, target.latency_ms, target.latency)
         return any(v is not None for v in limits)
 
     def _budget(self) -> Budget:
         return Budget(
-            macs=self.macs,
-            num_params=self.num_params,
-            latency_ms=self.latency_ms,
-            latency=self.latency,
-            runtime=self.runtime,
-            batch=self.latency_batch,
-            threads=self.threads,
+            macs=self.target.macs,
+            num_params=self.target.num_params,
+            latency_ms=self.target.latency_ms,
+            latency=self.target.latency,
+            runtime=self.deployment.runtime,
+            batch=self.deployment.batch,
+            threads=self.deployment.threads,
         )
 
     def budget(self) -> Budget:
@@ -162,26 +418,108 @@ class Config:
 
     def stage_epochs(self) -> tuple[int, int, int]:
         """Return the epochs of dense, sparse and finetuning."""
-        default = _EPOCHS.get(self.data, _DEFAULT_EPOCHS)
-        asked = (self.epochs, self.sparse_epochs, self.finetune_epochs)
+        default = _EPOCHS.get(self.data.source, _DEFAULT_EPOCHS)
+        training = self.training
+        asked = (training.epochs, training.sparse_epochs, training.finetune_epochs)
         dense, sparse, fine = (d if a is None else a for a, d in zip(asked, default, strict=True))
         return dense, sparse, fine
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def bearing(self) -> dict[str, Any]:
-        """Return the settings that bear on training and planning."""
-        return {k: v for k, v in self.to_dict().items() if k not in _FREE | _LATE}
+        """Return the settings that bear on training and planning, as JSON has them."""
+        found = {s.name: s.of(self) for s in settings() if s.limits.bears == "training"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     def differences(self, other: "Config", *, late: bool = False) -> list[str]:
         """Return in words which settings differ that bear on training and planning.
 
         With ``late``, those that finetuning alone depends on.
         """
-        bearing = _LATE if late else {f.name for f in fields(self)} - _FREE - _LATE
+        bears = "finetuning" if late else "training"
         return [
-            f"{f.name}: {getattr(self, f.name)!r} there, {getattr(other, f.name)!r} now"
-            for f in fields(self)
-            if f.name in bearing and getattr(self, f.name) != getattr(other, f.name)
+            f"{s.name}: {s.of(self)!r} there, {s.of(other)!r} now"
+            for s in settings()
+            if s.limits.bears == bears and s.of(self) != s.of(other)
         ]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: where it stands in a :class:`Config`, what it is, and its help."""
+
+    group: str
+    field: str
+    type: Any
+    default: Any
+    help: str
+    limits: Limits
+
+    @property
+    def name(self) -> str:
+        return self.limits.name or self.field
+
+    @property
+    def option(self) -> str:
+        return "--" + (self.limits.option or self.name).replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        literals = [t for t in (self.type, *get_args(self.type)) if get_origin(t) is Literal]
+        return tuple(c for t in literals for c in get_args(t))
+
+    @property
+    def is_flag(self) -> bool:
+        return bool in (self.type, *get_args(self.type))
+
+    def of(self, config: Config) -> Any:
+        return getattr(getattr(config, self.group), self.field)
+
+    def faults(self, value: Any) -> Iterator[str]:
+        """Say in words what the value may not be."""
+        limits, choices = self.limits, self.choices
+        if choices and value is not None and value not in choices:
+            yield self._fault(value, f"choose one of {', '.join(map(str, choices))}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            # A comparison with NaN is false.
+            if not limits.above < value < math.inf:
+                above = f"above {limits.above:g}, and " if limits.above > -math.inf else ""
+                yield self._fault(value, f"it must be {above}finite")
+            elif not value >= limits.least:
+                yield self._fault(value, f"at least {limits.least}")
+            elif not value <= limits.most:
+                yield self._fault(value, f"at most {limits.most}")
+            elif not value < limits.below:
+                yield self._fault(value, f"below {limits.below}")
+
+    def _fault(self, value: Any, words: str) -> str:
+        return f"{self.name}={value!r}: {self.limits.words or words}"
+
+
+_settings: list[Setting] = []
+
+
+def settings() -> list[Setting]:
+    """Return all settings, in the order of the options."""
+    if not _settings:
+        _settings.extend(_find_settings())
+    return _settings
+
+
+def _find_settings() -> Iterator[Setting]:
+    for group, kind in _GROUPS.items():
+        hints = get_type_hints(kind, include_extras=True)
+        for field in msgspec.structs.fields(kind):
+            base, meta = get_args(hints[field.name])
+            default = ... if field.default is msgspec.NODEFAULT else field.default
+            limits = meta.extra["limits"]
+            yield Setting(group, field.name, base, default, meta.description, limits)
+
+
+def _converted(content: Any, kind: type[T], place: str = "") -> T:
+    """Return the content as a ``kind``, by the types of its fields."""
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        fault, _, field = str(error).partition(" - at ")
+        inside = field.strip("`").removeprefix("$").removeprefix(".")
+        where = ".".join(part for part in (place, inside) if part) or "the whole"
+        raise RunError(f"{where}: {fault[0].lower()}{fault[1:]}.") from None

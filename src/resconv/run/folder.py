@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resconv.errors import RunError
+from resconv.errors import ResConvError, RunError
 from resconv.files import OURS, digest, sweep, write_text
 from resconv.json_files import read_json
 from resconv.train.checkpoints import CHECKPOINT_FILES
@@ -30,6 +30,9 @@ _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 _COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
 T = TypeVar("T")
+# Settings by their names, in groups; without those in older versions.
+_Value = bool | int | float | str | None | list[float]
+_Content = dict[str, _Value | dict[str, _Value]]
 
 
 class RunFolder:
@@ -140,7 +143,7 @@ class RunFolder:
         if not self.is_marked():
             Mark().write(self.path)
         self.claim((_CONFIG, _STAGES, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
-        self.write_json(_CONFIG, config.to_dict())
+        self.write_json(_CONFIG, config.content())
 
     def _refuse_foreign(self) -> None:
         path = self.path
@@ -215,7 +218,13 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def config(self) -> Config:
-        return self.read_json(_CONFIG, Config)
+        content = self.read_json(_CONFIG, _Content)
+        try:
+            return Config.from_content(content)
+        except RunError as error:
+            raise RunError(f"{self.path / _CONFIG} is damaged: {error}") from error
+        except ResConvError as error:
+            raise type(error)(f"{self.path / _CONFIG}: {error}") from error
 
     def read_json(self, name: str, kind: type[T]) -> T:
         """Return what a file of the run holds, checked to be a ``kind``.

@@ -56,9 +56,32 @@ class Exported(TypedDict):
     max_rel_error: float
 
 
+class Preprocessed(TypedDict):
+    """How images become inputs (see resconv.preprocessing)."""
+
+    size: int
+    crop_fraction: float
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+    channel_order: str | None
+    class_names: list[str]
+
+
+class Augmented(TypedDict):
+    """How training images were changed at random (see resconv.data)."""
+
+    kind: str
+    pad: int
+    least_area: float
+    mirror: bool
+
+
 class Metrics(TypedDict, total=False):
     """The figures of a run, each there once its stage has run; others may stand beside them."""
 
+    preprocessing: Preprocessed
+    augment: Augmented
     top1_dense: float | None
     top1_gated: float
     top1_pruned: float

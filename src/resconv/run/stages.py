@@ -61,7 +61,7 @@ def check(run: Run, stage: str) -> None:
             )
         if parts := differing_parts(found.data, run.fingerprint):
             raise RunError(
-                f"{run.config.data} changed since the stage {name!r}: other {', '.join(parts)}. What was "
+                f"{run.config.data.source} changed since the stage {name!r}: other {', '.join(parts)}. What was "
                 "trained on the old data says nothing about the new. Put it back, or start anew with "
                 "--fresh."
             )
@@ -112,7 +112,7 @@ def bind(run: Run, stage: str) -> str:
 
 def _read(run: Run, stage: str) -> dict[str, str]:
     read = run.folder.digests(READS[stage])
-    weights = run.config.weights
+    weights = run.config.net.weights
     if stage == "dense" and weights is not None and Path(weights).is_file():
         read[str(Path(weights).resolve())] = digest(Path(weights))
     return read

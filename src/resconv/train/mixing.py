@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from resconv.data.loader import seed_of
+from resconv.data.augmentation import seed_of
 from resconv.errors import RunError
 
 __all__ = ["Mixing", "check_mix"]
