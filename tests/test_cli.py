@@ -530,7 +530,9 @@ def test_inspect_of_no_pixels(capsys):
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:mobilenetv3_small_050"])
 def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
     """Writes in place, by the net's own code, spoil no gradient where a layer went."""
-    config = run.Config.of(model=name, data="digits", image_size=32, limit=16, batch_size=8, macs=0.8)
+    config = run.Config.of(
+        model=name, data="digits", image_size=32, limit=16, batch_size=8, macs=0.8
+    )
     current = Run(run.RunFolder(tmp_path), lambda text: None, config=config, trust_source=True)
     gated = resconv.convert(
         current.create().eval(), current.example(2), units="layers", start="identity"
@@ -545,5 +547,6 @@ def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
     recipe = current.recipe(1, 0.01)
     fit(model.train(), current.data, recipe, tmp_path / "logs", progress=False)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
-    assert len(moved) > 0.9 * len(before)
+    # Two steps may leave a gate's scalar where it is, but no kernel or norm.
+    still = [k for k, v in model.named_parameters() if v.ndim and torch.equal(v, before[k])]
+    assert still == []

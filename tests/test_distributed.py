@@ -305,7 +305,16 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     args = [
         *("compress", "--model", "resnet20", "--data", "digits", "--macs", "0.6"),
         *("--limit", "192", "--epochs", "1", "--sparse-epochs", "4", "--finetune-epochs", "0"),
-        *("--batch-size", "32", "--weights", config.net.weights, "--devices", "2", "--out", str(out)),
+        *(
+            "--batch-size",
+            "32",
+            "--weights",
+            config.net.weights,
+            "--devices",
+            "2",
+            "--out",
+            str(out),
+        ),
     ]
     # A progress bar is no reason to start anew, nor is the number of devices.
     done = CliRunner().invoke(app, args)

@@ -8,7 +8,14 @@ import msgspec
 
 from .errors import DataError
 
-__all__ = ["ChannelOrder", "Interpolation", "Preprocessing", "of_timm", "of_torchvision"]
+__all__ = [
+    "ChannelOrder",
+    "Interpolation",
+    "Preprocessing",
+    "of_timm",
+    "of_torchvision",
+    "resized_side",
+]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 ChannelOrder = Literal["L", "RGB", "BGR"]
@@ -66,8 +73,13 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     @property
     def resized(self) -> int:
         """The pixels that the shorter side is resized to, before the square is cut out."""
-        # As timm rounds it; the small term is for fractions such as 224/232 that have no exact float.
-        return math.floor(self.size / self.crop_fraction + 1e-4)
+        return resized_side(self.size, self.crop_fraction)
+
+
+def resized_side(size: int, crop_fraction: float) -> int:
+    """Return the pixels that the shorter side is resized to."""
+    # As timm rounds it; the small term is for fractions such as 224/232 that have no exact float.
+    return math.floor(size / crop_fraction + 1e-4)
 
 
 def of_timm(config: Mapping[str, Any]) -> Preprocessing:
@@ -78,7 +90,9 @@ def of_timm(config: Mapping[str, Any]) -> Preprocessing:
     """
     channels, height, width = config["input_size"]
     if height != width:
-        raise DataError(f"The net reads images of {height}x{width} pixels: only squares can be made.")
+        raise DataError(
+            f"The net reads images of {height}x{width} pixels: only squares can be made."
+        )
     names = config.get("label_names") or ()
     return Preprocessing(
         size=height,

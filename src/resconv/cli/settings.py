@@ -26,9 +26,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
         command(Config.of(**values), **given)
 
     # What must be given comes first.
-    every = sorted(
-        [*map(_parameter, shown.values()), *own], key=lambda p: p.default is not p.empty
-    )
+    every = sorted([*map(_parameter, shown.values()), *own], key=lambda p: p.default is not p.empty)
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY) for p in every]
     )

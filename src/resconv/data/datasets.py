@@ -67,7 +67,8 @@ def load(
             their own where all are squares of one size, else 224.
         crop_fraction: share of the shorter side that is kept. Default: 224 of 256 from 160 pixels up, else 1.
         interpolation: "bilinear" by default.
-        mean, std: of each channel, pixels in 0..1. Default: measured on train.
+        mean: of each channel, pixels in 0..1. Default: measured on train.
+        std: standard deviation, in the same way.
         preprocessing: the net's own.
 
     Raises:
@@ -85,7 +86,9 @@ def load(
             val_rows = torch.arange(len(val.labels))
         if len(val_rows) == 0:
             raise DataError(f"{name!r}: no class has 2 images, so none can be held out of train.")
-        form = _choose_form(train, channels, image_size, crop_fraction, interpolation, preprocessing)
+        form = _choose_form(
+            train, channels, image_size, crop_fraction, interpolation, preprocessing
+        )
         parts = [train.take(train_rows[:limit]), val.take(val_rows[:limit])]
         train_split, val_split = (LazySplit(p.images, p.labels, form) for p in parts)
         held_train = _hold(train_split, small_only=True)
@@ -227,9 +230,7 @@ def _load_cifar(name: str, root: Path, needs_val: bool) -> _Found:
             f"{name} could not be downloaded into {root} ({type(error).__name__}: {error}). Check "
             f"the network, or put {dataset.filename} there yourself and run again."
         ) from error
-    found = [
-        _list_pixels(name, torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits
-    ]
+    found = [_list_pixels(name, torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits]
     return found[0], found[1] if needs_val else None, tuple(splits[0].classes)
 
 

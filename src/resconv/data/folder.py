@@ -1,7 +1,8 @@
 """Image folders: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
-The listing is our own: torchvision's ``ImageFolder`` and the hub's ``datasets`` follow links in a circle (24 images
-become 344), take hidden folders for classes, and hold a pipe for an image.
+The listing is our own. torchvision's ``ImageFolder`` follows links in a circle (6 images become 126), takes hidden
+folders for classes and pipes for images. The hub's ``datasets`` leaves out whatever is behind a link and classes
+without an image, and gives up the classes where one of them has a folder inside, all without a word.
 """
 
 import os

@@ -58,7 +58,9 @@ def find_hub(name: str, *, needs_val: bool) -> tuple[Listed, Listed | None, tupl
     if needs_val:
         parts["val"] = found[val_name]
         if parts["val"].features != parts["train"].features:
-            raise DataError(f"{name}: its splits train and {val_name} have other columns or classes.")
+            raise DataError(
+                f"{name}: its splits train and {val_name} have other columns or classes."
+            )
     listed = {}
     for split, rows in parts.items():
         labels = _labels(name, rows[label], names)
@@ -88,7 +90,9 @@ class _Rows(Sequence[EncodedImage]):
         if content is None and found is not None and self.has_files and found["path"]:
             return EncodedImage(os.fspath(found["path"]), Path(found["path"]))
         if content is None:
-            raise DataError(f"{place} has no image bytes. Only images embedded in the set are read.")
+            raise DataError(
+                f"{place} has no image bytes. Only images embedded in the set are read."
+            )
         return EncodedImage(place, content)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resconv.errors import DataError, MissingExtraError
-from resconv.preprocessing import ChannelOrder, Interpolation, Preprocessing
+from resconv.preprocessing import ChannelOrder, Interpolation, Preprocessing, resized_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +51,11 @@ class Form:
     crop_fraction: float = 1.0
     interpolation: Interpolation = "bilinear"
     channel_order: ChannelOrder = "RGB"
+
+    @property
+    def resized(self) -> int:
+        """The pixels that the shorter side is resized to, before the square is cut out."""
+        return resized_side(self.size, self.crop_fraction)
 
     def with_values(
         self, mean: tuple[float, ...], std: tuple[float, ...], class_names: tuple[str, ...]
@@ -95,20 +100,26 @@ def probe(images: Sequence[EncodedImage]) -> Probe:
 def fit_square(image: "Image", form: Form) -> "Image":
     """Return the centre square of ``image`` as the form says.
 
-    Equal to torchvision's Resize and CenterCrop but for rounding. Those make the long side of a strip of
-    1 x 60,000,000 pixels longer in proportion before they cut it, which no memory holds.
+    Pixel for pixel what torchvision's Resize and CenterCrop give. Those make the long side of a strip of
+    1 x 60,000,000 pixels longer in proportion before they cut it, which no memory holds: here the part of
+    the image that is kept is worked out first, and resized alone.
     """
     from PIL import Image
 
-    size = form.size
-    if image.size == (size, size) and form.crop_fraction == 1:
+    size, resized = form.size, form.resized
+    if image.size == (size, size) == (resized, resized):
         return image
-    crop = min(image.size) * form.crop_fraction
-    left, top = (image.width - crop) / 2, (image.height - crop) / 2
+    shorter = min(image.size)
+    box = []
+    for side in image.size:
+        whole = resized * side // shorter  # the side of the resized image
+        offset = round((whole - size) / 2)
+        box.append((offset * side / whole, (offset + size) * side / whole))
+    (left, right), (top, bottom) = box
     return image.resize(
         (size, size),
         Image.Resampling[form.interpolation.upper()],
-        box=(left, top, left + crop, top + crop),
+        box=(left, top, min(right, image.width), min(bottom, image.height)),
     )
 
 

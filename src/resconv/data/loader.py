@@ -64,8 +64,7 @@ class BatchLoader:
         world_size: int = 1,
         num_workers: int | None = None,
     ) -> None:
-        is_lazy = isinstance(split, LazySplit)
-        channels = len(split.form.channel_order) if is_lazy else split.images.shape[1]
+        channels = split.num_channels
         if batch_size < 1 or not 0 <= rank < world_size or len(split) == 0:
             raise DataError(
                 f"No batches from {len(split):,} images with batch_size={batch_size}, "
@@ -77,7 +76,7 @@ class BatchLoader:
                 f"mean {preprocessing.mean} and std {preprocessing.std} do not fit {channels} channel(s): "
                 "one value a channel is needed. Take the preprocessing of the loaded ImageData."
             )
-        if augment is not None and augment.kind == "crop" and not is_lazy:
+        if augment is not None and augment.kind == "crop" and isinstance(split, Split):
             raise DataError("Images that are held as squares in memory cannot be cropped anew.")
         self.split = split
         self.batch_size = batch_size

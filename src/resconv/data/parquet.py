@@ -1,7 +1,7 @@
 """Parquet files in the hub's layout: columns ``image`` (struct of bytes and path) and ``label``.
 
-The reader is our own, on pyarrow: the hub's ``datasets`` first writes the whole set a second time, as Arrow, into its
-cache, reads a column of text as paths of files to open, and takes the names of two columns for one.
+The reader is our own, on pyarrow: the hub's ``datasets`` writes every set a second time, as Arrow files in its cache,
+and says of a damaged or odd one that "an error occurred", where here the file, the row and the column are named.
 """
 
 from pathlib import Path

@@ -52,9 +52,10 @@ class Chosen(Sequence[EncodedImage]):
     """Some images of a sequence, which need not be held in memory."""
 
     def __init__(self, images: Sequence[EncodedImage], rows: Tensor) -> None:
+        self.images: Sequence[EncodedImage] = images
+        self.rows: Tensor = rows
         if isinstance(images, Chosen):
-            images, rows = images.images, images.rows[rows]
-        self.images, self.rows = images, rows
+            self.images, self.rows = images.images, images.rows[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +80,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def num_channels(self) -> int:
+        return self.images.shape[1]
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,13 @@ class LazySplit(Dataset[tuple[Tensor, int]]):
         return decode(self.encoded[index], self.form, transform)
 
     @property
+    def num_channels(self) -> int:
+        return len(self.form.channel_order)
+
+    @property
     def num_bytes(self) -> int:
         """Of all images, decoded."""
-        return len(self) * len(self.form.channel_order) * self.form.size**2
+        return len(self) * self.num_channels * self.form.size**2
 
     def in_memory(self) -> Split:
         """Return all images, decoded."""
@@ -207,7 +216,8 @@ def measure_pixels(split: Split | LazySplit) -> tuple[tuple[float, ...], tuple[f
 
 def _parts(split: Split | LazySplit) -> Iterator[Tensor]:
     if isinstance(split, Split):
-        yield from split.images.split(_SAMPLE)
+        starts = range(0, len(split), _SAMPLE)
+        yield from (split.images[i : i + _SAMPLE] for i in starts)
         return
     count = len(split) if split.num_bytes <= MAX_MEMORY else min(len(split), _SAMPLE)
     rows = torch.linspace(0, len(split) - 1, count, dtype=torch.float64).round().long().tolist()

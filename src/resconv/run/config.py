@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import msgspec
 
-from resconv.errors import BudgetError, ResConvError, RunError
+from resconv.errors import BudgetError, RunError
 from resconv.planning.budget import Budget
 from resconv.preprocessing import Interpolation
 
@@ -138,7 +138,9 @@ class Data(_Group, frozen=True, kw_only=True):
     ] = None
     mean: Annotated[
         tuple[float, ...] | None,
-        about("Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.", read=numbers),
+        about(
+            "Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.", read=numbers
+        ),
     ] = None
     std: Annotated[
         tuple[float, ...] | None, about("Standard deviation, in the same way.", read=numbers)
@@ -169,9 +171,9 @@ class Data(_Group, frozen=True, kw_only=True):
 class Target(_Group, frozen=True, kw_only=True):
     """How large or slow the compact net may be, and what may go."""
 
-    macs: Annotated[
-        float | int | None, about("MACs to end at: 0.5, 50% or 20M.", read=amount)
-    ] = None
+    macs: Annotated[float | int | None, about("MACs to end at: 0.5, 50% or 20M.", read=amount)] = (
+        None
+    )
     num_params: Annotated[
         float | int | None,
         about("Parameters to end at: 0.5, 50% or 200k.", option="params", read=amount),

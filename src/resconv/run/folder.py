@@ -31,7 +31,7 @@ _COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
 T = TypeVar("T")
 # Settings by their names, in groups; without those in older versions.
-_Value = bool | int | float | str | None | list[float]
+_Value = bool | int | float | str | list[float] | None
 _Content = dict[str, _Value | dict[str, _Value]]
 
 

@@ -123,7 +123,9 @@ class Run:
             TrustError: the run's folder alone names code of the user's own to build it with.
             DataError: its inputs or outputs do not fit the data.
         """
-        nets.require_trusted_source(self.config.net.model, self.folder.path, trusted=self.trust_source)
+        nets.require_trusted_source(
+            self.config.net.model, self.folder.path, trusted=self.trust_source
+        )
         torch.manual_seed(self.config.training.seed)
         return build(self.config.net.model, self.data)
 

@@ -27,7 +27,7 @@ class Record:
         metrics: the keys that the stage left in ``metrics.json``.
     """
 
-    settings: dict[str, bool | int | float | str | None | list[float]]
+    settings: dict[str, bool | int | float | str | list[float] | None]
     data: dict[str, str]
     read: dict[str, str]
     wrote: dict[str, str]

@@ -68,9 +68,7 @@ def dense(run: Run) -> None:
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
     if top1 is not None:
         origin = f"{weights} may be of other classes, or of images prepared in another way"
-        advice = (
-            origin if weights is not None else "train for more epochs, or with another lr"
-        )
+        advice = origin if weights is not None else "train for more epochs, or with another lr"
         warn_of_chance(run, "dense", "The dense net", top1, advice)
 
 
