@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from resconv import run
 from resconv.cli.app import app
+from resconv.data.augmentation import AugmentKind
 from resconv.errors import ResConvError, RunError
 from resconv.run.config import Config, Data, Net, Target, Training, settings
+from resconv.train.mixing import MIXES
+from resconv.train.precision import PRECISIONS
 
 LEAST = {"model": "resnet20", "data": "digits"}
 # For every option something else than its default, as it is typed and as the setting has it.
@@ -41,6 +45,7 @@ OTHERS = {
     "sparse_epochs": ("3", 3),
     "finetune_epochs": ("3", 3),
     "distill": (None, True),
+    "distill_share": ("0.3", 0.3),
     "hints": (None, True),
     "mix": ("cutmix", "cutmix"),
     "lr": ("0.2", 0.2),
@@ -123,6 +128,14 @@ def test_every_setting_has_a_help_text_and_one_name():
         assert setting.option in help_text
 
 
+def test_the_choices_are_those_that_there_are():
+    """They are named with the settings as well, since to look them up takes torch."""
+    choices = {s.name: s.choices for s in settings() if s.choices}
+    assert choices["precision"] == PRECISIONS
+    assert choices["mix"] == tuple(MIXES)
+    assert choices["augment"] == get_args(AugmentKind)
+
+
 def test_a_file_of_the_first_version_is_read():
     """That had no groups; --devices had a word for its default."""
     old = json.loads(
@@ -139,8 +152,9 @@ def test_a_file_of_the_first_version_is_read():
     assert config.target == Target(macs=0.5, latency=0.5)
     assert config.training == Training(epochs=3)
     # What a finished stage of such a run noted of its settings is what this one has.
+    defaults = {s.name: s.default for s in settings()}
     bearing = config.bearing()
-    assert {k: old.get(k) for k in bearing} == bearing
+    assert {k: old.get(k, defaults[k]) for k in bearing} == bearing
 
 
 def test_a_run_of_the_first_version_goes_on(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from resconv.data.splits import SMALL, ImageData
 from resconv.errors import DataError
 
-__all__ = ["Augment", "AugmentKind", "choose_augment", "seed_of", "shift"]
+__all__ = ["Augment", "AugmentKind", "choose_augment", "seed_of", "send", "shift"]
 
 AugmentKind = Literal["shift", "crop", "none"]
 
@@ -83,10 +83,16 @@ def shift(images: Tensor, augment: Augment, seed: int, epoch: int, rows: Tensor)
     x = left.view(-1, 1) + x
     padded = F.pad(images, (pad, pad, pad, pad))
     index = torch.arange(count, device=device).view(count, 1, 1)
-    taken = padded[
-        index, :, y.to(device).view(count, height, 1), x.to(device).view(count, 1, width)
-    ]
+    y, x = send(y, device), send(x, device)
+    taken = padded[index, :, y.view(count, height, 1), x.view(count, 1, width)]
     return taken.permute(0, 3, 1, 2)  # indexing put the channels last
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on the device; a GPU is not waited for, so that its next steps can be launched."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resconv.data.augmentation import Augment, seed_of, shift
+from resconv.data.augmentation import Augment, seed_of, send, shift
 from resconv.data.splits import LazySplit, Split
 from resconv.errors import DataError, MissingExtraError
 from resconv.preprocessing import Preprocessing
@@ -148,7 +148,7 @@ class BatchLoader:
             self._on_device = split.images.to(self.device), split.labels.to(self.device)
         images, labels = self._on_device
         for rows in batches:
-            there = rows.to(self.device)
+            there = send(rows, self.device)
             batch = images[there]
             if self.augment is not None:
                 batch = shift(batch, self.augment, self.seed, self.epoch, rows)

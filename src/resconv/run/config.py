@@ -224,6 +224,15 @@ class Training(_Group, frozen=True, kw_only=True):
     distill: Annotated[
         bool, about("Follow the outputs of the dense net too: of one well trained.")
     ] = False
+    distill_share: Annotated[
+        float,
+        about(
+            "With --distill: the share of the loss that follows the dense net.",
+            above=0,
+            most=1,
+            words="a share above 0, up to 1",
+        ),
+    ] = 0.5
     hints: Annotated[
         bool, about("With --distill: follow what the layers between units read there, too.")
     ] = False

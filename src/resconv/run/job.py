@@ -158,6 +158,7 @@ class Run:
             lr=lr,
             batch_size=training.batch_size,
             seed=training.seed,
+            distill=training.distill_share,
             mix=training.mix,
             augment=self.augment,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from resconv.errors import MissingExtraError
 from resconv.files import write_text
+from resconv.preprocessing import resized_side
 
 from .table import rows
 
@@ -39,11 +40,13 @@ def write_report(
     template = environment.from_string(
         files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
     )
+    inputs = metrics.get("preprocessing")
     units = _units(plan, metrics["removed_units"], history, latency)
     page = template.render(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
+        resized=inputs and resized_side(inputs["size"], inputs["crop_fraction"]),
         units=units,
         num_removed=len(metrics["removed_units"]),
         warnings=[text for texts in metrics.get("warnings", {}).values() for text in texts],
