@@ -1,5 +1,6 @@
 """Images to train on and to judge by: what is held out is not trained on, and what is drawn is drawn again."""
 
+import contextlib
 import io
 import json
 
@@ -8,16 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from typer.testing import CliRunner
 
-from resconv import data
+from resconv import data, nets
 from resconv.cli.app import app
 from resconv.data import Augment, BatchLoader, choose_augment
 from resconv.data.augmentation import shift
 from resconv.errors import DataError
 from resconv.preprocessing import Preprocessing, of_timm, of_torchvision
 from resconv.run.fingerprint import differing_parts, fingerprint
+from resconv.train import Recipe, fit
 
 
 def pixels(*splits):
@@ -343,3 +346,32 @@ def test_files_and_sets_of_the_hub_have_fingerprints(photos, hub, tmp_path, monk
     assert "labels of train" not in changed
     other = fingerprint(data.load(hub("other", labels=(0, 1, 2, 2)), image_size=70))
     assert "labels of train" in differing_parts(first[1], other)
+
+
+@pytest.mark.parametrize("size", [24, 65])
+def test_a_training_that_was_stopped_goes_on_to_the_bit(photos, size, tmp_path):
+    """By shifts of squares in memory, and by crops of files that processes read."""
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    loaded = data.load(photos, image_size=size)
+
+    def train(name, recipe, *callbacks):
+        torch.manual_seed(0)
+        net = nets.create("resnet20", num_classes=2)
+        place = tmp_path / name
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(net, loaded, recipe, place, progress=False, callbacks=callbacks)
+        return net.state_dict()
+
+    recipe = Recipe(2, lr=0.01, batch_size=4)
+    whole = train("whole", recipe)
+    stopped = train("stopped", recipe, Stop())
+    resumed = train("stopped", recipe)
+    assert any(not torch.equal(stopped[k], v) for k, v in whole.items())
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+    plain = Recipe(2, lr=0.01, batch_size=4, augment=Augment("none"))
+    assert any(not torch.equal(train("plain", plain)[k], v) for k, v in whole.items())

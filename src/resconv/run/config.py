@@ -333,7 +333,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self._budget()
 
     @classmethod
-    def of(cls, **values: Any) -> "Config":
+    def of(cls, /, **values: Any) -> "Config":
         """Make one of settings by their names, without their groups: ``Config.of(model=..., data=...)``.
 
         Raises:
