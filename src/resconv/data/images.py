@@ -171,10 +171,8 @@ def _decode(
 ) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     size, order, content = form.size, form.channel_order, image.content
     natural = {"L": (size, size), "RGB": (size, size, 3)}.get(order)
-    is_square = (
-        isinstance(content, np.ndarray) and content.shape == natural and form.resized == size
-    )
-    if is_square and transform is None:
+    is_natural = transform is None and form.resized == size
+    if is_natural and isinstance(content, np.ndarray) and content.shape == natural:
         return content.reshape(size, size, len(order))  # nothing is left to do
     with _open(image) as opened:
         try:
