@@ -18,8 +18,8 @@ from resconv.errors import BudgetError, ResConvWarning, RunError
 from resconv.failures import in_words, is_out_of_memory
 from resconv.run import training
 from resconv.run.checks import check
-from resconv.run.config import amount
 from resconv.run.job import Run
+from resconv.run.settings import amount
 from resconv.train import fit
 
 NAME = f"{__name__}:Tiny"

@@ -12,7 +12,8 @@ from resconv import run
 from resconv.cli.app import app
 from resconv.data.augmentation import AugmentKind
 from resconv.errors import ResConvError, RunError
-from resconv.run.config import Config, Data, Net, Target, Training, settings
+from resconv.run.config import Config, Data, Net, Target, Training
+from resconv.run.settings import settings
 from resconv.train.mixing import MIXES
 from resconv.train.precision import PRECISIONS
 
@@ -184,7 +185,7 @@ def test_a_run_of_the_first_version_goes_on(tmp_path):
 def test_a_file_that_holds_something_else_is_named(change, message, tmp_path):
     folder = run.RunFolder.begin(tmp_path / "run", Config.of(**LEAST, macs=0.5))
     (folder / "config.json").write_text(json.dumps(folder.config().content() | change))
-    with pytest.raises(RunError, match=r"config\.json is damaged: .*" + message):
+    with pytest.raises(RunError, match=r"config\.json: .*" + message):
         folder.config()
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from resconv.failures import in_words
-from resconv.run.config import settings
+from resconv.run.settings import settings
 
 __all__ = ["as_options", "show_error"]
 

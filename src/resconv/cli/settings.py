@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from resconv.run.config import Config, Setting, settings
+from resconv.run.config import Config
+from resconv.run.settings import Setting, settings
 
 __all__ = ["takes_config"]
 

@@ -221,10 +221,8 @@ class RunFolder:
         content = self.read_json(_CONFIG, _Content)
         try:
             return Config.from_content(content)
-        except RunError as error:
-            raise RunError(f"{self.path / _CONFIG} is damaged: {error}") from error
         except ResConvError as error:
-            raise type(error)(f"{self.path / _CONFIG}: {error}") from error
+            raise RunError(f"{self.path / _CONFIG}: {error}") from error
 
     def read_json(self, name: str, kind: type[T]) -> T:
         """Return what a file of the run holds, checked to be a ``kind``.

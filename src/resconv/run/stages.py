@@ -8,10 +8,10 @@ from typing import Any
 from resconv.errors import RunError
 from resconv.files import digest
 
-from .config import settings as all_settings
 from .fingerprint import differing_parts
 from .job import LATENCY, Run
 from .mark import Record
+from .settings import settings as all_settings
 
 __all__ = ["READS", "WRITES", "bind", "check", "record"]
 
