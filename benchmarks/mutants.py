@@ -296,7 +296,7 @@ _METRICS = {
 
 def make_run(folder: Path, name: str) -> Path:
     """Write what a run leaves, and return one file of it."""
-    config = Config(model="resnet20", data="digits", macs=0.5, epochs=3, sparse_lr=0.1)
+    config = Config.of(model="resnet20", data="digits", macs=0.5, epochs=3, sparse_lr=0.1)
     run = RunFolder.begin(folder / "run", config)
     run.add_metrics(**_METRICS)
     record = Record({"macs": 0.5}, {"images": "0" * 64}, {}, {name: "0" * 64}, ["top1_dense"])

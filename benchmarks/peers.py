@@ -189,18 +189,7 @@ def _scores(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[
     if ranking != "leave-one-out":
         raise SystemExit(f"ranking: {ranking}; there are {', '.join(RANKINGS)}.")
     images, labels = next(
-        iter(
-            BatchLoader(
-                data.train,
-                1000,
-                shuffle=True,
-                seed=seed,
-                augment=None,
-                mean=data.mean,
-                std=data.std,
-                device=torch.device("cpu"),
-            )
-        )
+        iter(BatchLoader(data.train, 1000, data.preprocessing, shuffle=True, seed=seed))
     )
     scores = {}
     for name in names:

@@ -106,7 +106,7 @@ def test_what_is_no_file_is_named(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = RunFolder.begin(tmp_path / "run", Config(model="resnet20", data="digits", macs=0.5))
+    folder = RunFolder.begin(tmp_path / "run", Config.of(model="resnet20", data="digits", macs=0.5))
     folder.add_metrics(top1_dense=90.0, macs_dense=100, macs_compact=50)
     return folder
 
@@ -117,9 +117,9 @@ def run(tmp_path):
         (
             "config.json",
             '{"model": "x", "data": "y", "lr": "0.1"}',
-            r"config\.json.*'lr' is '0\.1'",
+            r"config\.json.*training\.lr: expected `float`, got `str`",
         ),
-        ("config.json", '{"model": "x"}', r"config\.json.*has no 'data'"),
+        ("config.json", '{"model": "x"}', r"config\.json.*missing required field `source`"),
         ("config.json", '{"model": "x", "data": "y", "macs": 7.5}', r"config\.json: macs=7\.5"),
         (
             "metrics.json",

@@ -67,6 +67,12 @@ def test_compress_leaves_everything_behind(finished):
     assert metrics["top1_pruned"] == metrics["top1_gated"]
     assert metrics["verify"]["max_rel_error"] < 1e-4
     assert "top1_finetuned" in metrics
+    # How images become inputs, and how they were changed in training.
+    inputs = metrics["preprocessing"]
+    assert (inputs["size"], inputs["channel_order"]) == (8, "L")
+    assert inputs["class_names"] == list("0123456789")
+    assert 0.2 < inputs["mean"][0] < 0.4
+    assert metrics["augment"] == {"kind": "shift", "pad": 1, "least_area": 0.08, "mirror": False}
     assert {"torch", "onnxruntime"} <= set(metrics["latency"])
     # Figures of top-1 beside the dense net's say how long each side was trained.
     # Those of finetuning count where it made the net better, or the one before it was kept.
@@ -78,6 +84,7 @@ def test_compress_leaves_everything_behind(finished):
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert "epochs of training" in page
+    assert f"mean {round(inputs['mean'][0], 4)} and std" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
@@ -159,7 +166,7 @@ def test_stages_are_commands(finished, tmp_path):
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,
@@ -247,7 +254,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
             if trainer.current_epoch == 1:
                 raise KeyboardInterrupt
 
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,

@@ -30,7 +30,7 @@ from resconv.train import Recipe, checkpoints, fit, watch
 from resconv.train.checkpoints import Bound, choose_checkpoint
 
 ROOT = Path(__file__).parents[1]
-CONFIG = run.Config(
+CONFIG = run.Config.of(
     model="benchmarks.noisy:net",
     data="digits",
     macs=0.6,
@@ -304,7 +304,7 @@ def test_fresh_moves_the_earlier_run_aside(earlier):
 
 def test_a_target_that_cannot_be_reached_leaves_the_earlier_run(earlier):
     before = listing(earlier.path)
-    impossible = run.Config(**CONFIG.to_dict() | {"macs": 1e-6})
+    impossible = run.Config.of(**CONFIG.values() | {"macs": 1e-6})
     with pytest.raises(ResConvError, match="reach"):
         run.begin(earlier.path, impossible, fresh=True, say=quiet)
     assert listing(earlier.path) == before
@@ -367,7 +367,7 @@ def trained(tmp_path_factory):
     """A run whose dense and sparse training are done, and another one with another seed."""
     found = []
     for seed in (0, 1):
-        config = run.Config(**CONFIG.to_dict() | {"seed": seed})
+        config = run.Config.of(**CONFIG.values() | {"seed": seed})
         out = tmp_path_factory.mktemp("trained") / "run"
         current = run.begin(out, config, say=quiet)
         for stage in ("dense", "sparse"):

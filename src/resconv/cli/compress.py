@@ -56,7 +56,7 @@ def compress(
     if metrics is None:  # another process leads
         return
     show_table(
-        f"{config.model} on {config.data}: {in_convs(metrics)}",
+        f"{config.net.model} on {config.data.source}: {in_convs(metrics)}",
         ["", "dense", "compact", "change"],
         rows(metrics),
     )

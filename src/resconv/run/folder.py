@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from resconv.errors import RunError
+from resconv.errors import ResConvError, RunError
 from resconv.files import OURS, digest, sweep, write_text
 from resconv.json_files import Upgrades, read_json, to_json, to_plain
 from resconv.train.checkpoints import CHECKPOINT_FILES
@@ -33,6 +33,9 @@ _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 _COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
 T = TypeVar("T")
+# Settings by their names, in groups; without those in older versions.
+_Value = bool | int | float | str | list[float] | None
+_Content = dict[str, _Value | dict[str, _Value]]
 
 
 class RunFolder:
@@ -143,7 +146,7 @@ class RunFolder:
         if not self.is_marked():
             Mark.new().write(self.path)
         self.claim((_CONFIG, _STAGES, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
-        self.write_json(_CONFIG, config.to_dict())
+        self.write_json(_CONFIG, config.content())
 
     def _refuse_foreign(self) -> None:
         path = self.path
@@ -218,7 +221,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def config(self) -> Config:
-        return self.read_json(_CONFIG, Config)
+        content = self.read_json(_CONFIG, _Content)
+        try:
+            return Config.from_content(content)
+        except ResConvError as error:
+            raise RunError(f"{self.path / _CONFIG}: {error}") from error
 
     def read_json(self, name: str, kind: type[T], upgrades: Upgrades | None = None) -> T:
         """Return what a file of the run holds, checked to be a ``kind``.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import resconv
 from resconv import data as datasets
 from resconv import nets
-from resconv.data import ImageData
+from resconv.data import Augment, ImageData, choose_augment
 from resconv.errors import ModelError, RunError, printable
 from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
@@ -70,19 +70,34 @@ class Run:
     @property
     def data(self) -> ImageData:
         if self._data is None:
-            config = self.config
+            asked = self.config.data
             self._data = datasets.load(
-                config.data,
-                image_size=config.image_size,
-                channels=config.channels,
-                holdout=config.holdout,
-                limit=config.limit,
+                asked.source,
+                holdout=asked.holdout,
+                limit=asked.limit,
+                channels=asked.channels,
+                image_size=asked.image_size,
+                crop_fraction=asked.crop_fraction,
+                interpolation=asked.interpolation,
+                mean=asked.mean,
+                std=asked.std,
             )
         return self._data
 
+    @property
+    def augment(self) -> Augment:
+        """How training images are changed at random."""
+        asked = self.config.data
+        return choose_augment(self.data, asked.augment, asked.mirror)
+
+    @property
+    def devices(self) -> int | str:
+        asked = self.config.training.devices
+        return "auto" if asked is None else asked
+
     @cached_property
     def precision(self) -> Precision:
-        return choose_precision(self.config.precision)
+        return choose_precision(self.config.training.precision)
 
     def keep_latency(self, table: LatencyTable) -> None:
         """Write the measured latency into the folder, or hold it until there is one."""
@@ -108,9 +123,11 @@ class Run:
             TrustError: the run's folder alone names code of the user's own to build it with.
             DataError: its inputs or outputs do not fit the data.
         """
-        nets.require_trusted_source(self.config.model, self.folder.path, trusted=self.trust_source)
-        torch.manual_seed(self.config.seed)
-        return build(self.config.model, self.data)
+        nets.require_trusted_source(
+            self.config.net.model, self.folder.path, trusted=self.trust_source
+        )
+        torch.manual_seed(self.config.training.seed)
+        return build(self.config.net.model, self.data)
 
     def example(self, size: int = 1) -> Tensor:
         data = self.data
@@ -126,7 +143,7 @@ class Run:
     def gated(self) -> nn.Module:
         """Return the net as sparse training left it."""
         model = resconv.convert(
-            self.dense(), self.example(2), units=self.config.units, start="keep"
+            self.dense(), self.example(2), units=self.config.target.units, start="keep"
         )
         load_state(model, self.folder / "gated.safetensors")
         return model.eval()
@@ -135,14 +152,15 @@ class Run:
         return Plan.load(self.folder / "plan.json")
 
     def recipe(self, epochs: int, lr: float) -> Recipe:
-        config = self.config
+        training = self.config.training
         return Recipe(
             epochs,
             lr=lr,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            distill=config.distill_share,
-            mix=config.mix,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            distill=training.distill_share,
+            mix=training.mix,
+            augment=self.augment,
         )
 
 

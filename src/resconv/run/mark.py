@@ -26,7 +26,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         metrics: the keys that the stage left in ``metrics.json``.
     """
 
-    settings: dict[str, bool | int | float | str | None]
+    settings: dict[str, bool | int | float | str | list[float] | None]
     data: dict[str, str]
     read: dict[str, str]
     wrote: dict[str, str]

@@ -65,9 +65,32 @@ class Exported(_Part, frozen=True):
     max_rel_error: float
 
 
+class Preprocessed(_Part, frozen=True):
+    """How images become inputs (see resconv.preprocessing)."""
+
+    size: int
+    crop_fraction: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channel_order: str | None
+    class_names: tuple[str, ...]
+
+
+class Augmented(_Part, frozen=True):
+    """How training images were changed at random (see resconv.data)."""
+
+    kind: str
+    pad: int
+    least_area: float
+    mirror: bool
+
+
 class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
     """The figures of a run; None until its stage has run."""
 
+    preprocessing: Preprocessed | None = None
+    augment: Augmented | None = None
     top1_dense: float | None = None
     top1_gated: float | None = None
     top1_pruned: float | None = None

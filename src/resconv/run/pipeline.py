@@ -106,7 +106,7 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             return
         run.bound = bound
         seed_all(
-            run.config.seed
+            run.config.training.seed
         )  # a stage's draws do not depend on what ran before in this process
         start = time.perf_counter()
         with _told(run, stage):
@@ -135,7 +135,7 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
             f"`resconv compress` with the same settings does all that is missing."
         )
     # Before anything is undone: what is refused leaves the run as it was.
-    nets.require_trusted_source(run.config.model, run.folder.path, trusted=run.trust_source)
+    nets.require_trusted_source(run.config.net.model, run.folder.path, trusted=run.trust_source)
     stages.check(run, stage)
     run.folder.undo(order[order.index(stage) :], keep=stages.WRITES[stage])
     run.folder.claim(stages.WRITES[stage])

@@ -93,7 +93,7 @@ def prune(run: Run) -> None:
         "num_convs_compact": resconv.profile(compact, run.example()).num_convs,
     }
     run.say(in_convs(Metrics(**metrics)) + ".")
-    asked = run.config.recalibrate
+    asked = run.config.target.recalibrate
     if asked or (asked is None and nonzero):
         compact = _recalibrated(run, gated, plan)
         metrics["top1_recalibrated"] = metrics["top1_compact"] = evaluate(compact, run.data)
@@ -140,13 +140,7 @@ def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
     data = run.data
     net = resconv.prune(gated, plan, fuse=False)
     loader = BatchLoader(
-        data.train,
-        256,
-        shuffle=True,
-        seed=run.config.seed,
-        augment=None,
-        mean=data.mean,
-        std=data.std,
+        data.train, 256, data.preprocessing, shuffle=True, seed=run.config.training.seed
     )
     resconv.recalibrate(net, islice(loader, 50))
     return resconv.fuse(net.eval(), run.example(4), fold_norms=True)

@@ -11,6 +11,7 @@ from resconv.errors import MissingExtraError
 from resconv.files import write_text
 from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
+from resconv.preprocessing import resized_side
 
 from ..metrics import History, Metrics
 from .table import rows
@@ -44,11 +45,13 @@ def write_report(
         files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
     )
     removed = metrics.removed_units or ()
+    inputs = metrics.preprocessing
     units = _units(plan, removed, history, latency)
     page = template.render(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
+        resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
         units=units,
         num_removed=len(removed),
         warnings=[text for texts in metrics.warnings.values() for text in texts],
