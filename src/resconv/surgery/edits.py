@@ -2,8 +2,10 @@
 constructors named in it.
 """
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,21 +88,63 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
+class _IndexReads:
+    """Which threads are told of ``nn.Sequential`` that code reads by index, while any is.
+
+    Python looks ``[]`` up in the class, so an instance cannot tell that it was indexed; giving it
+    another class meanwhile would be seen by ``type(m) is nn.Sequential`` in a forward, and by copies
+    and pickles made meanwhile. The method of torch's class is therefore wrapped, and only while a
+    surgery records: it hands every value out as before, notes what the recording thread itself
+    reads, and the last recording puts the original back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers: list[tuple[int, set[int]]] = []  # of which thread, and the ids that it read
+        self._undo: Callable[[], None] | None = None
+
+    def add(self, reader: tuple[int, set[int]]) -> None:
+        with self._lock:
+            if not self._readers:
+                self._undo = self._wrap()
+            self._readers = [*self._readers, reader]
+
+    def remove(self, reader: tuple[int, set[int]]) -> None:
+        with self._lock:
+            self._readers = [r for r in self._readers if r is not reader]
+            if not self._readers and self._undo is not None:
+                self._undo()
+
+    def _wrap(self) -> Callable[[], None]:
+        original = nn.Sequential.__getitem__
+
+        @functools.wraps(original)
+        def watched(container: nn.Sequential, index: Any) -> Any:
+            for thread, seen in self._readers:
+                if thread == threading.get_ident():
+                    seen.add(id(container))
+            return original(container, index)
+
+        def undo() -> None:
+            if nn.Sequential.__getitem__ is watched:  # else someone has wrapped it once more
+                nn.Sequential.__getitem__ = original  # type: ignore[method-assign]
+
+        nn.Sequential.__getitem__ = watched  # type: ignore[method-assign]
+        return undo
+
+
+_index_reads = _IndexReads()
+
+
 @contextmanager
 def indexed_containers() -> Iterator[set[int]]:
-    """Collect the ids of all ``nn.Sequential`` that code reads by index meanwhile."""
-    seen: set[int] = set()
-    original = nn.Sequential.__getitem__
-
-    def watched(self: nn.Sequential, index: Any) -> Any:
-        seen.add(id(self))
-        return original(self, index)
-
-    nn.Sequential.__getitem__ = watched  # type: ignore[method-assign]
+    """Collect the ids of all ``nn.Sequential`` that this thread reads by index meanwhile."""
+    reader = threading.get_ident(), set[int]()
+    _index_reads.add(reader)
     try:
-        yield seen
+        yield reader[1]
     finally:
-        nn.Sequential.__getitem__ = original  # type: ignore[method-assign]
+        _index_reads.remove(reader)
 
 
 def droppable(model: nn.Module, graph: Graph, path: str, indexed: set[int]) -> bool:
