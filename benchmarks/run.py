@@ -61,11 +61,14 @@ def rows(**wanted: Any) -> list[dict[str, Any]]:
     return [r for r in every if all(r.get(k) == v for k, v in wanted.items())]
 
 
+def commit() -> str:
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def add_row(row: dict[str, Any]) -> None:
     """Append a row, with when, where and by which commit it was measured."""
-    described = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
-    row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "commit": commit}
+    row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "commit": commit()}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print({k: v for k, v in row.items() if k not in ("machine", "commit")}, flush=True)
