@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import distributed
 
-from benchmarks import noisy
+from . import noisy
 from resconv import data, files, run
 from resconv.errors import ResConvError, RunError
 from resconv.files import OURS, write_text, write_together
@@ -31,7 +31,7 @@ from resconv.train.checkpoints import Bound, choose_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIG = run.Config.of(
-    model="benchmarks.noisy:net",
+    model="tests.noisy:net",
     data="digits",
     macs=0.6,
     limit=64,
