@@ -4,7 +4,7 @@ Why recording and not torch.fx or torch.export: the record is for analysis only,
 stay as they are, so nothing has to be executable again. Watching a real forward at the dispatcher
 sees every tensor operation of any model that runs at all (control flow, scripted helpers, custom
 blocks), and needs no per-architecture code. Of the smallest variants of 50 convolutional families of
-timm (python -m benchmarks.tracing; docs/coverage.md), torch.fx traces 46, in 0.07 s each (median, CPU
+timm (docs/coverage.md), torch.fx traces 46, in 0.07 s each (median, CPU
 time); torch.export all 50, in 0.99 s; a recorded forward all 50, in 0.09 s. fx fails where a forward
 branches on a size, and is used for one thing only: to rewrite the forward of a single block
 (surgery/rewriting.py), with the branches decided by the record.
