@@ -425,7 +425,7 @@ def test_units_at_zero_rest_and_nothing_else_changes(make):
         torch.testing.assert_close(skipped(x), before, rtol=1e-9, atol=1e-12)
 
 
-def test_resting_units_keep_the_type_of_the_computed_ones():
+def test_skipped_units_keep_the_type_of_the_computed_ones():
     kwargs = {"dtype": torch.float32, "autocast": True, "steps": 30}
     gated, sparsifier, x, _ = train_to_half(lambda: nets.create("resnet20"), rest=True, **kwargs)
     assert sparsifier.removed

@@ -289,7 +289,7 @@ class Checkpointed(nn.Module):
         )
 
 
-def test_a_resting_branch_under_a_reentrant_checkpoint():
+def test_a_skipped_branch_under_a_reentrant_checkpoint():
     x = images()
     gated = resconv.convert(built(nn.Sequential(conv(), Checkpointed())), x, units="blocks")
     (gate,) = resconv.gates(gated).values()

@@ -52,25 +52,35 @@ def tie_factors(todo: Surgery, fuse: bool) -> None:
                     demands.append((node, node.inputs[0], parent.module.scale.item()))
             # ResConv, a gated BatchNorm and a scale that stays absorb what stands on both sides.
         else:
-            how = kind(graph, node)
-            if how == "linear" and not _absorbs(graph, node, uses):
-                how = "opaque"
-            if how == "affine_out" and not _absorbs(graph, node, uses):
-                how = "opaque"
-            if how == "homogeneous":
-                for v in (*data[1:], *node.outputs):
-                    ties.tie(v, data[0])
-            elif how == "product":
-                first, second = _product(graph, node)
-                ties.tie(node.outputs[0], first)
-                ties.pin(second)
-            elif how == "affine_out":
-                ties.pin(data[0])
-            elif how == "opaque":
-                for v in (*data, *node.outputs):
-                    ties.pin(v)
+            _tie_kind(todo, node, data, uses)
     for value in graph.outputs:
         slices.collapse(value)
+    _meet(todo, demands)
+
+
+def _tie_kind(todo: Surgery, node: Node, data: list[int], uses: dict[str, int]) -> None:
+    """Tie what an operation reads and returns, by how it deals with a factor."""
+    graph, ties = todo.graph, todo.potentials
+    how = kind(graph, node)
+    if how in ("linear", "affine_out") and not _absorbs(graph, node, uses):
+        how = "opaque"
+    if how == "homogeneous":
+        for v in (*data[1:], *node.outputs):
+            ties.tie(v, data[0])
+    elif how == "product":
+        first, second = _product(graph, node)
+        ties.tie(node.outputs[0], first)
+        ties.pin(second)
+    elif how == "affine_out":
+        ties.pin(data[0])
+    elif how == "opaque":
+        for v in (*data, *node.outputs):
+            ties.pin(v)
+
+
+def _meet(todo: Surgery, demands: list[tuple[Node, int, float]]) -> None:
+    """Let ``y = p * x`` be one value for each of the demands ``(node, x, p)``; see :func:`tie_factors`."""
+    ties = todo.potentials
     left: list[tuple[Node, int, float]] = []
     for node, x, p in demands:
         # y = p * x, one value from now on: f(x) = p * f(y).

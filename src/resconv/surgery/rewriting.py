@@ -32,7 +32,7 @@ from .edit_kinds import (
 )
 from .edits import droppable
 from .forms import Form, device_of, fill, signature
-from .inplace import Kind, same_flow, unsafe_writes
+from .inplace import Kind, Writes, same_flow, unsafe_writes
 from .modes import both_modes, called
 from .proof import trains_as_identity
 from .rewritten import of_user
@@ -40,8 +40,8 @@ from .rewritten import of_user
 __all__ = ["tree_edits"]
 
 
-def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
-    """Return the edits of the module tree that carry out what the values say."""
+def _passing_on(todo: Surgery) -> tuple[list[str], set[int]]:
+    """Return the modules that only pass their input on, and the operations within them."""
     graph = todo.graph
     identities: list[str] = []
     covered: set[int] = set()
@@ -62,30 +62,29 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
-    writes = unsafe_writes(model, todo, covered)
-    cloned = {
-        call.path: writes.copies[i]
-        for call in graph.calls
-        if call.path in identities
-        for i in writes.copies
-        if call.start <= i < call.end
-    }
+    return identities, covered
+
+
+def _of_modules(
+    model: nn.Module, todo: Surgery, identities: list[str], cloned: dict[str, Kind], writes: Writes
+) -> list[Edit]:
+    """Return the edits of whole modules: what passes on, writes in place, or takes a factor."""
     silent: dict[str, type[Clone] | type[Copy]] = {"clone": Clone, "copy": Copy}
     edits: list[Edit] = [
         silent[cloned[p]](path) if p in cloned else Identity(path)
         for p, path in ((p, original_path(model, p)) for p in identities)
     ]
     edits += [Outplace(original_path(model, p)) for p in writes.outplace]
-    edits += [
+    return edits + [
         Multiply(original_path(model, p), factor)
         for p, factor in todo.multiply.items()
         if isinstance(model.get_submodule(p), ResConv)
     ]
-    appended = [
-        Append(original_path(model, p), factor)
-        for p, factor in todo.multiply.items()
-        if isinstance(model.get_submodule(p), BranchGate)
-    ]
+
+
+def _by_forward(todo: Surgery, covered: set[int]) -> dict[str, list[int]]:
+    """Return the other operations that are passed by, by the module whose forward holds them."""
+    graph = todo.graph
     rest: dict[str, list[int]] = {}
     for index in todo.bypassed:
         if index in covered or (index in todo.dead):
@@ -95,6 +94,33 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
         while owner.parent is not None and owner.args and _whole(graph, owner, index):
             owner = owner.parent
         rest.setdefault(owner.path, []).append(index)
+    return rest
+
+
+def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
+    """Return the edits of the module tree that carry out what the values say.
+
+    Raises:
+        MustStayError: operations that need not go stand in a forward that cannot be rewritten.
+        PruneError: so do others.
+    """
+    graph = todo.graph
+    identities, covered = _passing_on(todo)
+    writes = unsafe_writes(model, todo, covered)
+    cloned = {
+        call.path: writes.copies[i]
+        for call in graph.calls
+        if call.path in identities
+        for i in writes.copies
+        if call.start <= i < call.end
+    }
+    edits = _of_modules(model, todo, identities, cloned, writes)
+    appended = [
+        Append(original_path(model, p), factor)
+        for p, factor in todo.multiply.items()
+        if isinstance(model.get_submodule(p), BranchGate)
+    ]
+    rest = _by_forward(todo, covered)
     rewritten, stay = [], set()
     for path, indices in rest.items():
         try:
