@@ -32,7 +32,7 @@ def inspect(
     image_size: ImageSize = None,
     json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List which layers and branches can be removed, which cannot and why, and what that saves."""
+    """Say which layers and branches could go, which not and why, and what that would save."""
     import dataclasses
     import json as json_module
     import warnings

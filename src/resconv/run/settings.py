@@ -143,8 +143,7 @@ class Data(_Group, frozen=True, kw_only=True):
     mean: Annotated[
         tuple[float, ...] | None,
         about(
-            "Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.",
-            read=numbers,
+            "Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.", read=numbers
         ),
     ] = None
     std: Annotated[
@@ -192,7 +191,7 @@ class Target(_Group, frozen=True, kw_only=True):
         float | None, about("The same as a share of the dense net's: 0.5 or 50%.", read=share)
     ] = None
     units: Annotated[
-        Literal["layers", "blocks", "all"], about("What may be removed: layers, blocks or all.")
+        Literal["layers", "blocks", "all"], about("What may go: layers, blocks or all.")
     ] = "all"
     recalibrate: Annotated[
         bool | None,
