@@ -278,8 +278,8 @@ def main() -> None:
     with places[0] as name, places[1] as other:
         work = Path(name)
         whole, again = work / "whole", work / "again"
-        try_run(whole)
-        try_run(again, "--seed", "1")
+        for trial in (try_run(whole), try_run(again, "--seed", "1")):
+            assert not trial.status, trial.output
         told = bool(differences(again, whole))
         checks.append(Check("control: another seed", "is told apart", told))
         noisy = "dropout and stochastic depth"
