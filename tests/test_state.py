@@ -336,7 +336,7 @@ def test_exported_inputs_keep_their_types(words, suffix, tmp_path):
     from resconv.storage.runtimes import open_file
 
     opened = open_file(file, trust_source=True)
-    assert [s["dtype"] for s in opened.inputs["tuple"]] == [
+    assert [s.dtype for s in opened.inputs.tensors()] == [
         "int64" if words else "float32",
         "float64",
     ]
