@@ -55,7 +55,7 @@ def refused(when, error, *reasons):
 @given(
     recipes(),
     st.integers(0, 2**16),
-    st.sampled_from(("layers", "blocks", "all", "all")),
+    st.sampled_from(("layers", "blocks", "summands", "segments", "gates", "all", "all", "all")),
     st.sampled_from(("keep", "identity")),
     st.data(),
 )

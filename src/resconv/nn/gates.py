@@ -2,6 +2,9 @@
 
     layer   y = s * N(C(x)) + p * x      s: ``scale``, p: ``control``
     block   y = s * F(x) + x             the shortcut is the block's own
+    summand y = a + s * b                of a sum, whose other side is no identity
+    segment y = K(x) + s * (F(x) - K(x)) K: one conv (or a depthwise and a 1x1) of F's shape
+    gate    y = x + s * (x * g(x) - x)   of a squeeze-and-excite and its kin
     fixed   y = s * N(C(x)) + p * I(x)   a layer that changes the shape: ``I`` strides, crops, drops
                                          channels or pads them with 0. It fuses just as well, but
                                          s = 0 leaves no identity, so the layer stays; s is fixed.
@@ -25,10 +28,12 @@ from ..errors import ConversionError
 from .geometry import Reach
 
 __all__ = [
+    "Blend",
     "BranchGate",
     "Gate",
     "Multiply",
     "ResConv",
+    "Segment",
     "copy_zeros",
     "gates",
     "is_leaf",
@@ -271,11 +276,70 @@ class BranchGate(Gate):
         return self.multiply(self.module(*args, **kwargs), self.scale)
 
 
+class Blend(nn.Module):
+    """``left + scale * (whole - left)``, exact at 0 and at 1; one node in a record."""
+
+    def forward(self, whole: Tensor, left: Tensor, scale: Tensor) -> Tensor:
+        return torch.lerp(left.to(whole.dtype), whole, scale.to(whole.dtype))
+
+
+class Segment(Gate):
+    """``y = left(x) + scale * (module(x) - left(x))``: what is there at 1, what is left at 0.
+
+    The shortcut's weight is ``1 - scale``, so it starts at 0, and where the scale ends at 0 it is
+    exactly 1: nothing of it has to be absorbed. ``left`` is a few ordinary layers of the module's
+    shape, or an identity where a module only multiplies its input by a gate of its own. In the net
+    that is shipped such a unit is there whole or not at all: a scale between 0 and 1 leaves both
+    sides in it.
+
+    ``residual`` is the share of the module's variance that ``left`` does not explain, as it was
+    fitted; None where it was not.
+    """
+
+    def __init__(
+        self, module: nn.Module, left: nn.Module, scale: float = 1.0, like: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        own = next((p for p in module.parameters() if p.is_floating_point()), None)
+        like = like if own is None else own
+        dtype = torch.float32 if like is None else torch.promote_types(torch.float32, like.dtype)
+        device = None if like is None else like.device
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
+        self.control = None
+        self.module = module
+        self.left = left
+        self.blend = Blend()
+        self.residual: float | None = None
+        self.training = self.blend.training = module.training
+
+    @property
+    def kind(self) -> str:
+        """Return "gate" where the input itself is left, else "segment"."""
+        return "gate" if isinstance(self.left, nn.Identity) else "segment"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._rests():
+            return self.left(x)  # type: ignore[no-any-return]
+        if self._is_closed():
+            # No gradient reaches it, so nothing of it is kept.
+            with torch.no_grad():
+                left = self.left(x)
+        else:
+            left = self.left(x)
+        return self.blend(self.module(x), left, self.scale)  # type: ignore[no-any-return]
+
+    def _is_closed(self) -> bool:
+        # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
+        if self.kind == "gate" or torch.compiler.is_compiling() or self.scale.device.type != "cpu":
+            return False
+        return self.scale.item() == 1
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a record shows this module as one ``gate`` node."""
     if isinstance(module, BranchGate):
         return _takes_scale(module.module)
-    return isinstance(module, ResConv | Multiply)
+    return isinstance(module, ResConv | Multiply | Blend)
 
 
 def gates(model: nn.Module, *, fixed: bool = False) -> dict[str, Gate]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import resconv
 from resconv.data import BatchLoader
-from resconv.nn.gates import BranchGate
+from resconv.nn.gates import BranchGate, Segment
 from resconv.planning.costs import excess, ledger
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
@@ -122,7 +122,9 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
     Beside the planned ones these are branches that count nothing: they are not computed either.
     """
     still = resconv.gates(trained)
-    idle = [n for n, g in still.items() if isinstance(g, BranchGate) and g.scale.item() == 0]
+    idle = [
+        n for n, g in still.items() if isinstance(g, BranchGate | Segment) and g.scale.item() == 0
+    ]
     gated = run.gated()
     gone = ledger(gated, run.example()).gone([*plan.remove, *idle])
     return [n for n in resconv.gates(gated) if n in gone]

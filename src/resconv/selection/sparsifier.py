@@ -55,7 +55,7 @@ from ..latency.table import (
     is_met,
     measure_latency,
 )
-from ..nn.gates import BranchGate, Gate, ResConv, gates
+from ..nn.gates import BranchGate, Gate, ResConv, Segment, gates
 from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
 from ..tables import html_table, text_table
@@ -186,6 +186,9 @@ class Sparsifier:
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
+        # Segments and gates are there whole or not at all: only a target takes them out.
+        self._held = {n: g for n, g in self.gates.items() if isinstance(g, Segment)}
+        self._shrunk = [n for n in self.costs.names if n not in self._held]
         # What several norms share cannot go into the scale of one of them.
         tied = _tied(self.model)
         every = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
@@ -220,17 +223,16 @@ class Sparsifier:
                 f"The net is within the target as it is ({self.costs.macs:,} MACs, "
                 f"{self.costs.num_params:,} parameters{ms}): nothing would be removed. Lower it."
             )
-        left = self.costs.left(self.costs.names)
+        every = self.costs.compatible(self.costs.names)
+        left = self.costs.left(every)
         if self.latency is not None:
             # The net without all its units may have been timed for the table.
-            timed = [
-                n.latency_ms for n in self.latency.nets if set(n.removed) == set(self.costs.names)
-            ]
+            timed = [n.latency_ms for n in self.latency.nets if set(n.removed) == set(every)]
             left = left._replace(latency_ms=min([left.latency_ms, *timed]))
         too_much = excess(left, self.costs.whole, limits)
         if too_much:
             raise BudgetError(
-                f"The target cannot be reached: with all {len(self.costs.names)} units gone "
+                f"The target cannot be reached: with all {len(every)} units gone "
                 f"{too_much} are left. Raise it, or convert with units='all'."
             )
 
@@ -334,6 +336,7 @@ class Sparsifier:
         if self._step % every == 0:
             self._snapshot()
 
+    @torch.no_grad()
     def _project(self) -> None:
         """Keep ``s >= 0``, and ``p >= 0``, so that a ReLU behind the unit can go with it."""
         if self.mode == "proximal":
@@ -342,6 +345,19 @@ class Sparsifier:
         controls: list[Tensor] = [g.control for g in self.gates.values() if g.control is not None]
         if controls:
             torch._foreach_clamp_min_(controls, 0.0)
+        taken = set() if self._steering is None else set(self._steering.taken)
+        whole: list[Tensor] = [g.scale for n, g in self._held.items() if n not in taken]
+        if whole:
+            torch._foreach_zero_(whole)
+            torch._foreach_add_(whole, 1.0)
+        # With both sides of a sum at 0 nothing would be left of it.
+        for name, others in self.costs.excluded.items():
+            mine = self.gates[name].scale
+            for other in others:
+                if name < other:
+                    least = _LEAST_CONTROL * (mine == 0)
+                    theirs = self.gates[other].scale
+                    theirs.copy_(torch.maximum(theirs, least.to(theirs)))
 
     @torch.no_grad()
     def _normalise(self) -> None:
@@ -366,7 +382,9 @@ class Sparsifier:
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Take the reweighted proximal L1 step."""
-        names = self.costs.names
+        names = self._shrunk
+        if not names:
+            return
         if self._step % _REFRESH == 1:
             values = stack([self.gates[n].scale for n in names]).tolist()
             cost = self.costs.own_ms if self.costs.unit_ms else self.costs.own_macs
@@ -396,8 +414,12 @@ class Sparsifier:
         # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
         self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
         if steering.fading:
-            bounds = [f.scale * fades[n] for n, f in steering.fading.items()]
-            torch._foreach_clamp_max_([self.gates[n].scale for n in steering.fading], bounds)
+            bounds = {n: f.scale * fades[n] for n, f in steering.fading.items()}
+            torch._foreach_clamp_max_(
+                [self.gates[n].scale for n in steering.fading], list(bounds.values())
+            )
+            for name in bounds.keys() & self._held.keys():
+                self._held[name].scale.fill_(bounds[name])
         if steering.zero:
             torch._foreach_zero_([self.gates[n].scale for n in steering.zero])
             self._keep_controls(dict.fromkeys(steering.zero, _LEAST_CONTROL))

@@ -20,6 +20,7 @@ from torch import fx, nn
 from ..analysis.input_spec import check_signature
 from ..errors import LoadError, PlanError
 from ..json_files import parse_json, read_bounded
+from ..nn.shortcuts import why_no_layer
 from ..planning.plan import Plan
 from .training_form import check_gates
 
@@ -318,6 +319,9 @@ def _check_edit(edit: Any) -> str | None:
                 and _passed_by(value["nodes"])
                 and _decisions(value.get("branches", []))
             )
+        elif key == "layers":
+            good = isinstance(value, list) and len(value) <= 8
+            good = good and not any(why_no_layer(layer) for layer in value)
         elif key == "args":
             return _check_conv(value)
         if not good:

@@ -3,17 +3,21 @@
     {"kind": "layer" or "block", "paths": [...], "unit": name, "reason": text or null,
      "norm": {"type": "BatchNorm2d", "args": {...}} or null, "reach": {"tap": [..], "offset": [..]}}
 
+A segment or a gate has ``"left"``, the layers that may come in its place (none of a gate), and
+``"residual"``, a number or null.
+
 Paths are those of the net without gates, which the source and the edits give. The innermost gate
 comes first: what is put around it later gives it another path.
 """
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LoadError, SaveError
-from ..nn.gates import BranchGate, Gate, ResConv
+from ..nn.gates import BranchGate, Gate, ResConv, Segment
 from ..nn.geometry import Reach
+from ..nn.shortcuts import built, describe, why_no_layer
 from ..surgery.decisions import original_path
 from ..surgery.state import set_submodule
 
@@ -55,13 +59,19 @@ def _describe(gate: Gate, paths: list[str]) -> dict[str, Any]:
             norm = {"type": type(gate.norm).__name__, "args": args}
         if gate.reach is not None:
             reach = {"tap": list(gate.reach.tap), "offset": list(gate.reach.offset)}
+    kind, more = "layer" if isinstance(gate, ResConv) else "block", {}
+    if isinstance(gate, Segment):
+        kind = gate.kind
+        layers = [] if kind == "gate" else describe(gate.left)
+        more = {"left": layers, "residual": gate.residual}
     return {
-        "kind": "layer" if isinstance(gate, ResConv) else "block",
+        "kind": kind,
         "paths": list(dict.fromkeys(paths)),
         "unit": gate.unit,
         "reason": gate.reason,
         "norm": norm,
         "reach": reach,
+        **more,
     }
 
 
@@ -76,11 +86,14 @@ def check_gates(gates: list[Any]) -> str | None:
 
 def _check(gate: Any) -> str | None:
     keys = {"kind", "paths", "unit", "reason", "norm", "reach"}
-    if not isinstance(gate, dict) or set(gate) != keys:
+    whole = isinstance(gate, dict) and gate.get("kind") in ("segment", "gate")
+    if not isinstance(gate, dict) or set(gate) != keys | ({"left", "residual"} if whole else set()):
         return "its fields"
     paths, norm, reach = gate["paths"], gate["norm"], gate["reach"]
-    if gate["kind"] not in ("layer", "block"):
+    if gate["kind"] not in ("layer", "block", "segment", "gate"):
         return "'kind'"
+    if whole and (norm is not None or reach is not None or not _is_left(gate)):
+        return "'left' or 'residual'"
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
         return "'paths'"
     if not isinstance(gate["unit"], str) or not isinstance(gate["reason"], str | None):
@@ -96,6 +109,16 @@ def _check(gate: Any) -> str | None:
         if not all(type(n) is int and 0 <= n < 2**16 for n in numbers):
             return "'reach'"
     return None
+
+
+def _is_left(gate: dict[str, Any]) -> bool:
+    layers, residual = gate["left"], gate["residual"]
+    if not isinstance(layers, list) or len(layers) > 8 or any(why_no_layer(e) for e in layers):
+        return False
+    if bool(layers) != (gate["kind"] == "segment"):
+        return False
+    number = isinstance(residual, float | int) and not isinstance(residual, bool)
+    return residual is None or number
 
 
 def _is_norm(norm: dict[str, Any]) -> bool:
@@ -129,9 +152,11 @@ def insert_gates(net: nn.Module, gates: list[dict[str, Any]]) -> None:
                 f"The gates name {path[:120]!r}, which the net does not have."
             ) from None
         gate: Gate
+        like = next((p for p in net.parameters() if p.is_floating_point()), None)
         if spec["kind"] == "block":
-            like = next((p for p in net.parameters() if p.is_floating_point()), None)
             gate = BranchGate(module, like=like)
+        elif spec["kind"] in ("segment", "gate"):
+            gate = _segment(module, spec, like)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             gate = _layer(module, spec)
         else:
@@ -139,6 +164,19 @@ def insert_gates(net: nn.Module, gates: list[dict[str, Any]]) -> None:
         gate.unit, gate.reason = spec["unit"], spec["reason"]
         for place in spec["paths"]:
             set_submodule(net, place, gate)
+
+
+def _segment(module: nn.Module, spec: dict[str, Any], like: Tensor | None) -> Segment:
+    own = next((p for p in module.parameters() if p.is_floating_point()), like)
+    left: nn.Module = nn.Identity()
+    if spec["left"]:
+        try:
+            left = built(spec["left"], own)
+        except ValueError as error:
+            raise LoadError(f"The layers of {spec['paths'][0][:120]!r}: {error}") from error
+    gate = Segment(module, left.train(module.training), like=like)
+    gate.residual = spec["residual"]
+    return gate
 
 
 def _layer(conv: nn.Module, spec: dict[str, Any]) -> ResConv:

@@ -16,6 +16,8 @@
               ``removed`` with them gives way to identities. See rewritten.py
     multiply  a constant factor that could not be absorbed, in place of the module at ``path``
     append    the same, behind the module at ``path``
+    replace   the named layers in the place of the module at ``path``, in a row (a segment's shortcut)
+    blend     the module at ``path`` and the named layers beside it, weighed by a constant factor
     merge     the module at ``path`` merges its training-time branches, by its own method
 
 Replaying runs nothing but this file and the constructors named in it.
@@ -31,10 +33,11 @@ from torch import fx, nn
 
 from ..analysis.graph import Graph
 from ..errors import PruneError
+from ..nn.shortcuts import built
 from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
-from .rewritten import Clone, Factor, rewrite_forward, stand_in
+from .rewritten import Blended, Clone, Factor, rewrite_forward, stand_in
 from .state import set_submodule
 from .tracing import digest, pass_by, trace_forward
 
@@ -63,6 +66,8 @@ _FIELDS = {
     "multiply": {"path", "factor"},
     "append": {"path", "factor"},
     "merge": {"path"},
+    "replace": {"path", "layers"},
+    "blend": {"path", "layers", "factor"},
 }
 _OPTIONAL = {"_original", "branches", "training", "removed"}
 CONV_GEOMETRY = (
@@ -196,6 +201,8 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         for parameter in made.parameters():
             parameter.requires_grad_(like.requires_grad or not like.numel())
         return made
+    if op in ("replace", "blend"):
+        return _with_layers(module, edit)
     if op == "children":
         names = edit["names"]
         children = dict(module.named_children())
@@ -213,6 +220,24 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
         multiply = Factor(float(factor))
         return multiply if op == "multiply" else nn.Sequential(module, multiply)
     return _bypassed(module, edit)
+
+
+def _with_layers(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
+    path, factor = edit["path"], edit.get("factor", 0.0)
+    own = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if not isinstance(factor, float | int) or isinstance(factor, bool):
+        raise PruneError(f"The factor at {path!r} is no number: {factor!r}")
+    try:
+        made = built(edit["layers"], own)
+    except (ValueError, TypeError) as error:
+        raise PruneError(f"Not the layers of a segment at {path!r}: {error}") from error
+    if own is not None:
+        made.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    if edit["op"] == "blend":
+        return Blended(module, made if len(made) else nn.Identity(), float(factor))
+    if not len(made):
+        raise PruneError(f"There are no layers to put at {path!r}.")
+    return made[0] if len(made) == 1 else made
 
 
 def _bypassed(module: nn.Module, edit: dict[str, Any]) -> nn.Module:

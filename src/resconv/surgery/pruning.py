@@ -16,7 +16,7 @@ from torch import nn
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
-from ..nn.gates import BranchGate, Gate, gates, is_leaf
+from ..nn.gates import BranchGate, Gate, Segment, gates, is_leaf
 from ..planning.plan import Plan
 from .copying import copy_model
 from .decisions import original_path
@@ -24,6 +24,7 @@ from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
+from .replacing import fill_replaced, replacements
 from .state import State, record_of, require_finite, set_submodule, specified, state_of
 from .trial import FAITHFUL, decisions
 
@@ -79,11 +80,13 @@ def operate(
         for name in remove:
             gates(model)[name].scale.zero_()
     if fuse:
-        # A branch that counts nothing need not be computed, whether it was planned or not.
+        # What counts nothing need not be computed, whether it was planned or not.
         remove += tuple(
             name
             for name, gate in gates(model).items()
-            if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
+            if isinstance(gate, BranchGate | Segment)
+            and gate.scale.item() == 0
+            and name not in remove
         )
     witness = Witness(model, state.example_inputs)
     faithful = 0
@@ -119,12 +122,16 @@ def _operated(
         convs.append(conv_edit(original, like, bias is not None))
         layer: Any = model.get_submodule(path)
         kernels[original] = Fused(weight, bias, like, layer.norm)
+    replaced = replacements(model, todo, fuse)
     model = _without_gates(model, everything=fuse, removed=remove)
+    convs += [r.edit for r in replaced]
     if not fuse:
         structure = [_gated_path(model, e) for e in structure]
+        convs = [_gated_path(model, e) for e in convs]
     # Kernels first: what is put behind a conv later gives it another path.
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
+    fill_replaced(model, convs[len(convs) - len(replaced) :], replaced)
     model = apply_edits(model, structure)
     return model, [_original_edit(e) for e in (*convs, *structure)]
 
@@ -147,7 +154,8 @@ def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ..
     for path, module in list(model.named_modules())[::-1]:
         if not isinstance(module, Gate) or not (everything or module.unit in removed):
             continue
-        inner: Any = module.module if isinstance(module, BranchGate) else module.conv
+        whole = isinstance(module, BranchGate | Segment)
+        inner: Any = module.module if whole else module.conv
         set_submodule(model, path, inner)
     return model
 
@@ -157,13 +165,13 @@ def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
     module: nn.Module = model
     path = []
     for part in edit["path"].split(".") if edit["path"] else []:
-        if isinstance(module, BranchGate):
+        if isinstance(module, BranchGate | Segment):
             path.append("module")
             module = module.module
         path.append(part)
         module = getattr(module, part)
     # Edits speak of the original layers, which stand inside the gates that stay.
-    while isinstance(module, BranchGate):
+    while isinstance(module, BranchGate | Segment):
         path.append("module")
         module = module.module
     return {**edit, "path": ".".join(path), "_original": edit["path"]}
@@ -178,10 +186,12 @@ def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
 def leftovers(compact: nn.Module) -> dict[str, float]:
     """Return the factors that no layer could absorb, by the path of the multiply.
 
+    Also the scales of segments and gates that are neither 0 nor 1: both sides of these are left.
+
     Example:
         >>> model = resconv.convert(net, images, start="identity")
         >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
         {}
     """
     edits = record_of(compact).get("edits", [])
-    return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append")}
+    return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append", "blend")}

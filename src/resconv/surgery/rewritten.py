@@ -15,7 +15,16 @@ from torch import Tensor, fx, nn
 
 from .arguments import FREE
 
-__all__ = ["Clone", "Factor", "PassThrough", "of_user", "own_class", "rewrite_forward", "stand_in"]
+__all__ = [
+    "Blended",
+    "Clone",
+    "Factor",
+    "PassThrough",
+    "of_user",
+    "own_class",
+    "rewrite_forward",
+    "stand_in",
+]
 
 
 def _same(value: Any, constant: Any) -> bool:
@@ -206,6 +215,24 @@ class Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.6g}"
+
+
+class Blended(nn.Module):
+    """``left + factor * (whole - left)``: a segment whose scale ended neither at 0 nor at 1."""
+
+    def __init__(self, whole: nn.Module, left: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.left = left
+        self.whole = whole
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        whole: Tensor = self.whole(x)
+        return torch.lerp(left.to(whole.dtype), whole, self.factor)
 
     def extra_repr(self) -> str:
         return f"{self.factor:.6g}"

@@ -1,0 +1,80 @@
+"""What a surgery leaves in the place of segments: ordinary layers, with the norm in the conv before it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.algebra import fold_norm
+from ..nn.gates import Segment
+from ..nn.shortcuts import describe
+from .decisions import Surgery, original_path
+
+__all__ = ["Replaced", "fill_replaced", "replacements"]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """An edit that puts layers in a segment's place, and their numbers."""
+
+    edit: dict[str, Any]
+    numbers: dict[str, Tensor]
+
+
+def replacements(model: nn.Module, todo: Surgery, fuse: bool) -> list[Replaced]:
+    """Return what comes in the place of segments, the innermost first.
+
+    With ``fuse``, that is also the blend of a segment that is neither whole nor gone. Call it when
+    all factors are in the weights.
+    """
+    found = []
+    for path, segment in model.named_modules():
+        if not isinstance(segment, Segment):
+            continue
+        calls = todo.graph.calls_of(path)
+        alive = calls and calls[0].end - 1 not in todo.dead
+        gone = path in todo.replaced
+        blends = fuse and calls and calls[0].end - 1 not in todo.bypassed
+        if not alive or not (gone or blends):
+            continue
+        layers, numbers = _ordinary(segment.left, fuse)
+        edit: dict[str, Any] = {"op": "replace", "path": original_path(model, path)}
+        if not gone:
+            edit |= {"op": "blend", "factor": segment.scale.item()}
+            numbers = {f"left.{k}": v for k, v in numbers.items()}
+        elif len(layers) == 1:  # no sequence of one
+            numbers = {k.partition(".")[2]: v for k, v in numbers.items()}
+        found.append(Replaced(edit | {"layers": layers}, numbers))
+    return found[::-1]
+
+
+def _ordinary(left: nn.Module, fuse: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Return the layers as plain data with their numbers; with ``fuse``, without a norm."""
+    if isinstance(left, nn.Identity):
+        return [], {}
+    layers = describe(left)
+    every: list[Any] = list(left)  # type: ignore[call-overload]
+    numbers: list[dict[str, Tensor]] = [
+        {k: v.detach().clone() for k, v in m.state_dict().items()} for m in every
+    ]
+    at = next(
+        (i for i, m in enumerate(every) if isinstance(m, nn.modules.batchnorm._BatchNorm)), None
+    )
+    if fuse and at is not None:
+        conv, norm = every[at - 1], every[at].eval()
+        weight, bias = fold_norm(conv.weight, conv.bias, norm)
+        numbers[at - 1] = {"weight": weight, "bias": bias}
+        layers[at - 1]["args"]["bias"] = True
+        del layers[at], numbers[at]
+    return layers, {f"{i}.{k}": v for i, held in enumerate(numbers) for k, v in held.items()}
+
+
+def fill_replaced(model: nn.Module, edits: list[dict[str, Any]], replaced: list[Replaced]) -> None:
+    """Copy the numbers into the layers that the edits have put into ``model``."""
+    with torch.no_grad():
+        for edit, each in zip(edits, replaced, strict=True):
+            module = model.get_submodule(edit["path"])
+            state = module.state_dict()
+            for name, value in each.numbers.items():
+                state[name].copy_(value.to(state[name].dtype))
