@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -41,6 +42,7 @@ _MOST_BATCHES = 64
 _MOST_TAPS = 2304  # inputs of a dense conv that is fitted: its moments are their square
 _RIDGE = 1e-4  # of the mean square of an input
 _DIRECTIONS = 16
+_Step = Callable[["_Fit", Tensor, Tensor, torch.Generator], None]
 
 
 def fitted(
@@ -65,16 +67,17 @@ def fitted(
     held = list(islice(batches, _MOST_BATCHES))
     if not held:
         raise ConversionError("batches holds no batch to fit the segments' convs to.")
-    fits = {
-        id(c): [_Fit(c, s) for s in c.options if _is_small(s)] or [_Fit(c, c.shortcut)]
-        for c in segments
-    }
+    # A dense conv that is too wide to be solved for starts as it does without data.
+    fits = {id(c): [_Fit(c, s) for s in c.options if _is_small(s)] for c in segments}
     for step in (_Fit.see_channels, _Fit.see):
         _run(model, graph, segments, held, fits, step)
     chosen = {}
     for c in segments:
         whole = sum(graph.nodes[i].macs for i in c.nodes)
         solved = [(f, *f.solve()) for f in fits[id(c)]]
+        if not solved:
+            chosen[id(c)] = replace(c, start=_without_data(model, graph, c))
+            continue
         fit, numbers, residual = min(
             solved, key=lambda s: s[0].shortcut.macs_each * c.positions / whole + s[2]
         )
@@ -94,14 +97,14 @@ def _run(
     segments: list[Candidate],
     batches: list[Any],
     fits: dict[int, list["_Fit"]],
-    step: Callable[["_Fit", Tensor, Tensor, torch.Generator], None],
+    step: "_Step",
 ) -> None:
     """Hand each segment's inputs and outputs to its fits, batch by batch."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with evaluating(model), restored(model), ExitStack() as hooks:
         for c in segments:
-            tap = _Tap(c, lambda x, y, c=c: [step(f, x, y, generator) for f in fits[id(c)]])
+            tap = _Tap(c, partial(_hand_on, fits[id(c)], step, generator))
             hooks.enter_context(tap.on(model.get_submodule(c.gate)))
         for batch in batches:
             try:
@@ -113,6 +116,13 @@ def _run(
                     f"{type(model).__name__} does not run on one of the batches "
                     f"({type(error).__name__}: {error})."
                 ) from error
+
+
+def _hand_on(
+    fits: list["_Fit"], step: "_Step", generator: torch.Generator, x: Tensor, y: Tensor
+) -> None:
+    for fit in fits:
+        step(fit, x, y, generator)
 
 
 class _Tap:
@@ -138,12 +148,12 @@ class _Tap:
         self.x = args[0].clone()
         if self.ends is not None:
             self.seen = _LastActivation()
-            self.seen.__enter__()
+            self.seen.__enter__()  # type: ignore[no-untyped-call]
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
         y = output
         if self.seen is not None:
-            self.seen.__exit__(None, None, None)
+            self.seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             assert self.seen.read is not None
             y, self.seen = self.seen.read, None
         assert self.x is not None
@@ -230,7 +240,7 @@ class _Fit:
         turned = torch.linalg.solve_triangular(root, with_y, upper=False)
         first = torch.linalg.svd(turned).U[:, :, :1]
         kernels = torch.linalg.solve_triangular(root.transpose(1, 2), first, upper=True)[:, :, 0]
-        return kernels / kernels.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return F.normalize(kernels, dim=1)
 
     def _blocks(
         self, x: Tensor, y: Tensor, generator: torch.Generator
@@ -246,7 +256,7 @@ class _Fit:
         padded = F.pad(x, [n for p in reversed(s.padding) for n in (p, p)])
         step = max(1, _CELLS // (s.in_channels * self.taps))
         made = y.movedim(1, -1).reshape(positions, -1)
-        for block in rows.split(step):
+        for block in torch.split(rows, step):
             image, at = block // math.prod(out), block % math.prod(out)
             places = []
             for size in reversed(out):

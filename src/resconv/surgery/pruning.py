@@ -8,6 +8,7 @@ has to change (two branches in one block, a functional activation) that forward 
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
-from .replacing import fill_replaced, replacements
+from .replacing import Replaced, put, replacements
 from .state import State, record_of, require_finite, set_submodule, specified, state_of
 from .trial import FAITHFUL, decisions
 
@@ -79,9 +80,10 @@ def operate(
     with torch.no_grad():
         for name in remove:
             gates(model)[name].scale.zero_()
+    idle: tuple[str, ...] = ()
     if fuse:
         # What counts nothing need not be computed, whether it was planned or not.
-        remove += tuple(
+        idle = tuple(
             name
             for name, gate in gates(model).items()
             if isinstance(gate, BranchGate | Segment)
@@ -92,7 +94,9 @@ def operate(
     faithful = 0
     while True:
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
-            made, edits = _operated(copy_model(model, PruneError), state, remove, fuse, faithful)
+            made, edits = _operated(
+                copy_model(model, PruneError), state, remove, idle, fuse, faithful
+            )
         try:
             witness.require_same(made)
             break
@@ -107,12 +111,25 @@ def operate(
 
 
 def _operated(
-    model: nn.Module, state: State, remove: tuple[str, ...], fuse: bool, faithful: int
+    model: nn.Module,
+    state: State,
+    remove: tuple[str, ...],
+    idle: tuple[str, ...],
+    fuse: bool,
+    faithful: int,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Carry the surgery out on ``model``, and return the net with the edits that made it."""
     with indexed_containers() as indexed:
         graph = record(model, state.example_inputs, leaf=is_leaf)
-    todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed, faithful=faithful)
+    todo, structure = decisions(
+        model,
+        graph,
+        (*remove, *idle),
+        fuse=fuse,
+        indexed=indexed,
+        faithful=faithful,
+        idle=frozenset(idle),
+    )
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
     convs: list[dict[str, Any]] = []
@@ -124,16 +141,23 @@ def _operated(
         kernels[original] = Fused(weight, bias, like, layer.norm)
     replaced = replacements(model, todo, fuse)
     model = _without_gates(model, everything=fuse, removed=remove)
-    convs += [r.edit for r in replaced]
     if not fuse:
         structure = [_gated_path(model, e) for e in structure]
-        convs = [_gated_path(model, e) for e in convs]
+        replaced = [replace(r, edit=_gated_path(model, r.edit)) for r in replaced]
+    # What is put around or behind a module comes last, as it gives all within another path.
+    around = [r for r in replaced if r.edit["op"] == "blend"]
+    around += [Replaced(e, {}) for e in structure if e["op"] == "append"]
+    around.sort(key=lambda r: -r.edit["path"].count("."))
+    first = [r for r in replaced if r.edit["op"] == "replace"]
+    structure = [e for e in structure if e["op"] != "append"]
     # Kernels first: what is put behind a conv later gives it another path.
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
-    fill_replaced(model, convs[len(convs) - len(replaced) :], replaced)
+    model = put(model, first)
     model = apply_edits(model, structure)
-    return model, [_original_edit(e) for e in (*convs, *structure)]
+    model = put(model, around)
+    edits = [*convs, *(r.edit for r in first), *structure, *(r.edit for r in around)]
+    return model, [_original_edit(e) for e in edits]
 
 
 def _label(model: nn.Module, state: State, fuse: bool) -> None:

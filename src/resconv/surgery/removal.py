@@ -32,11 +32,13 @@ def decide(
     keep: frozenset[int] = frozenset(),
     indexed: set[int] | None = None,
     blocks: list[Candidate] | None = None,
+    idle: frozenset[str] = frozenset(),
 ) -> Surgery:
     """Return which values stand for which others once the named units are gone.
 
     ``keep`` names operations that could go, but have to stay for another reason. ``blocks`` are the
-    branches of the record, found here if they are not given.
+    branches of the record, found here if they are not given. ``idle`` are those of the units that go
+    only because they count nothing: of two such sides of a sum the second stays.
 
     Raises:
         PruneError: a unit cannot go; the message says why.
@@ -50,7 +52,7 @@ def decide(
     branches = {p: n for p, n in chosen.items() if isinstance(calls[n].module, BranchGate)}
     if branches and blocks is None:
         blocks = find_branches(model, graph)
-    additions = _removed_branches(todo, branches, blocks or [])
+    additions = _removed_branches(todo, branches, blocks or [], idle)
     settled = _settled_segments(todo, chosen, fuse)
     walk = _Walk(todo, fuse, keep | _of_shortcuts(graph))
     for node in graph.nodes:
@@ -106,7 +108,7 @@ def _is_dead(todo: Surgery, call: Call) -> bool:
 
 
 def _removed_branches(
-    todo: Surgery, chosen: dict[str, str], blocks: list[Candidate]
+    todo: Surgery, chosen: dict[str, str], blocks: list[Candidate], idle: frozenset[str]
 ) -> dict[int, int]:
     """Mark the branches as dead; return their additions with the position of the shortcut."""
     by_gate = {c.gate: c for c in blocks}
@@ -116,6 +118,8 @@ def _removed_branches(
         if candidate is None or not candidate.unit.removable:
             raise PruneError(f"{name} is no branch of a sum in the recorded forward any more.")
         add = todo.graph.nodes[candidate.add]
+        if add.index in additions and name in idle:
+            continue
         if add.index in additions:
             raise PruneError(
                 f"Only one side of the sum in {add.call.path or 'the forward'} can go, and the plan "

@@ -10,8 +10,9 @@ from ..nn.algebra import fold_norm
 from ..nn.gates import Segment
 from ..nn.shortcuts import describe
 from .decisions import Surgery, original_path
+from .edits import apply_edit
 
-__all__ = ["Replaced", "fill_replaced", "replacements"]
+__all__ = ["Replaced", "put", "replacements"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ def _ordinary(left: nn.Module, fuse: bool) -> tuple[list[dict[str, Any]], dict[s
     return layers, {f"{i}.{k}": v for i, held in enumerate(numbers) for k, v in held.items()}
 
 
-def fill_replaced(model: nn.Module, edits: list[dict[str, Any]], replaced: list[Replaced]) -> None:
-    """Copy the numbers into the layers that the edits have put into ``model``."""
-    with torch.no_grad():
-        for edit, each in zip(edits, replaced, strict=True):
-            module = model.get_submodule(edit["path"])
-            state = module.state_dict()
+def put(model: nn.Module, replaced: list[Replaced]) -> nn.Module:
+    """Carry the edits out in place, with their numbers, and return the model."""
+    for each in replaced:
+        model = apply_edit(model, each.edit)
+        state = model.get_submodule(each.edit["path"]).state_dict()
+        with torch.no_grad():
             for name, value in each.numbers.items():
                 state[name].copy_(value.to(state[name].dtype))
+    return model

@@ -111,10 +111,8 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         and p.rpartition(".")[0] not in rest
         and droppable(model, graph, p, todo.indexed)
     ]
-    # Inner forwards first, so that an outer rewrite holds the rewritten inner one. What is put
-    # behind a module comes last, as it gives all within another path.
+    # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
     rewritten.sort(key=lambda e: -e["path"].count("."))
-    appended.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten + appended
 
 

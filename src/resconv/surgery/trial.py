@@ -43,10 +43,11 @@ def decisions(
     indexed: set[int],
     blocks: list[Candidate] | None = None,
     faithful: int = 0,
+    idle: frozenset[str] = frozenset(),
 ) -> tuple[Surgery, list[dict[str, Any]]]:
     """Return what becomes of every value once the units are gone, and the edits of the tree.
 
-    ``faithful`` is an index into FAITHFUL.
+    ``faithful`` is an index into FAITHFUL; ``idle`` as for ``decide``.
 
     Raises:
         PruneError: a unit cannot go; the message says why.
@@ -59,7 +60,14 @@ def decisions(
     while True:
         try:
             todo = decide(
-                model, graph, remove, fuse=fuse, keep=keep, indexed=indexed, blocks=blocks
+                model,
+                graph,
+                remove,
+                fuse=fuse,
+                keep=keep,
+                indexed=indexed,
+                blocks=blocks,
+                idle=idle,
             )
             todo.pinned = pinned
             tie_factors(todo, fuse)
