@@ -5,7 +5,7 @@
 
 Nothing here looks at the class of a module. A module is offered where its conv costs at most half of
 it, and where the units inside it do not reach nearly the same: the stage around blocks that can all go is
-none, a block without a shortcut is one. A single conv that changes the shape is one where nothing around
+none, a block without a shortcut is one, and so is one of branches that leave a conv each. A single conv that changes the shape is one where nothing around
 it is.
 """
 
@@ -30,7 +30,10 @@ from .windows import Window, window
 __all__ = ["ACTIVATIONS", "activation_of", "find_segments", "gated_segments", "with_shortcut"]
 
 _MOST_LEFT = 0.5  # of a segment's MACs
-_NEARLY = 0.9  # of what a segment saves: if the units inside it save that, they are enough
+# Of what a segment saves: if the units inside it save that, and leave few convs, they are enough.
+_NEARLY, _FEW = 0.9, 2
+# A module of more MACs and more convs than this is the net, not a part of it.
+_MOST_OF_NET, _MANY = 0.5, 8
 _LIKELY = 0.01  # of the net's MACs: what is smaller gets no reason
 
 
@@ -103,9 +106,11 @@ def find_segments(
         if any(made.nodes == c.nodes for c in (*seen, *free, *found)):
             continue
         share = sum(graph.nodes[i].macs for i in made.nodes) / max(1, whole)
-        # The more of the net a module is, the less there has to be in it for it to be no unit.
-        enough = _NEARLY * (1 - share) * made.unit.macs
-        if _saved(graph, made, [*free, *seen]) < enough:
+        if share > _MOST_OF_NET and _convs(graph, made) > _MANY:
+            continue
+        inside = [*free, *(c for c in seen if _convs(graph, c) > 1)]
+        saved, convs = _without(graph, made, inside)
+        if saved < _NEARLY * made.unit.macs or convs > _FEW:
             seen.append(made)
     # A conv inside something that can go as a whole needs no conv of its own.
     kept = [
@@ -129,17 +134,15 @@ def _crosses(made: Candidate, others: list[Candidate]) -> bool:
     )
 
 
-def _saved(graph: Graph, made: Candidate, others: list[Candidate]) -> int:
-    """Return what the units inside a segment save together."""
+def _without(graph: Graph, made: Candidate, others: list[Candidate]) -> tuple[int, int]:
+    """Return what the units inside a segment save together, and how many convs are left then."""
     inside = [c for c in others if c.nodes < made.nodes]
     outermost = [c for c in inside if not any(c.nodes < o.nodes for o in inside)]
     gone = frozenset().union(*(c.nodes for c in outermost))
-    left = sum(
-        sum(graph.nodes[i].macs for i in c.nodes) - c.unit.macs
-        for c in outermost
-        if c.unit.kind == "segment"
-    )
-    return sum(graph.nodes[i].macs for i in gone) - left
+    segments = [c for c in outermost if c.unit.kind == "segment"]
+    left = sum(sum(graph.nodes[i].macs for i in c.nodes) - c.unit.macs for c in segments)
+    convs = sum(graph.nodes[i].op == "convolution" for i in made.nodes - gone) + len(segments)
+    return sum(graph.nodes[i].macs for i in gone) - left, convs
 
 
 def _region(graph: Graph, call: Call) -> tuple[int, int, list[Node]] | str | None:

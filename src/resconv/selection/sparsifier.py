@@ -332,6 +332,7 @@ class Sparsifier:
             if self._step % _REFRESH == 0:
                 self._controls.pull(self.removed)
             self._controls.hold(slowly=True)
+        self._keep_sums()
         every = max(1, (self.total_steps or 2000) // 100)
         if self._step % every == 0:
             self._snapshot()
@@ -350,14 +351,16 @@ class Sparsifier:
         if whole:
             torch._foreach_zero_(whole)
             torch._foreach_add_(whole, 1.0)
-        # With both sides of a sum at 0 nothing would be left of it.
+
+    @torch.no_grad()
+    def _keep_sums(self) -> None:
+        """Hold one side of every sum above 0: with both at 0 nothing would be left of it."""
         for name, others in self.costs.excluded.items():
             mine = self.gates[name].scale
             for other in others:
                 if name < other:
-                    least = _LEAST_CONTROL * (mine == 0)
                     theirs = self.gates[other].scale
-                    theirs.copy_(torch.maximum(theirs, least.to(theirs)))
+                    theirs.copy_(torch.where(mine == 0, theirs.clamp_min(_LEAST_CONTROL), theirs))
 
     @torch.no_grad()
     def _normalise(self) -> None:

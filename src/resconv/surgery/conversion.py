@@ -55,7 +55,7 @@ def convert(
     start: str = "keep",
     shortcut: str = "removable",
     batches: Iterable[Any] | None = None,
-    shortcut_kinds: Sequence[str] = SHORTCUT_KINDS,
+    shortcut_kinds: str | Sequence[str] = SHORTCUT_KINDS,
     filter: Callable[[str, nn.Module], bool] | None = None,
     reparameterize: bool = False,
 ) -> nn.Module:
@@ -107,12 +107,7 @@ def convert(
             f"shortcut='always' is about conv layers, and units={units!r} converts none. Choose "
             "units='all' or 'layers'."
         )
-    if isinstance(shortcut_kinds, str):
-        shortcut_kinds = (shortcut_kinds,)
-    if not shortcut_kinds or not set(shortcut_kinds) <= set(SHORTCUT_KINDS):
-        raise ConversionError(
-            f"shortcut_kinds={shortcut_kinds!r}; choose among {', '.join(map(repr, SHORTCUT_KINDS))}."
-        )
+    shortcut_kinds = _shortcuts_of(shortcut_kinds)
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):
         raise ConversionError(
@@ -157,7 +152,7 @@ def units(
     kinds: str | Iterable[str] = _DEFAULT,
     *,
     batches: Iterable[Any] | None = None,
-    shortcut_kinds: Sequence[str] = SHORTCUT_KINDS,
+    shortcut_kinds: str | Sequence[str] = SHORTCUT_KINDS,
 ) -> Units:
     """List every unit of these kinds, with its cost and, where it stays, the reason.
 
@@ -182,7 +177,7 @@ def units(
     """
     model = unwrap(model)
     example_inputs = as_normal_tensors(example_inputs_of(example_inputs, model))
-    found = _find(model, example_inputs, kinds_of(kinds), shortcut_kinds)
+    found = _find(model, example_inputs, kinds_of(kinds), _shortcuts_of(shortcut_kinds))
     warn_of_branches(found.graph)
     every = found.every
     listed = {id(c): c.unit for c in every}
@@ -229,6 +224,15 @@ def kinds_of(units: str | Iterable[str]) -> tuple[str, ...]:
             f"units={units!r}; choose {', '.join(map(repr, plural))}, several of them, or 'all'."
         )
     return tuple(k for p, k in plural.items() if p in asked)
+
+
+def _shortcuts_of(kinds: str | Sequence[str]) -> tuple[str, ...]:
+    asked = tuple(k.strip() for k in kinds.split(",")) if isinstance(kinds, str) else tuple(kinds)
+    if not asked or not set(asked) <= set(SHORTCUT_KINDS):
+        raise ConversionError(
+            f"shortcut_kinds={kinds!r}; choose among {', '.join(map(repr, SHORTCUT_KINDS))}."
+        )
+    return asked
 
 
 def _find(
