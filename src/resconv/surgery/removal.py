@@ -62,7 +62,7 @@ def decide(
             walk.pass_by(node, additions[node.index], 1.0)
         elif node.index in settled:
             walk.pass_by(node, settled[node.index], 1.0)
-        elif node.op == "gate" and node.call.path in chosen:
+        elif isinstance(node.call.module, ResConv) and node.call.path in chosen:
             walk.pass_by(node, 0, _control(chosen[node.call.path], node.call.module))
         else:
             walk.visit(node)
