@@ -143,7 +143,10 @@ def accuracy() -> str:
 def c7() -> str:
     starts = rows(experiment="resnet110-45", arm="dense")
     lines = accuracy_lines("resnet110-45", rows(experiment="resnet110-45", arm="start"))
-    return table(ACCURACY, lines + accuracy_lines("resnet110-further", starts))
+    lines += accuracy_lines("resnet110-further", starts)
+    return table(
+        ACCURACY, lines + accuracy_lines("resnet110", rows(experiment="resnet110", arm="start"))
+    )
 
 
 def schedules() -> str:

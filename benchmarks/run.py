@@ -156,7 +156,7 @@ def run(arm: Arm, arms: list[Arm]) -> None:
         "macs_share": round(size.macs / dense.macs, 4),
         "params_share": round(size.num_params / dense.num_params, 4),
     }
-    kept = ("lr", "batch_size", "distill", "hints", "mix", "ranking", "units", "holdout", "note")
+    kept = ("lr", "batch_size", "distill", "distill_share", "hints", "mix", "ranking", "units", "holdout", "note")
     row |= {k: arm.options[k] for k in kept if arm.get(k) not in (None, False, 0.0)}
     row |= {f"target_{k}": arm.options[k] for k in ("macs", "params", "latency") if arm.get(k)}
     add_row(row | more)
@@ -181,6 +181,7 @@ def _fit(arm: Arm, model: nn.Module, data: datasets.ImageData, weights: Path | N
         lr=arm.get("lr", 0.1),
         batch_size=arm.get("batch_size", 128),
         seed=arm.seed,
+        distill=arm.get("distill_share", 0.5),
     )
     teacher = _started(arm, data, weights).eval() if arm.get("distill") else None
     graphs = torch.cuda.is_available()
@@ -254,6 +255,7 @@ def _compress(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path 
     given = {k: v for k, v in arm.options.items() if k not in _OURS}
     given |= {"model": arm.net, "data": DATA.get(arm.data, arm.data), "seed": arm.seed}
     given |= {"weights": str(weights)} if weights else {}
+    given["cuda_graphs"] = torch.cuda.is_available()  # faster there, and the same net
     if "epochs" in arm.options:
         given["epochs"] = arm.options["epochs"]
     command = [sys.executable, "-m", "resconv", "compress", "--out", str(arm.folder / "run")]

@@ -51,6 +51,9 @@ def make_config(
     distill: Annotated[
         bool, typer.Option(help="Follow the outputs of the dense net too: of one well trained.")
     ] = False,
+    distill_share: Annotated[
+        float, typer.Option(help="With --distill: the share of the loss that follows the dense net.")
+    ] = 0.5,
     hints: Annotated[
         bool,
         typer.Option(help="With --distill: follow what the layers between units read there, too."),
@@ -113,6 +116,7 @@ def make_config(
         sparse_epochs=sparse_epochs,
         finetune_epochs=finetune_epochs,
         distill=distill,
+        distill_share=distill_share,
         hints=hints,
         mix=mix,
         recalibrate=recalibrate,

@@ -63,9 +63,8 @@ def augment_batch(images: Tensor, augment: Augment, generator: torch.Generator) 
     device = images.device
     padded = F.pad(images, (pad, pad, pad, pad))
     index = torch.arange(count, device=device).view(count, 1, 1)
-    taken = padded[
-        index, :, rows.to(device).view(count, height, 1), columns.to(device).view(count, 1, width)
-    ]
+    rows, columns = _send(rows, device), _send(columns, device)
+    taken = padded[index, :, rows.view(count, height, 1), columns.view(count, 1, width)]
     return taken.permute(0, 3, 1, 2)  # indexing put the channels last
 
 
@@ -196,7 +195,7 @@ class BatchLoader:
         images, labels = self._on_device
         generator = _make_generator(self.seed, self.epoch, 1 + self.rank)
         for rows in batches:
-            rows = rows.to(self.device)
+            rows = _send(rows, self.device)
             batch = images[rows]
             if self.augment is not None:
                 batch = augment_batch(batch, self.augment, generator)
@@ -258,6 +257,13 @@ def _make_transform(augment: Augment, image_size: int) -> Any:
         else v2.Lambda(lambda image: fit_square(image, image_size))
     )
     return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment.flip else crop
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on the device; a GPU is not waited for, so that its next steps can be launched."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _make_generator(*numbers: int) -> torch.Generator:

@@ -43,6 +43,7 @@ class Config:
     sparse_epochs: int | None = None
     finetune_epochs: int | None = None
     distill: bool = False
+    distill_share: float = 0.5  # of the loss, where there is a teacher
     hints: bool = False
     mix: str | None = None
     recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
@@ -103,6 +104,8 @@ class Config:
                 faults.append(f"{key}={value}: it must be above 0, and finite")
         if not 0 <= self.holdout < 1:
             faults.append(f"holdout={self.holdout}: a share from 0 to below 1")
+        if not 0 < self.distill_share <= 1:
+            faults.append(f"distill_share={self.distill_share}: a share above 0, up to 1")
         if self.seed >= 2**32:
             faults.append(f"seed={self.seed}: below {2**32}")
         return faults

@@ -136,7 +136,14 @@ class Run:
 
     def recipe(self, epochs: int, lr: float) -> Recipe:
         config = self.config
-        return Recipe(epochs, lr=lr, batch_size=config.batch_size, seed=config.seed, mix=config.mix)
+        return Recipe(
+            epochs,
+            lr=lr,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            distill=config.distill_share,
+            mix=config.mix,
+        )
 
 
 def build(name: str, data: ImageData) -> nn.Module:
