@@ -148,7 +148,10 @@ def copied(finished, tmp_path):
         ({"finetune_lr": "inf"}, "--finetune-lr inf: it must be above 0"),
         ({"holdout": 1.0}, "--holdout 1.0: a share"),
         ({"channels": 4}, "--channels 4: images are grey"),
-        ({"units": "layer"}, "--units layer: choose one of layers, blocks, all"),
+        (
+            {"units": "layer"},
+            "--units layer: choose among layers, blocks, summands, segments, gates",
+        ),
         ({"precision": "fp8"}, "--precision fp8: choose one of auto, 32-true"),
         ({"devices": 0}, "--devices 0: at least 1 and at most"),
         ({"devices": 4096}, "--devices 4096: at least 1 and at most"),

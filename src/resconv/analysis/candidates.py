@@ -47,6 +47,14 @@ class Unit:
     left: str = "its input"
     residual: float | None = None
 
+    @property
+    def fate(self) -> str:
+        """Return whether the unit can go, what is then left of it, or why it stays."""
+        if not self.removable:
+            return self.reason or "stays"
+        fit = "" if self.residual is None else f" ({self.residual:.0%} unexplained)"
+        return "can go" if self.left == "its input" else f"can go: leaves {self.left}{fit}"
+
 
 class Units(list[Unit]):
     """The units of a model, a list; it prints as a table."""
@@ -60,10 +68,7 @@ class Units(list[Unit]):
     def _table(self) -> tuple[str, list[str], list[list[object]]]:
         """Return title, header and rows of what a reader wants to know."""
         free = sum(u.removable for u in self)
-        rows: list[list[object]] = [
-            [u.name, u.kind, u.macs, u.num_params, "can go" if u.removable else u.reason or "stays"]
-            for u in self
-        ]
+        rows: list[list[object]] = [[u.name, u.kind, u.macs, u.num_params, u.fate] for u in self]
         title = f"{len(self)} units, {free} of them removable"
         return title, ["unit", "kind", "MACs", "parameters", "removable, or why not"], rows
 

@@ -4,9 +4,9 @@
     gate      y = x + s * (x * g(x) - x)     F: squeeze-and-excite and its kin; leaves x
 
 Nothing here looks at the class of a module. A module is offered where its conv costs at most half of
-it, and where the units inside it do not reach nearly the same: the stage around blocks that can all go is
-none, a block without a shortcut is one, and so is one of branches that leave a conv each. A single conv that changes the shape is one where nothing around
-it is.
+it, and where the units inside it do not reach nearly the same: the stage around blocks that can all go
+is none, a block without a shortcut is one, and so is one of branches that leave a conv each. A single
+conv that changes the shape is one where nothing around it is.
 """
 
 import math
@@ -57,10 +57,21 @@ def gated_segments(graph: Graph) -> list[Candidate]:
             size,
             gate.removable,
             gate.reason,
-            residual=gate.residual,
+            _in_words(gate),
+            gate.residual,
         )
         found.append(Candidate(unit, gate=call.path, nodes=nodes, left_nodes=left))
     return found
+
+
+def _in_words(gate: Segment) -> str:
+    convs = [m for m in gate.left.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    if not convs:
+        return "its input"
+    kind = "separable" if len(convs) > 1 else "dense"
+    first, last = convs[0], convs[-1]
+    size = (first.kernel_size, first.stride, (0,) * len(first.stride))
+    return str(Shortcut(kind, first.in_channels, last.out_channels, *size))
 
 
 def _within(graph: Graph, calls: list[Call]) -> frozenset[int]:

@@ -52,7 +52,8 @@ def make_config(
         bool, typer.Option(help="Follow the outputs of the dense net too: of one well trained.")
     ] = False,
     distill_share: Annotated[
-        float, typer.Option(help="With --distill: the share of the loss that follows the dense net.")
+        float,
+        typer.Option(help="With --distill: the share of the loss that follows the dense net."),
     ] = 0.5,
     hints: Annotated[
         bool,
@@ -69,7 +70,13 @@ def make_config(
             "whose scale is not 0."
         ),
     ] = None,
-    units: Annotated[str, typer.Option(help="What may go: layers, blocks or all.")] = "all",
+    units: Annotated[
+        str,
+        typer.Option(
+            help="What may go: layers, blocks, summands, segments, gates (several with commas "
+            "between), or all."
+        ),
+    ] = "layers,blocks",
     lr: Annotated[float, typer.Option(help="Peak learning rate of dense training.")] = 0.1,
     sparse_lr: Annotated[
         float | None,

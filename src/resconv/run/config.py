@@ -22,7 +22,7 @@ _LEAST = {
     **dict.fromkeys(("sparse_epochs", "batch_size", "image_size", "limit"), 1),
     **dict.fromkeys(("latency_batch", "threads"), 1),
 }
-_UNITS = ("layers", "blocks", "all")
+_UNITS = ("layers", "blocks", "summands", "segments", "gates")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Config:
     hints: bool = False
     mix: str | None = None
     recalibrate: bool | None = None  # None: where a unit goes whose scale is not 0
-    units: str = "all"
+    units: str = "layers,blocks"
     lr: float = 0.1
     sparse_lr: float | None = None
     finetune_lr: float | None = None
@@ -114,8 +114,12 @@ class Config:
         faults = []
         if self.channels not in (None, 1, 3):
             faults.append(f"channels={self.channels}: images are grey (1) or RGB (3)")
-        if self.units not in _UNITS:
-            faults.append(f"units={self.units!r}: choose one of {', '.join(_UNITS)}")
+        asked = [name.strip() for name in self.units.split(",")]
+        if self.units != "all" and not set(asked) <= set(_UNITS):
+            faults.append(
+                f"units={self.units!r}: choose among {', '.join(_UNITS)} (several with commas between), "
+                "or all"
+            )
         if self.precision not in PRECISIONS:
             faults.append(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         return faults
