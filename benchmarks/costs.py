@@ -22,7 +22,7 @@ import resconv
 from resconv import nets
 from resconv.latency.timing import onnx_runner, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
-from resconv.nn.gates import zeroed
+from resconv.nn.gates import Segment, zeroed
 from resconv.planning.costs import ledger
 from resconv.train import RecordedNet
 from tests.helpers import randomise, randomise_gates
@@ -286,7 +286,8 @@ def unet() -> nn.Module:
 def reach() -> Iterator[Row]:
     """Count the units of each net and what is left with all of them gone: identities alone, and all kinds.
 
-    Each smallest net is made, and its outputs are compared with those of the gated net.
+    Each smallest net is made, its outputs are compared with those of the gated net, and it is timed in
+    ONNX Runtime, on one thread, batch 1, beside the dense one.
     """
     for name, side in _REACH:
         torch.manual_seed(0)
@@ -296,6 +297,7 @@ def reach() -> Iterator[Row]:
         row: Row = {"net": name.partition(":")[2], "side": side}
         x = x[:1]
         row["MACs (M)"] = round(resconv.profile(net, x).macs / 1e6)
+        made = {"dense": resconv.fuse(net, x, fold_norms=True)}
         for how, units in (("before", ("layers", "blocks")), ("after", "all")):
             try:
                 gated = resconv.convert(net, x, units=units, start="identity")
@@ -308,16 +310,26 @@ def reach() -> Iterator[Row]:
                 for gate in resconv.gates(gated).values():
                     if gate.control is not None:
                         gate.control.fill_(1.0)
+                    if isinstance(gate, Segment):  # a start at zero would prove nothing
+                        for layer in gate.left.modules():
+                            getattr(layer, "reset_parameters", lambda: None)()
             compact = resconv.prune(gated, resconv.Plan(going))
             with zeroed(gated, going):
                 error = resconv.verify(gated, compact, x).max_rel_error
             macs = resconv.profile(compact, x).macs
+            made[how] = resconv.fuse(compact, x, fold_norms=True)
             row |= {
                 f"units {how}": len(costs.names),
                 f"left {how}": round(macs / costs.macs, 4),
                 f"error {how}": f"{error:.0e}",
             }
         kinds = Counter(kind.partition(":")[0] for kind in costs.kinds.values())
+        with torch_threads(1), tempfile.TemporaryDirectory() as folder:
+            calls, _ = _runners(made, x, Path(folder))
+            ms = _medians({n: c for n, c in calls.items() if n.startswith("onnx")}, 30)
+        for how in made.keys() - {"dense"}:
+            ratio = ms[f"onnxruntime/{how}"] / ms["onnxruntime/dense"]
+            row[f"latency {how}"] = round(ratio, 3)
         yield row | {"kinds after": dict(kinds)}
 
 

@@ -156,7 +156,18 @@ def run(arm: Arm, arms: list[Arm]) -> None:
         "macs_share": round(size.macs / dense.macs, 4),
         "params_share": round(size.num_params / dense.num_params, 4),
     }
-    kept = ("lr", "batch_size", "distill", "distill_share", "hints", "mix", "ranking", "units", "holdout", "note")
+    kept = (
+        "lr",
+        "batch_size",
+        "distill",
+        "distill_share",
+        "hints",
+        "mix",
+        "ranking",
+        "units",
+        "holdout",
+        "note",
+    )
     row |= {k: arm.options[k] for k in kept if arm.get(k) not in (None, False, 0.0)}
     row |= {f"target_{k}": arm.options[k] for k in ("macs", "params", "latency") if arm.get(k)}
     add_row(row | more)

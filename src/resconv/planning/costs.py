@@ -5,7 +5,7 @@ operations are in one atom when the same units hold both. Adding up atoms, and n
 makes asking for a saving cheap enough to try every unit at every step of a plan.
 
 A segment leaves layers in its place. They are no part of the whole net, and count where the segment is
-gone and nothing around it is. Of two units that exclude each other (the sides of a sum) one is
+gone and nothing around it is, or where its scale is neither 0 nor 1: then both are there. Of two units that exclude each other (the sides of a sum) one is
 counted: ``compatible`` says which of some units can go together.
 
 Latency is not a sum over operations, since a runtime fuses them. It is measured by unit (see
@@ -54,6 +54,7 @@ class Ledger:
     signatures: dict[str, str]  # the kind and the readers: the same text costs the same time
     inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
     comes: dict[str, tuple[int, int]] = field(default_factory=dict)  # MACs, parameters in its place
+    blended: frozenset[str] = frozenset()  # segments that leave both sides where they stay
     excluded: dict[str, frozenset[str]] = field(default_factory=dict)  # what cannot go with a unit
     latency_ms: float = 0.0
     unit_ms: dict[str, float] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class Ledger:
         macs = sum(self.atom_macs[a] for a in dead)
         num_params = sum(self.atom_params[a] for a in dead)
         num_params += sum(size for readers, size in self.shared_params if readers <= dead)
-        for name in dict.fromkeys(remove):
+        for name in (*dict.fromkeys(remove), *sorted(self.blended - gone)):
             if name in self.comes and name not in inside:
                 macs -= self.comes[name][0]
                 num_params -= self.comes[name][1]
@@ -222,6 +223,13 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
             for n in names
             if isinstance(gate := every[n], Segment) and gate.kind == "segment"
         },
+        blended=frozenset(
+            n
+            for n in names
+            if isinstance(gate := every[n], Segment)
+            and gate.kind == "segment"
+            and gate.scale.item() not in (0, 1)
+        ),
         excluded=conflicts(found[n] for n in names),
     )
 

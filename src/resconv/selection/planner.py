@@ -204,11 +204,12 @@ def _refuse(
     limits: tuple[float, float, float],
     too_slow: str,
 ) -> None:
-    size = excess(costs.left(costs.compatible(free)), costs.whole, (*limits[:2], math.inf))
+    going = costs.compatible(free)
+    size = excess(costs.left(going), costs.whole, (*limits[:2], math.inf))
     too_much = " and ".join(t for t in (size, too_slow) if t)
     why = "; ".join(f"{n}: {r}" for n, r in list(blocked.items())[:5])
     raise BudgetError(
-        f"The budget cannot be reached: removing all {len(free)} removable units leaves {too_much}."
+        f"The budget cannot be reached: removing all {len(going)} removable units leaves {too_much}."
         + (f" {len(blocked)} more units stay for now ({why})." if blocked else "")
         + " Raise the budget, convert with units='all', or run `resconv inspect` to see why the "
         "other layers are kept."
