@@ -3,8 +3,9 @@
 In-place writes are turned into new values on the way, so a value never changes once it is made.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ __all__ = [
     "Node",
     "Ref",
     "Value",
+    "data_of",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,28 @@ class Graph:
     # Values that code may read which did not run this time, since other values decide on it. They
     # are among the outputs, too.
     exposed: set[int] = field(default_factory=set)
+    # Calls in which something asked for its mode: all others do the same in training mode, as long
+    # as norms keep their statistics (see asking.py).
+    asking: set[int] = field(default_factory=set)
 
     kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
     # What was found out about modules as they were recorded, by what is asked and the path.
     known: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+    # What rewritten forwards run, by their text and what was recorded: the same in another record.
+    matched: dict[Any, list[Node]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._users: dict[int, list[Node]] | None = None
         self._calls_of: dict[str, list[Call]] | None = None
         self._calls_to: dict[int, list[Call]] | None = None
         self._places: dict[int, list[str]] | None = None
+        self._tables: dict[Any, list[Any]] = {}
+
+    def table(self, of: Callable[["Graph", Node], T]) -> list[T]:
+        """Return what ``of`` says of each node of a finished record; it is asked once."""
+        if of not in self._tables:
+            self._tables[of] = [of(self, node) for node in self.nodes]
+        return self._tables[of]
 
     @property
     def users(self) -> dict[int, list[Node]]:
@@ -140,3 +156,8 @@ class Graph:
     def producer(self, value: int) -> Node | None:
         index = self.values[value].producer
         return None if index is None else self.nodes[index]
+
+
+def data_of(graph: Graph, node: Node) -> list[int]:
+    """Return the inputs of the node that depend on the net's input."""
+    return [v for v in node.inputs if not graph.values[v].constant]

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import TraceError
+from .asking import depends_on_mode, hides_its_mode, noting_modes
 from .graph import Call, Graph, Node, Ref, Value
 from .inputs import as_call, evaluating, tensors_in, to_device_of
 
@@ -125,6 +127,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inside_leaf: nn.Module | None = None
         self.leaf_macs = 0
         self.deciding: set[int] = set()  # calls whose code goes on as a value says
+        self.asked_outside = False
         # Tensors are kept alive, so that an id stays one tensor's for the whole pass.
         self.known: dict[int, tuple[Tensor, int]] = {}
         self.by_storage: dict[int, list[Tensor]] = {}
@@ -147,17 +150,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     )
                 )
                 handles.append(module.register_forward_hook(self._leave, prepend=True))
-            with self:
+            with noting_modes(self._asked), self:
                 output = self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         graph.output = output
         graph.outputs = [self._value(t) for t in tensors_in(output)]
+        if self.asked_outside or hides_its_mode(self.model):
+            graph.asking = {call.index for call in graph.calls}
         self._expose()
         self.known.clear()
         self.by_storage.clear()
         return graph
+
+    def _asked(self, module: nn.Module) -> None:
+        if depends_on_mode(module):
+            self.graph.asking.update(call.index for call in self.stack)
+            self.asked_outside |= not self.stack  # by a hook of the model itself
 
     def _expose(self) -> None:
         """Count what a deciding call's code can see among the outputs: it may read all of it."""
@@ -256,6 +266,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about a tensor, such as its device
+            return func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         if self.inside_leaf is None and self.stack:
             refs, kwrefs = self._refs(tuple(args)), self._refs(kwargs)
@@ -313,7 +325,10 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any], kind: type)
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
+        storage = tensor.untyped_storage()
+        if isinstance(tensor, FakeTensor):  # it has memory to share, and nothing in it
+            return int(storage._cdata)
+        return storage.data_ptr() or id(tensor)
     except (RuntimeError, NotImplementedError):
         return id(tensor)
 

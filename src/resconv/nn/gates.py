@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ..errors import ConversionError
@@ -50,7 +51,8 @@ class _AddScaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, x: Tensor, p: Tensor) -> Tensor:
         # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
-        ctx.closed = p.device.type == "cpu" and p.item() == 0
+        at_hand = p.device.type == "cpu" and not isinstance(z, FakeTensor)
+        ctx.closed = at_hand and p.item() == 0
         ctx.save_for_backward(x, p)
         ctx.mark_dirty(z)
         if not ctx.closed:

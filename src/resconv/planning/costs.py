@@ -5,8 +5,9 @@ operations are in one atom when the same units hold both. Adding up atoms, and n
 makes asking for a saving cheap enough to try every unit at every step of a plan.
 
 A segment leaves layers in its place. They are no part of the whole net, and count where the segment is
-gone and nothing around it is, or where its scale is neither 0 nor 1: then both are there. Of two units that exclude each other (the sides of a sum) one is
-counted: ``compatible`` says which of some units can go together.
+gone and nothing around it is, or where its scale is neither 0 nor 1: then both are there. Of two
+units that exclude each other (the sides of a sum) one is counted: ``compatible`` says which of some
+units can go together.
 
 Latency is not a sum over operations, since a runtime fuses them. It is measured by unit (see
 latency.py): each unit has the milliseconds that leave with it beyond those of the units inside it.

@@ -5,10 +5,12 @@ came from. Operations that work channel by channel hand the slices on; a convolu
 absorbs one factor per channel. Whatever else reads the value collapses it: one factor for all.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..analysis.graph import Graph, Node
+from ..analysis.graph import Graph, Node, data_of
 from ..analysis.ops import NORMS
 from .potentials import Potentials
 
@@ -39,12 +41,12 @@ class Slices:
         self.graph, self.ties = graph, ties
         self.rows: dict[int, list[tuple[int, int]]] = {}
 
-    def visit(self, node: Node, *, absorbs: bool) -> bool:
+    def visit(self, node: Node, *, absorbs: Callable[[], bool]) -> bool:
         """Take the node in; True where its output is a row and nothing is left to tie.
 
-        ``absorbs`` says that the node can take one factor per channel of its input.
+        ``absorbs`` says whether the node can take one factor per channel of its input.
         """
-        data = [v for v in node.inputs if not self.graph.values[v].constant]
+        data = self.graph.table(data_of)[node.index]
         if node.op == "cat" and self._along_channels(node):
             self.rows[node.outputs[0]] = [
                 s for v in node.inputs for s in self.rows.get(v, [(self._channels(v), v)])
@@ -58,7 +60,7 @@ class Slices:
                 self.rows[value] = self.rows[data[0]]
             return True
         transposed = node.op == "convolution" and bool(node.args[6])
-        if absorbs and not transposed and node.op in ("convolution", "gate", *NORMS):
+        if not transposed and node.op in ("convolution", "gate", *NORMS) and absorbs():
             return False
         for value in held:
             self.collapse(value)

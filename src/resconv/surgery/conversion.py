@@ -286,7 +286,7 @@ def _try(
         gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, state)
         compare = start == "keep" or not is_fresh(model)
         graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
-        refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen)
+        refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen, graph)
         if not refused:
             return gated, kept
         for c in chosen:

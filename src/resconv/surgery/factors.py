@@ -1,12 +1,13 @@
 """Factors that removed layers leave behind, multiplied into the linear layers that can take them."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis.candidates import params_behind
-from ..analysis.graph import Graph, Node, Ref
+from ..analysis.graph import Graph, Node, Ref, data_of
 from ..analysis.ops import NORMS, kind, weight_values
 from ..nn.algebra import fused_kernel
 from ..nn.gates import Blend, BranchGate, Multiply, ResConv
@@ -28,13 +29,13 @@ def tie_factors(todo: Surgery, fuse: bool) -> None:
     demands: list[tuple[Node, int, float]] = []
     for value in (*graph.inputs, *graph.outputs, *todo.pinned):
         ties.pin(value)
-    uses = _param_uses(graph, todo.dead)
+    uses, all_data = _param_uses(graph, todo.dead), graph.table(data_of)
     slices = todo.slices = Slices(graph, ties)
     for node in graph.nodes:
         if node.index in todo.dead:
             continue
-        data = [v for v in node.inputs if not graph.values[v].constant]
-        if slices.visit(node, absorbs=_takes_slices(todo, node, uses, fuse)):
+        data = all_data[node.index]
+        if slices.visit(node, absorbs=partial(_takes_slices, todo, node, uses, fuse)):
             continue
         if node.index in todo.bypassed:
             read = node.inputs[todo.bypassed[node.index]]
@@ -175,14 +176,21 @@ def _param_of(graph: Graph, value: int) -> str | None:
 
 def _param_uses(graph: Graph, dead: set[int]) -> dict[str, int]:
     uses: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.index in dead or all(graph.values[v].constant for v in node.outputs):
-            continue
-        for v in node.inputs:
-            if graph.values[v].constant:
-                for name in set(params_behind(graph, v)):
-                    uses[name] = uses.get(name, 0) + 1
+    for index, names in enumerate(graph.table(_params_read)):
+        if index not in dead:
+            for name in names:
+                uses[name] = uses.get(name, 0) + 1
     return uses
+
+
+def _params_read(graph: Graph, node: Node) -> list[str]:
+    """Return the parameters that the node reads, each as often as it does."""
+    values = graph.values
+    if all(values[v].constant for v in node.outputs):
+        return []
+    return [
+        name for v in node.inputs if values[v].constant for name in set(params_behind(graph, v))
+    ]
 
 
 def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bool]:
@@ -207,17 +215,25 @@ def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bo
 
 
 def _absorbs(graph: Graph, node: Node, uses: dict[str, int]) -> bool:
+    names = graph.table(_absorbing_params)[node.index]
+    return names is not None and all(uses.get(n, 0) == 1 for n in names)
+
+
+def _absorbing_params(graph: Graph, node: Node) -> list[str] | None:
+    """Return the parameters that a factor of the node goes into; None where they are not known."""
+    if kind(graph, node) not in ("linear", "affine_out"):
+        return None
     weight, bias, known = _linear_params(graph, node)
     if not known:
-        return False
+        return None
     names = [weight, bias]
     if node.op in NORMS:
         mean = node.args[3]
         found = _param_of(graph, mean.value) if isinstance(mean, Ref) else None
         if found is None:
-            return False
+            return None
         names.append(found)
-    return all(uses.get(n, 0) == 1 for n in names if n is not None)
+    return [n for n in names if n is not None]
 
 
 def absorb(model: nn.Module, todo: Surgery, fuse: bool) -> None:

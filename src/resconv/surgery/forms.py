@@ -2,15 +2,17 @@
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..analysis.graph import Graph, Node, Ref
+from ..analysis.graph import Call, Graph, Node, Ref
 from ..analysis.inputs import evaluating
 from ..analysis.recorder import record
 from ..errors import TraceError
@@ -18,7 +20,7 @@ from ..nn.gates import is_leaf
 from .arguments import leaves, template
 from .tracing import Trace, trace_forward
 
-__all__ = ["Form", "device_of", "fill"]
+__all__ = ["Form", "device_of", "fill", "signature"]
 
 
 class _Tagging(fx.Interpreter):
@@ -30,15 +32,26 @@ class _Tagging(fx.Interpreter):
 
 
 class Form:
-    """A module's own forward, traced with some of its arguments fixed."""
+    """A module's own forward, traced with some of its arguments fixed.
+
+    With ``fake``, its tensors have shapes and memory, and no numbers: nothing is computed. What it
+    runs is to be compared with the record in any case.
+    """
 
     def __init__(
-        self, graph: Graph, module: nn.Module, given: dict[str, Any], constants: dict[str, Any]
+        self,
+        graph: Graph,
+        module: nn.Module,
+        given: dict[str, Any],
+        constants: dict[str, Any],
+        *,
+        fake: bool,
     ) -> None:
         self.module, self.constants = module, constants
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         device = device_of(module)
         shapes = template(inspect.signature(module.forward), constants)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.fakes:
             self.values = [
                 fill(graph, leaf, device)
                 for name, shape in shapes.items()
@@ -49,16 +62,25 @@ class Form:
     @cached_property
     def in_training(self) -> Trace:
         """The same forward, traced in training mode."""
-        return self._traced(training=True)
+        return self._traced(training=True) if self.trace.asks else self.trace
 
     def _traced(self, *, training: bool) -> Trace:
         return trace_forward(
-            self.module,
-            self.constants,
-            lambda node: _decide(self.module, node, self.values),
-            training=training,
-            keep=False,
+            self.module, self.constants, self._decide, training=training, keep=False
         )
+
+    def _decide(self, node: fx.Node) -> Any:
+        with self.fakes:
+            return _decide(self.module, node, self.values)
+
+    @property
+    def text(self) -> Hashable:
+        """Return what two traces have in common that do the same with alike children."""
+        code = self.trace.graph.python_code("self")
+        try:
+            return code.src, frozenset(code.globals.items()), repr(self.constants)
+        except TypeError:  # it names what cannot be told from others
+            return object()
 
     def ran(self) -> list[Node]:
         """Return the operations that the trace runs, each tagged with the name of its traced node."""
@@ -74,16 +96,44 @@ class Form:
                 return interpreter.run(*args)
 
         try:
-            seen = record(
-                Runner(self.module),
-                tuple(self.values),
-                leaf=is_leaf,
-                tag=lambda: interpreter.current,
-            )
+            with self.fakes:
+                seen = record(
+                    Runner(self.module),
+                    tuple(self.values),
+                    leaf=is_leaf,
+                    tag=lambda: interpreter.current,
+                )
         finally:
             for name in self.trace.made:
                 delattr(self.module, name)
         return seen.nodes
+
+
+def signature(graph: Graph, call: Call) -> Hashable:
+    """Return what a call did, whichever module of a net it was: equal for blocks that are alike.
+
+    The operations, in which child they ran, which of the values they read and wrote, and the shapes
+    and memory of these. A trace whose text is that of another one, over children that did the same,
+    runs what the other one runs.
+    """
+    numbers: dict[int, int] = {}
+    memories: dict[int, int] = {}
+    rows: list[Hashable] = []
+
+    def number(value: int) -> int:
+        if value not in numbers:
+            numbers[value] = len(numbers)
+            v = graph.values[value]
+            memory = memories.setdefault(v.memory, len(memories))
+            rows.append((v.shape, v.stride, v.dtype, memory, v.constant))
+        return numbers[value]
+
+    for node in graph.nodes[call.start : call.end]:
+        place = node.call.path[len(call.path) :] if node.call is not call else ""
+        values = (node.inputs, node.outputs, node.writes)
+        kind = type(node.call.module) if node.op == "gate" else None
+        rows.append((node.op, kind, place, *(tuple(number(v) for v in vs) for vs in values)))
+    return tuple(rows)
 
 
 def device_of(module: nn.Module) -> torch.device:

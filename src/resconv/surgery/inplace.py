@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..analysis.graph import Call, Node, Ref, Value
+from ..analysis.graph import Call, Graph, Node, Ref, Value
 from ..analysis.inputs import as_call, evaluating, to_device_of
 from ..analysis.saved import kept_for_backward
 from ..nn.gates import Multiply
@@ -49,6 +49,14 @@ def unsafe_writes(model: nn.Module, todo: Surgery, covered: set[int]) -> Writes:
 def _frozen(model: nn.Module, todo: Surgery) -> set[int]:
     """Return the values that need no gradient, in a net in which others do."""
     graph = todo.graph
+    key = "needs no gradient", ""
+    if key not in graph.known:
+        graph.known[key] = _without_gradient(model, graph)
+    found: set[int] = graph.known[key]
+    return found
+
+
+def _without_gradient(model: nn.Module, graph: Graph) -> set[int]:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moving = {v.index for v in graph.values if v.param in trained}
     for node in graph.nodes:
@@ -193,6 +201,7 @@ class _Memory:
         self.outplaced = {n.index for n in self.alive if n.writes and n.call.path in found.outplace}
         # value -> what it is in memory with, and the removed operation between them
         self.source: dict[int, tuple[int, int | None]] = {}
+        shared = self.graph.table(_shared)
         for node in every:
             if node.index in todo.bypassed:
                 if node.index not in copies:
@@ -201,32 +210,22 @@ class _Memory:
             elif node.index in folded:
                 self.source[node.outputs[0]] = (node.inputs[0], None)
             elif node.index not in self.outplaced:
-                for made in node.outputs:
-                    read_from = self._shared(node, made)
-                    if read_from is not None:
-                        self.source[made] = (read_from, None)
-        self.home: dict[int, int] = {}
-        self.members: dict[int, list[int]] = {}
-        for value in range(len(self.graph.values)):
-            source = self.source.get(value)
+                for made, read_from in shared[node.index]:
+                    self.source[made] = (read_from, None)
+        self.home = list(range(len(self.graph.values)))
+        for value in sorted(self.source):
             # What a value shares memory with is older, save for one made outside of all modules.
-            home = value if source is None else self.home.get(source[0], source[0])
-            self.home[value] = home
-            self.members.setdefault(home, []).append(value)
+            self.home[value] = self.home[self.source[value][0]]
         self.through = {
             self.home[value] for value, (_, removed) in self.source.items() if removed is not None
         }
         self.kept: dict[int, list[tuple[int, Node]]] = {}
-        if backward:
+        if backward and self.through:
+            kept = self.graph.table(_kept)
             for node in self.alive:
-                for value in sum(kept_for_backward(self.graph, node), ()):
-                    self.kept.setdefault(self.home[value], []).append((value, node))
-
-    def _shared(self, node: Node, made: int) -> int | None:
-        """Return the input that the output is in memory with."""
-        values = self.graph.values
-        inputs = node.inputs[1:] if node.op == "aliased_write" else (*node.writes, *node.inputs)
-        return next((v for v in inputs if values[v].memory == values[made].memory), None)
+                for value in kept[node.index]:
+                    if self.joined(self.home[value]):
+                        self.kept.setdefault(self.home[value], []).append((value, node))
 
     def joined(self, home: int) -> bool:
         return home in self.through
@@ -252,9 +251,9 @@ class _Memory:
                     yield place, "copy"
             yield from self._forbidden(target)
             return
-        for value in self.members[home]:
-            if value >= first:
-                break
+        for value in range(first):
+            if self.home[value] != home:
+                continue
             late = any(
                 n.index > write.index
                 and (n.index not in self.covered or n.index in self.todo.bypassed)
@@ -284,6 +283,23 @@ class _Memory:
             maker = self.graph.producer(value)
             if place is not None and maker is not None and maker.op in _SEVERAL_VIEWS:
                 yield place, "clone"
+
+
+def _shared(graph: Graph, node: Node) -> list[tuple[int, int]]:
+    """Return the outputs that are in memory with an input, with that input."""
+    values = graph.values
+    inputs = node.inputs[1:] if node.op == "aliased_write" else (*node.writes, *node.inputs)
+    found = []
+    for made in node.outputs:
+        memory = values[made].memory
+        read = next((v for v in inputs if values[v].memory == memory), None)
+        if read is not None:
+            found.append((made, read))
+    return found
+
+
+def _kept(graph: Graph, node: Node) -> tuple[int, ...]:
+    return sum(kept_for_backward(graph, node), ())
 
 
 def _overlaps(value: Value) -> bool:

@@ -3,12 +3,16 @@
 In eval mode, and in training mode where that can be compared: norms frozen, and every random number
 of torch replaced by a pattern that depends on its shape alone, so that dropout and stochastic depth
 act on both nets alike.
+
+A net that never asks for its mode computes the same in both (analysis/asking.py): its outputs in
+eval mode stand for those in training mode then, and it is not run again.
 """
 
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..analysis.asking import depends_on_mode, hides_its_mode, noting_modes
 from ..analysis.graph import Graph, Ref
 from ..analysis.inputs import as_call, copied, evaluating, tensors_in, to_device_of
+from ..analysis.recorder import restored
 from ..errors import VerificationError
 from .copying import copy_model
 from .verification import relative_error
@@ -102,19 +108,24 @@ class TrainingDiffersError(VerificationError):
 
 
 class Witness:
-    """Keeps what a net computes, to be compared with the net that a surgery makes of it."""
+    """What a net computes, to be compared with the net that a surgery makes of it.
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model = copy_model(
-            model, VerificationError
-        )  # what a forward leaves on a net stays on the copy
-        self.example_inputs = example_inputs
-        with evaluating(self.model):
-            self.evaluated = _run(self.model, example_inputs)
-        # Python's own random numbers cannot be replaced: where they count, there is nothing to compare.
-        self.trained, again = (_in_training(self.model, example_inputs, seed) for seed in (0, 1))
-        if self.trained is None or again is None or relative_error(again, self.trained) > 0:
-            self.trained = None
+    ``start`` returns a new copy of it, and ``record`` is of one. Where neither net asks for its
+    mode, training mode shows nothing new, and it is not run.
+    """
+
+    def __init__(self, start: Callable[[], nn.Module], example_inputs: Any, record: Graph) -> None:
+        self.start, self.example_inputs = start, example_inputs
+        self.evaluated = tree_map(_detached, record.output)
+        self.asks = bool(record.asking)
+
+    @cached_property
+    def trained(self) -> Any:
+        """Return the outputs in training mode, or None where there is nothing to compare."""
+        return self._in_training(0) if self.asks else self.evaluated
+
+    def _in_training(self, seed: int) -> Any:
+        return _in_training(self.start(), self.example_inputs, seed)
 
     def require_same(self, made: nn.Module) -> None:
         """Raise where ``made`` does not run, or computes something else.
@@ -122,22 +133,40 @@ class Witness:
         Raises:
             VerificationError: with the reason and the numbers.
         """
-        made = copy_model(made, VerificationError)
+        # What a forward leaves on a net stays on the copy.
+        made = copy_model(made, VerificationError, share=True)
+        asks = [made] if hides_its_mode(made) else []
+
+        def note(module: nn.Module) -> None:
+            if depends_on_mode(module):
+                asks.append(module)
+
         try:
-            with evaluating(made):
-                after = _run(made, self.example_inputs)
+            with evaluating(made), restored(made), noting_modes(note):
+                evaluated = _run(made, self.example_inputs)
         except Exception as error:
             raise VerificationError(
                 "The net without these units does not run on its example inputs "
                 f"({type(error).__name__}: {error}). Some code of the model reaches into what was "
                 "removed; leave it out of the plan."
             ) from error
-        self._compare(after, self.evaluated, "")
-        if self.trained is None:
+        self._compare(evaluated, self.evaluated, "")
+        if not (self.asks or asks) or self.trained is None:
             return
         try:
-            with _as_in_training(made):
-                after = _run(made, self.example_inputs)
+            self._require_same_in_training(made, evaluated, bool(asks))
+        except TrainingDiffersError:
+            # Python's own random numbers cannot be replaced: where they count, there is nothing to
+            # compare.
+            again = self._in_training(1)
+            if again is not None and relative_error(again, self.trained) == 0:
+                raise
+
+    def _require_same_in_training(self, made: nn.Module, evaluated: Any, asks: bool) -> None:
+        try:
+            with _as_in_training(made), restored(made):
+                random.seed(0)
+                after = _run(made, self.example_inputs) if asks else evaluated
         except Exception as error:
             raise TrainingDiffersError(
                 "In training mode the net without these units does not run "
@@ -162,11 +191,12 @@ class Witness:
     @torch.no_grad()
     def _rounding(self) -> float:
         """Return how far the outputs move when every weight is rounded anew."""
-        for p in self.model.parameters():
+        moved = self.start()
+        for p in moved.parameters():
             if p.is_floating_point():
                 p.mul_(1 + torch.finfo(p.dtype).eps * (torch.rand_like(p) - 0.5))
-        with evaluating(self.model):
-            return relative_error(_run(self.model, self.example_inputs), self.evaluated)
+        with evaluating(moved):
+            return relative_error(_run(moved, self.example_inputs), self.evaluated)
 
 
 def trains_as_identity(module: nn.Module, like: Tensor) -> bool:

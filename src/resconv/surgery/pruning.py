@@ -9,11 +9,13 @@ has to change (two branches in one block, a functional activation) that forward 
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..analysis.graph import Graph, Node
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
@@ -68,18 +70,20 @@ def prune(model: nn.Module, plan: Plan, *, fuse: bool = True) -> nn.Module:
 
 @torch.inference_mode(False)
 def operate(
-    model: nn.Module, remove: tuple[str, ...], *, fuse: bool, plan: Plan | None = None
+    model: nn.Module,
+    remove: tuple[str, ...],
+    *,
+    fuse: bool,
+    plan: Plan | None = None,
+    matched: dict[Any, list[Node]] | None = None,
 ) -> nn.Module:
-    """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers."""
+    """Remove the named units and, with ``fuse``, turn every other gate into ordinary layers.
+
+    ``matched`` is what an earlier record of the same net found out; see ``Graph``.
+    """
     model = unwrap(model)
     state = copy.copy(state_of(model))
     require_finite(model, PruneError)
-    model = copy_model(model, PruneError)
-    for gate in gates(model, fixed=True).values():
-        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
-    with torch.no_grad():
-        for name in remove:
-            gates(model)[name].scale.zero_()
     idle: tuple[str, ...] = ()
     if fuse:
         # What counts nothing need not be computed, whether it was planned or not.
@@ -90,13 +94,17 @@ def operate(
             and gate.scale.item() == 0
             and name not in remove
         )
-    witness = Witness(model, state.example_inputs)
+    start = partial(_at_zero, model, remove)
+    witness = None
     faithful = 0
     while True:
+        copied = start()
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
-            made, edits = _operated(
-                copy_model(model, PruneError), state, remove, idle, fuse, faithful
-            )
+            with indexed_containers() as indexed:
+                graph = record(copied, state.example_inputs, leaf=is_leaf)
+            graph.matched = {} if matched is None else matched
+            witness = witness or Witness(start, state.example_inputs, graph)
+            made, edits = _operated(copied, graph, indexed, remove, idle, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -110,17 +118,32 @@ def operate(
     return made
 
 
+def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """Return a copy of a gated model in which the scales of the named units are 0."""
+    model = copy_model(model, PruneError)
+    every = gates(model, fixed=True)
+    for gate in every.values():
+        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
+    with torch.no_grad():
+        for name in names:
+            every[name].scale.zero_()
+    return model
+
+
 def _operated(
     model: nn.Module,
-    state: State,
+    graph: Graph,
+    indexed: set[int],
     remove: tuple[str, ...],
     idle: tuple[str, ...],
     fuse: bool,
     faithful: int,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Carry the surgery out on ``model``, and return the net with the edits that made it."""
-    with indexed_containers() as indexed:
-        graph = record(model, state.example_inputs, leaf=is_leaf)
+    """Carry the surgery out on ``model``, and return the net with the edits that made it.
+
+    ``graph`` and ``indexed`` are of a record of ``model`` itself. ``idle`` units go, too, as far as
+    the others allow.
+    """
     todo, structure = decisions(
         model,
         graph,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..analysis.candidates import Candidate, compatible, conflicts
+from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import gates
 from .pruning import operate
@@ -18,10 +19,11 @@ from .trial import first_refused, generic
 __all__ = ["why_prune_fails"]
 
 
-def why_prune_fails(gated: nn.Module, chosen: list[Candidate]) -> dict[str, str]:
+def why_prune_fails(gated: nn.Module, chosen: list[Candidate], graph: Graph) -> dict[str, str]:
     """Return which of the chosen units ``prune`` would refuse, with the reasons.
 
-    Every second branch goes, and all layers that lie in none of these. ``gated`` is left as it was.
+    ``graph`` is a record of ``gated``; what was found out about it holds here, too. Every second
+    branch goes, and all layers that lie in none of these. ``gated`` is left as it was.
     """
     excluded = conflicts(chosen)
     halves = set(compatible([c.unit.name for c in chosen if c.gate][::2], excluded))
@@ -42,7 +44,7 @@ def why_prune_fails(gated: nn.Module, chosen: list[Candidate]) -> dict[str, str]
             return None
         with generic(controls):
             try:
-                operate(gated, tuple(names), fuse=True)
+                operate(gated, tuple(names), fuse=True, matched=graph.matched)
             except ResConvError as error:
                 return str(error).rstrip(".")
             except Exception as error:

@@ -7,6 +7,7 @@ eval mode is matched with the record by running it once.
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from ..nn.gates import Blend, BranchGate, ResConv
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
-from .forms import Form, device_of, fill
+from .forms import Form, device_of, fill, signature
 from .inplace import same_flow, unsafe_writes
 from .modes import both_modes, called
 from .proof import trains_as_identity
@@ -29,12 +30,9 @@ __all__ = ["tree_edits"]
 def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     """Return the edits of the module tree that carry out what the values say."""
     graph = todo.graph
-    times: dict[str, int] = {}
-    for call in graph.calls:
-        times[call.path] = times.get(call.path, 0) + 1
     identities: list[str] = []
     covered: set[int] = set()
-    for call in graph.calls:
+    for call in _around(graph, todo.bypassed):
         if not call.path or any(call.path.startswith(p + ".") for p in identities):
             continue
         if any(call.path == p for p in identities):
@@ -45,16 +43,11 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         read = _passed_on(call)
         if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
-        inside = [i for i in todo.bypassed if call.start <= i < call.end]
-        if not inside or todo.resolve(call.output.value) != todo.resolve(read.value):
+        if todo.resolve(call.output.value) != todo.resolve(read.value):
             continue
-        if times[call.path] > 1 or _has_hooks(module):
+        if len(graph.calls_of(call.path)) > 1 or _has_hooks(module):
             continue
-        key = "passes on in training", call.path
-        if key not in graph.known:
-            like = fill(graph, read, device_of(module))
-            graph.known[key] = trains_as_identity(module, like)
-        if not graph.known[key]:
+        if not _passes_on_in_training(graph, call, read):
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
@@ -114,6 +107,27 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
     rewritten.sort(key=lambda e: -e["path"].count("."))
     return edits + rewritten + appended
+
+
+def _around(graph: Graph, nodes: Iterable[int]) -> list[Call]:
+    """Return the calls that run one of the nodes, in their order."""
+    found: dict[int, Call] = {}
+    for index in nodes:
+        call: Call | None = graph.nodes[index].call
+        while call is not None and call.index not in found:
+            found[call.index] = call
+            call = call.parent
+    return [found[i] for i in sorted(found)]
+
+
+def _passes_on_in_training(graph: Graph, call: Call, read: Ref) -> bool:
+    if call.index not in graph.asking:
+        return True  # it does the same there
+    key = "passes on in training", call.path
+    if key not in graph.known:
+        like = fill(graph, read, device_of(call.module))
+        graph.known[key] = trains_as_identity(call.module, like)
+    return bool(graph.known[key])
 
 
 def _passed_on(call: Call) -> Ref | None:
@@ -231,12 +245,17 @@ def _traced_as_recorded(
     given = dict(bound.arguments)
     why = ""
     # A size that is handed on should stay free; where the code needs to know it, it is fixed.
-    for free in (True, False):
+    # Tensors without numbers cost nothing, and some code does not run on them.
+    for free, fake in ((True, True), (True, False), (False, True), (False, False)):
         try:
-            form = Form(graph, module, given, _constants(given, free))
+            form = Form(graph, module, given, _constants(given, free), fake=fake)
+            key = form.text, signature(graph, call)
+            if (seen := graph.matched.get(key)) is not None:
+                return form, seen
             ran = form.ran()
         except Exception as error:
-            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
+            if not fake:
+                why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue
         # torch.fx turns `x += y` into `x + y`.
         if [n.op.rstrip("_") for n in mine] != [n.op.rstrip("_") for n in ran]:
@@ -244,6 +263,7 @@ def _traced_as_recorded(
         elif not same_flow(mine, ran):
             why = why or "it writes into a tensor that it also reads under another name"
         else:
+            graph.matched[key] = ran
             return form, ran
     return why
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.input_spec import describe_inputs, make_inputs
 from ..analysis.inputs import unwrap
@@ -120,7 +120,8 @@ def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
 
     Buffers may hold infinities (a mask of them is sound), but no NaN.
     """
-    bad = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad = [n for n, p in model.named_parameters() if not _has_finite_sum(p)]
+    bad = [n for n in bad if not bool(model.get_parameter(n).isfinite().all())]
     bad += [n for n, b in model.named_buffers() if bool(b.isnan().any())]
     if bad:
         raise error(
@@ -128,3 +129,8 @@ def require_finite(model: nn.Module, error: type[ResConvError]) -> None:
             "NaN or infinite numbers, so no outputs can be compared. If it was trained like "
             "this, the training diverged: lower the learning rate. Else load sound weights first."
         )
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    """Whether the sum of the entries is finite: then all are, found in one pass over them."""
+    return bool(tensor.detach().sum().isfinite())

@@ -7,7 +7,6 @@ has) is decided by the caller, and the decision is asserted in the graph.
 import copy
 import hashlib
 import inspect
-import itertools
 import operator
 import random
 import sys
@@ -15,12 +14,14 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..analysis.asking import hides_its_mode, noting_modes
 from ..errors import PruneError, TraceError
 from .arguments import FREE, filled, leaves, template
 
@@ -46,6 +47,7 @@ class Trace:
     decisions: list[bool | int] = field(default_factory=list)
     places: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)  # tensors that the code makes itself
+    asks: bool = True  # whether the code may do something else in the other mode
 
     def copy(self) -> "Trace":
         """Return a trace whose graph may be changed without this one's."""
@@ -141,6 +143,10 @@ class _OwnForward(fx.Tracer):
         finally:
             self.deciding = False
 
+    def asked_by(self, found: list[nn.Module]) -> Callable[[nn.Module], None]:
+        """Return what notes the modules that the traced code asks for their mode."""
+        return lambda module: None if self.deciding else found.append(module)
+
     def iter(self, obj: Any) -> Iterator[Any]:
         return iter([obj[i] for i in range(self.count(obj))])
 
@@ -168,9 +174,10 @@ def trace_forward(
     modes = [(m, m.training) for m in module.modules()]
     before = set(vars(module))
     state = _random_state()
+    asking: list[nn.Module] = []
     module.train(training)
     try:
-        with _recorded_factories(tracer):
+        with _recorded_factories(tracer), noting_modes(tracer.asked_by(asking)):
             graph = tracer.trace(module)
         if not _same_state(state, _random_state()):
             raise TraceError("random numbers decide what it does")
@@ -184,7 +191,8 @@ def trace_forward(
                 delattr(module, name)
     # A graph is copied and pickled with its tracer's class, which nobody needs any more.
     graph._tracer_cls = None
-    return Trace(graph, tracer.decisions, tracer.places, made)
+    asks = bool(asking) or hides_its_mode(module)
+    return Trace(graph, tracer.decisions, tracer.places, made, asks)
 
 
 def _position(frame: types.FrameType) -> Any:
@@ -192,8 +200,13 @@ def _position(frame: types.FrameType) -> Any:
 
     Not the instruction: CPython runs the same call by other instructions once it is specialised.
     """
-    found = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    found = _positions(frame.f_code)[frame.f_lasti // 2]
     return frame.f_lasti if None in found else found
+
+
+@lru_cache(maxsize=256)
+def _positions(code: types.CodeType) -> list[Any]:
+    return list(code.co_positions())
 
 
 @contextmanager
@@ -231,7 +244,14 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and repr(a[2]) == repr(b[2])
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and _plain(a[2]) == _plain(b[2])
+
+
+def _plain(state: Any) -> Any:
+    """Return a state of numpy's generator as something that ``==`` compares in one go."""
+    if not isinstance(state, tuple):
+        return repr(state)
+    return [x.tobytes() if hasattr(x, "tobytes") else x for x in state]
 
 
 def _set_random_state(state: tuple[Any, ...]) -> None:
