@@ -294,9 +294,12 @@ class Segment(Gate):
     that is shipped such a unit is there whole or not at all: a scale between 0 and 1 leaves both
     sides in it.
 
-    ``residual`` is the share of the module's variance that ``left`` does not explain, as it was
-    fitted; None where it was not.
+    ``waiting`` says that the scale is held at 1: no gradient reaches ``left`` then, and nothing of it
+    is kept for the backward pass. ``residual`` is the share of the module's variance that ``left`` does
+    not explain, as it was fitted; None where it was not.
     """
+
+    waiting: bool = False
 
     def __init__(
         self, module: nn.Module, left: nn.Module, scale: float = 1.0, like: Tensor | None = None
@@ -331,10 +334,13 @@ class Segment(Gate):
         return self.blend(self.module(x), left, self.scale)  # type: ignore[no-any-return]
 
     def _is_closed(self) -> bool:
-        # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
-        if self.kind == "gate" or torch.compiler.is_compiling() or self.scale.device.type != "cpu":
+        if self.kind == "gate" or torch.compiler.is_compiling():
             return False
-        return self.scale.item() == 1
+        # The reduction of gradients over several processes waits for every parameter.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
+        # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
+        return self.waiting or (self.scale.device.type == "cpu" and self.scale.item() == 1)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -278,6 +278,8 @@ class Sparsifier:
         self._scalars.detach()
         for gate in self.gates.values():
             gate.resting = False
+        for segment in self._held.values():
+            segment.waiting = False
 
     def finish(self) -> Outcome:
         """Leave the optimizer, and return where the run stands.
@@ -402,9 +404,12 @@ class Sparsifier:
     def _steer(self, steering: Steering) -> None:
         step = self._step
         if steering.due(step):
+            before = len(steering.taken)
             steering.choose(step, self._scores.read(), lambda n: self.gates[n].scale.item())
             if self.shared:
                 steering.load_state_dict(from_first(steering.state_dict()))
+            if len(steering.taken) != before:
+                self._rest()
             if self.target is not None and self.target.times and steering.settled(step):
                 self._check_latency(steering, self.target)
         fades = {n: f.left(step) for n, f in steering.fading.items()}
@@ -442,6 +447,9 @@ class Sparsifier:
         gone = self.costs.gone(zero)
         for name, gate in self.gates.items():
             gate.resting = name in gone
+        taken = () if self._steering is None else self._steering.taken
+        for name, segment in self._held.items():
+            segment.waiting = name not in taken
 
     def _compare(self) -> None:
         every: list[Tensor] = [g.scale for g in self.gates.values()]

@@ -124,6 +124,8 @@ def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     every = gates(model, fixed=True)
     for gate in every.values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
+        if isinstance(gate, Segment):
+            gate.waiting = False
     with torch.no_grad():
         for name in names:
             every[name].scale.zero_()

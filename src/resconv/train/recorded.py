@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resconv.errors import RunError
-from resconv.nn.gates import gates
+from resconv.nn.gates import Segment, gates
 
 __all__ = ["RecordedNet", "check_recording"]
 
@@ -73,7 +73,9 @@ class RecordedNet:
             self._recorded = None
 
     def _find_resting(self) -> tuple[str, ...]:
-        return tuple(n for n, gate in gates(self.net, fixed=True).items() if gate.resting)
+        every = gates(self.net, fixed=True)
+        waiting = (n for n, g in every.items() if isinstance(g, Segment) and g.waiting)
+        return (*(n for n, g in every.items() if g.resting), "", *waiting)
 
     def _record(self, images: Tensor) -> _Net:
         net = _Net(self.net)
