@@ -530,6 +530,53 @@ def test_a_gate_leaves_what_it_multiplies(block):
     close(compact(x), rest(x))
 
 
+class Attention(nn.Module):
+    """Returns the factor, in a shape of its own; the product is in the caller's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(W, W)
+
+    def forward(self, x):
+        return torch.sigmoid(self.fc(x.mean((2, 3))))
+
+
+class Attending(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(W, W, 3, padding=1), nn.BatchNorm2d(W)
+        self.attention, self.how = Attention(), how
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(x)))
+        g = self.attention(y)[:, :, None, None]
+        if self.how == "expanded":
+            g = g.expand_as(y)
+        if self.how == "in place":
+            y *= g
+            return x + y
+        return x + (g * y if self.how == "g*x" else y * g)
+
+
+@pytest.mark.parametrize("how", ["x*g", "g*x", "expanded", "in place"])
+def test_a_factor_computed_elsewhere_can_go(how, tmp_path):
+    net, x = built(around(Attending(how), nn.Conv2d(W, W, 3, padding=1))), images()
+    gated = laws(net, x, "gates")
+    assert names_of(gated, "gate") == ["2.attention"]
+    laws(net, x, ("layers", "blocks", "gates"))
+    resconv.save(gated, tmp_path, example_inputs=x)
+    back = resconv.load(tmp_path, model=net).eval()
+    with torch.no_grad():
+        for model in (gated, back):
+            resconv.gates(model)["2.attention"].scale.fill_(0.3)
+    close(back(x), gated(x))
+    fused = resconv.fuse(gated)
+    close(fused(x), gated(x))
+    assert resconv.leftovers(fused) == {"2.attention": pytest.approx(0.3)}
+    resconv.save(fused, tmp_path / "fused", example_inputs=x)
+    close(resconv.load(tmp_path / "fused", model=net)(x), gated(x))
+
+
 def test_a_product_without_bounds_is_no_gate():
     net, x = built(around(SqueezeExcite(F.softplus))), images()
     with pytest.raises(resconv.ResConvError, match="Nothing to convert"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..nn.gates import BranchGate, ResConv, is_plain_norm
+from ..nn.gates import BranchGate, FactorGate, ResConv, is_plain_norm
 from .candidates import Candidate, Unit, params_behind, why_untouchable
 from .graph import Call, Graph, Node, Ref
 from .ops import is_identity, kind
@@ -163,6 +163,8 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
                 for i in range(candidate.start, candidate.end)
                 if graph.nodes[i].op != "empty" and not _constant(graph, graph.nodes[i])
             ):
+                continue
+            if isinstance(candidate.module, FactorGate):
                 continue
             if isinstance(candidate.module, BranchGate):
                 return candidate.path

@@ -21,9 +21,10 @@ from ..nn.gates import Segment
 from ..nn.shortcuts import Shortcut
 from .branches import params_of
 from .candidates import Candidate, Unit, why_untouchable
+from .factors import value_ranges
 from .graph import Call, Graph, Node, Ref
 from .inputs import evaluating
-from .ops import NORMS, bounds
+from .ops import NORMS
 from .recorder import restored
 from .windows import Window, window
 
@@ -352,7 +353,7 @@ def _gate(model: nn.Module, graph: Graph, call: Call, indexed: set[int]) -> Cand
     if len(sides) != 2 or x not in sides or sides[0] == sides[1]:
         return None
     g = sides[1] if sides[0] == x else sides[0]
-    low, high = _range(graph)[g]
+    low, high = value_ranges(graph)[g]
     if graph.values[g].constant or low < 0 or math.isinf(high):
         return None
     if _usable(model, graph, call, indexed) is not None:
@@ -360,20 +361,6 @@ def _gate(model: nn.Module, graph: Graph, call: Call, indexed: set[int]) -> Cand
     macs = sum(n.macs for n in nodes)
     unit = Unit(call.path, "gate", macs, params_of(model, graph, nodes), True, None)
     return Candidate(unit, gate=call.path, value=x, nodes=frozenset(range(call.start, call.end)))
-
-
-def _range(graph: Graph) -> list[tuple[float, float]]:
-    """Return the least and greatest value that each recorded value can have."""
-    key = ("bounds", "")
-    if key not in graph.known:
-        known = [(-math.inf, math.inf)] * len(graph.values)
-        for node in graph.nodes:
-            span = bounds(graph, node, known)
-            for value in node.outputs:
-                known[value] = span
-        graph.known[key] = known
-    found: list[tuple[float, float]] = graph.known[key]
-    return found
 
 
 def with_shortcut(c: Candidate, chosen: Shortcut, residual: float | None) -> Candidate:

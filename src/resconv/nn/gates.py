@@ -4,7 +4,8 @@
     block   y = s * F(x) + x             the shortcut is the block's own
     summand y = a + s * b                of a sum, whose other side is no identity
     segment y = K(x) + s * (F(x) - K(x)) K: one conv (or a depthwise and a 1x1) of F's shape
-    gate    y = x + s * (x * g(x) - x)   of a squeeze-and-excite and its kin
+    gate    y = x + s * (x * g(x) - x)   of a squeeze-and-excite and its kin; where the product is
+                                         outside of what computes g, x * (1 + s * (g - 1))
     fixed   y = s * N(C(x)) + p * I(x)   a layer that changes the shape: ``I`` strides, crops, drops
                                          channels or pads them with 0. It fuses just as well, but
                                          s = 0 leaves no identity, so the layer stays; s is fixed.
@@ -31,10 +32,12 @@ from .geometry import Reach
 __all__ = [
     "Blend",
     "BranchGate",
+    "FactorGate",
     "Gate",
     "Multiply",
     "ResConv",
     "Segment",
+    "Soften",
     "copy_zeros",
     "gates",
     "is_leaf",
@@ -113,6 +116,7 @@ class Gate(nn.Module):
     unit: str = ""
     reason: str | None = None  # why it cannot be removed
     resting: bool = False
+    waiting: bool = False  # whether the scale is held at 1 for now
 
     @property
     def removable(self) -> bool:
@@ -278,6 +282,29 @@ class BranchGate(Gate):
         return self.multiply(self.module(*args, **kwargs), self.scale)
 
 
+class Soften(nn.Module):
+    """``1 + scale * (g - 1)``, exact at 0 and at 1; one node in a record."""
+
+    def forward(self, g: Tensor, scale: Tensor) -> Tensor:
+        return torch.lerp(torch.ones_like(g), g, scale.to(g.dtype))
+
+
+class FactorGate(BranchGate):
+    """``1 + scale * (g - 1)`` of the factor ``g`` that ``module`` returns; in the net to be shipped 1 or g."""
+
+    def __init__(self, module: nn.Module, scale: float = 1.0, like: Tensor | None = None) -> None:
+        super().__init__(module, scale, like)
+        del self.multiply
+        self.soften = Soften()
+        self.soften.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rests():
+            with torch.no_grad():
+                return torch.ones_like(self.module(*args, **kwargs))
+        return self.soften(self.module(*args, **kwargs), self.scale)
+
+
 class Blend(nn.Module):
     """``left + scale * (whole - left)``, exact at 0 and at 1; one node in a record."""
 
@@ -298,8 +325,6 @@ class Segment(Gate):
     is kept for the backward pass. ``residual`` is the share of the module's variance that ``left`` does
     not explain, as it was fitted; None where it was not.
     """
-
-    waiting: bool = False
 
     def __init__(
         self, module: nn.Module, left: nn.Module, scale: float = 1.0, like: Tensor | None = None
@@ -346,8 +371,8 @@ class Segment(Gate):
 def is_leaf(module: nn.Module) -> bool:
     """Whether a record shows this module as one ``gate`` node."""
     if isinstance(module, BranchGate):
-        return _takes_scale(module.module)
-    return isinstance(module, ResConv | Multiply | Blend)
+        return _takes_scale(module.module) and not isinstance(module, FactorGate)
+    return isinstance(module, ResConv | Multiply | Blend | Soften)
 
 
 def gates(model: nn.Module, *, fixed: bool = False) -> dict[str, Gate]:

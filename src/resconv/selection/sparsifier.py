@@ -55,7 +55,7 @@ from ..latency.table import (
     is_met,
     measure_latency,
 )
-from ..nn.gates import BranchGate, Gate, ResConv, Segment, gates
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, gates
 from ..planning.budget import Budget, require_budget
 from ..planning.costs import Ledger, excess, ledger
 from ..tables import html_table, text_table
@@ -187,7 +187,7 @@ class Sparsifier:
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
         # Segments and gates are there whole or not at all: only a target takes them out.
-        self._held = {n: g for n, g in self.gates.items() if isinstance(g, Segment)}
+        self._held = {n: g for n, g in self.gates.items() if isinstance(g, Segment | FactorGate)}
         self._shrunk = [n for n in self.costs.names if n not in self._held]
         # What several norms share cannot go into the scale of one of them.
         tied = _tied(self.model)

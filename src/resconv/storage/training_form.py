@@ -3,8 +3,8 @@
     {"kind": "layer" or "block", "paths": [...], "unit": name, "reason": text or null,
      "norm": {"type": "BatchNorm2d", "args": {...}} or null, "reach": {"tap": [..], "offset": [..]}}
 
-A segment or a gate has ``"left"``, the layers that may come in its place (none of a gate), and
-``"residual"``, a number or null.
+A "factor" is the gate of a factor that stands outside of its product. A segment or a gate has
+``"left"``, the layers that may come in its place (none of a gate), and ``"residual"``, a number or null.
 
 Paths are those of the net without gates, which the source and the edits give. The innermost gate
 comes first: what is put around it later gives it another path.
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LoadError, SaveError
-from ..nn.gates import BranchGate, Gate, ResConv, Segment
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment
 from ..nn.geometry import Reach
 from ..nn.shortcuts import built, describe, why_no_layer
 from ..surgery.decisions import original_path
@@ -60,6 +60,8 @@ def _describe(gate: Gate, paths: list[str]) -> dict[str, Any]:
         if gate.reach is not None:
             reach = {"tap": list(gate.reach.tap), "offset": list(gate.reach.offset)}
     kind, more = "layer" if isinstance(gate, ResConv) else "block", {}
+    if isinstance(gate, FactorGate):
+        kind = "factor"
     if isinstance(gate, Segment):
         kind = gate.kind
         layers = [] if kind == "gate" else describe(gate.left)
@@ -90,7 +92,7 @@ def _check(gate: Any) -> str | None:
     if not isinstance(gate, dict) or set(gate) != keys | ({"left", "residual"} if whole else set()):
         return "its fields"
     paths, norm, reach = gate["paths"], gate["norm"], gate["reach"]
-    if gate["kind"] not in ("layer", "block", "segment", "gate"):
+    if gate["kind"] not in ("layer", "block", "factor", "segment", "gate"):
         return "'kind'"
     if whole and (norm is not None or reach is not None or not _is_left(gate)):
         return "'left' or 'residual'"
@@ -155,6 +157,8 @@ def insert_gates(net: nn.Module, gates: list[dict[str, Any]]) -> None:
         like = next((p for p in net.parameters() if p.is_floating_point()), None)
         if spec["kind"] == "block":
             gate = BranchGate(module, like=like)
+        elif spec["kind"] == "factor":
+            gate = FactorGate(module, like=like)
         elif spec["kind"] in ("segment", "gate"):
             gate = _segment(module, spec, like)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -18,6 +18,7 @@
     append    the same, behind the module at ``path``
     replace   the named layers in the place of the module at ``path``, in a row (a segment's shortcut)
     blend     the module at ``path`` and the named layers beside it, weighed by a constant factor
+    soften    1 plus a constant times what the module at ``path`` returns less 1, in its place
     merge     the module at ``path`` merges its training-time branches, by its own method
 
 Replaying runs nothing but this file and the constructors named in it.
@@ -37,7 +38,7 @@ from ..nn.shortcuts import built
 from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
-from .rewritten import Blended, Clone, Factor, rewrite_forward, stand_in
+from .rewritten import Blended, Clone, Factor, Softened, rewrite_forward, stand_in
 from .state import set_submodule
 from .tracing import digest, pass_by, trace_forward
 
@@ -68,6 +69,7 @@ _FIELDS = {
     "merge": {"path"},
     "replace": {"path", "layers"},
     "blend": {"path", "layers", "factor"},
+    "soften": {"path", "factor"},
 }
 _OPTIONAL = {"_original", "branches", "training", "removed"}
 CONV_GEOMETRY = (
@@ -213,10 +215,12 @@ def _edited(module: nn.Module, edit: dict[str, Any]) -> nn.Module:
             return nn.Identity()
         new: nn.Module = kept[0] if len(kept) == 1 else nn.Sequential(*kept)
         return new
-    if op in ("multiply", "append"):
+    if op in ("multiply", "append", "soften"):
         factor = edit["factor"]
         if not isinstance(factor, float | int) or isinstance(factor, bool):
             raise PruneError(f"The factor at {path!r} is no number: {factor!r}")
+        if op == "soften":
+            return nn.Sequential(module, Softened(float(factor)))
         multiply = Factor(float(factor))
         return multiply if op == "multiply" else nn.Sequential(module, multiply)
     return _bypassed(module, edit)

@@ -12,7 +12,7 @@ from ..analysis.candidates import Candidate
 from ..analysis.graph import Graph
 from ..errors import ConversionError
 from ..nn.algebra import add_identity
-from ..nn.gates import BranchGate, Gate, ResConv, Segment, is_plain_norm
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, is_plain_norm
 from ..nn.geometry import tap
 from ..nn.shortcuts import built
 from .copying import copy_model
@@ -71,7 +71,11 @@ def with_gates(
     # ends in a segment is scaled with all that the segment returns.
     for place, c in sorted(places, key=lambda p: (-p[0].count("."), not _is_whole(p[1]))):
         module = model.get_submodule(place)
-        gate = _segment(module, c, like) if _is_whole(c) else BranchGate(module, like=like)
+        gate: Gate = (
+            _segment(module, c, like)
+            if _is_whole(c)
+            else (FactorGate if c.unit.kind == "gate" else BranchGate)(module, like=like)
+        )
         gate.unit = c.unit.name
         set_submodule(model, place, gate)
     if start == "identity" and fresh:
@@ -83,7 +87,7 @@ def with_gates(
 
 def _is_whole(c: Candidate) -> bool:
     """Whether the gate holds all of the unit, and not the end of it."""
-    return c.unit.kind in ("segment", "gate")
+    return c.unit.kind == "segment" or (c.unit.kind == "gate" and c.add < 0)
 
 
 def _segment(module: nn.Module, c: Candidate, like: Tensor | None) -> Segment:

@@ -124,8 +124,7 @@ def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     every = gates(model, fixed=True)
     for gate in every.values():
         gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
-        if isinstance(gate, Segment):
-            gate.waiting = False
+        gate.waiting = False
     with torch.no_grad():
         for name in names:
             every[name].scale.zero_()
@@ -170,7 +169,7 @@ def _operated(
         structure = [_gated_path(model, e) for e in structure]
         replaced = [replace(r, edit=_gated_path(model, r.edit)) for r in replaced]
     # What is put around or behind a module comes last, as it gives all within another path.
-    around = [r for r in replaced if r.edit["op"] == "blend"]
+    around = [r for r in replaced if r.edit["op"] in ("blend", "soften")]
     around += [Replaced(e, {}) for e in structure if e["op"] == "append"]
     around.sort(key=lambda r: -r.edit["path"].count("."))
     first = [r for r in replaced if r.edit["op"] == "replace"]
@@ -243,4 +242,8 @@ def leftovers(compact: nn.Module) -> dict[str, float]:
         {}
     """
     edits = record_of(compact).get("edits", [])
-    return {e["path"]: e["factor"] for e in edits if e["op"] in ("multiply", "append", "blend")}
+    return {
+        e["path"]: e["factor"]
+        for e in edits
+        if e["op"] in ("multiply", "append", "blend", "soften")
+    }

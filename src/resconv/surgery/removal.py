@@ -17,7 +17,7 @@ from ..analysis.finding import find_branches
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..analysis.ops import bounds, clamp_limits, is_identity, kind
 from ..errors import PruneError
-from ..nn.gates import Blend, BranchGate, Gate, Multiply, ResConv, Segment
+from ..nn.gates import Blend, BranchGate, FactorGate, Gate, Multiply, ResConv, Segment, Soften
 from .decisions import Surgery
 
 __all__ = ["decide"]
@@ -99,6 +99,12 @@ def _settled_segments(todo: Surgery, chosen: dict[str, str], fuse: bool) -> dict
         todo.dead.update(i for c in inner if c.module is gone for i in range(c.start, c.end))
         if removed and segment.kind == "segment":
             todo.replaced.append(call.path)
+    for node in graph.nodes if fuse else ():
+        parent = node.call.parent
+        if isinstance(node.call.module, Soften) and parent is not None:
+            assert isinstance(parent.module, FactorGate)
+            if parent.module.scale.item() == 1:
+                settled[node.index] = 0
     todo.replaced = [p for p in todo.replaced if not _is_dead(todo, graph.calls_of(p)[0])]
     return settled
 
@@ -116,7 +122,7 @@ def _removed_branches(
     for path, name in chosen.items():
         candidate = by_gate.get(path)
         if candidate is None or not candidate.unit.removable:
-            raise PruneError(f"{name} is no branch of a sum in the recorded forward any more.")
+            raise PruneError(f"{name} is no part of a sum or a product in the forward any more.")
         add = todo.graph.nodes[candidate.add]
         if add.index in additions and name in idle:
             continue

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.algebra import fold_norm
-from ..nn.gates import Segment
+from ..nn.gates import FactorGate, Segment
 from ..nn.shortcuts import describe
 from .decisions import Surgery, original_path
 from .edits import apply_edit
@@ -31,6 +31,11 @@ def replacements(model: nn.Module, todo: Surgery, fuse: bool) -> list[Replaced]:
     """
     found = []
     for path, segment in model.named_modules():
+        if isinstance(segment, FactorGate) and fuse:
+            if _softens(todo, path):
+                at = {"path": original_path(model, path), "factor": segment.scale.item()}
+                found.append(Replaced({"op": "soften", **at}, {}))
+            continue
         if not isinstance(segment, Segment):
             continue
         calls = todo.graph.calls_of(path)
@@ -48,6 +53,13 @@ def replacements(model: nn.Module, todo: Surgery, fuse: bool) -> list[Replaced]:
             numbers = {k.partition(".")[2]: v for k, v in numbers.items()}
         found.append(Replaced(edit | {"layers": layers}, numbers))
     return found[::-1]
+
+
+def _softens(todo: Surgery, path: str) -> bool:
+    """Whether a factor stays that is neither itself nor 1."""
+    calls = todo.graph.calls_of(path)
+    node = calls[0].end - 1 if calls else -1
+    return bool(calls) and node not in todo.dead and node not in todo.bypassed
 
 
 def _ordinary(left: nn.Module, fuse: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

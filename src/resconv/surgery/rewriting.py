@@ -14,7 +14,7 @@ from torch import nn
 
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
-from ..nn.gates import Blend, BranchGate, ResConv
+from ..nn.gates import Blend, BranchGate, ResConv, Soften
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edits import droppable
@@ -38,8 +38,8 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         if any(call.path == p for p in identities):
             continue
         module = call.module
-        if isinstance(module, Blend):
-            continue  # its gate goes, and the blend with it
+        if isinstance(module, Blend | Soften):
+            continue  # its gate goes, and with it the node
         read = _passed_on(call)
         if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
@@ -77,7 +77,7 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     for index in todo.bypassed:
         if index in covered or (index in todo.dead):
             continue
-        if isinstance(graph.nodes[index].call.module, Blend):
+        if isinstance(graph.nodes[index].call.module, Blend | Soften):
             continue
         owner = graph.nodes[index].call
         # A shared or childless activation is passed by where it is called.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resconv.errors import RunError
-from resconv.nn.gates import Segment, gates
+from resconv.nn.gates import gates
 
 __all__ = ["RecordedNet", "check_recording"]
 
@@ -74,7 +74,7 @@ class RecordedNet:
 
     def _find_resting(self) -> tuple[str, ...]:
         every = gates(self.net, fixed=True)
-        waiting = (n for n, g in every.items() if isinstance(g, Segment) and g.waiting)
+        waiting = (n for n, g in every.items() if g.waiting)
         return (*(n for n, g in every.items() if g.resting), "", *waiting)
 
     def _record(self, images: Tensor) -> _Net:
