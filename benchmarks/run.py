@@ -244,7 +244,9 @@ def _layout(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Any) ->
 
 
 def _ranked(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | None) -> Made:
-    gated = resconv.convert(_started(arm, data, weights), example, units=arm.get("units", "all"))
+    gated = resconv.convert(
+        _started(arm, data, weights), example, units=arm.get("units", "layers,blocks")
+    )
     chosen = peers.lowest(
         gated.eval(), arm.get("ranking"), arm.get("macs"), example, data, arm.seed
     )

@@ -430,7 +430,7 @@ def test_fit_warns_of_a_missed_target_and_of_nothing_else(tmp_path, monkeypatch,
         torch.manual_seed(0)
         config = run.Config(model=NAME, data="digits", limit=64, batch_size=8, macs=0.5)
         current = Run(run.RunFolder(tmp_path), lambda text: None, config=config, trust_source=True)
-        model = resconv.convert(current.create().eval(), current.example(2), units="all").train()
+        model = resconv.convert(current.create().eval(), current.example(2)).train()
         recipe = current.recipe(4, 0.05)
         fit(model, current.data, recipe, tmp_path / name, target=config.budget(), progress=False)
         return [w for w in recwarn.list if issubclass(w.category, ResConvWarning)]
