@@ -145,7 +145,8 @@ class TwoLayers(nn.Module):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_sum_of_one_value_is_that_value_scaled(swap, inplace, with_block, fuse, images):
     model = randomise(TwoLayers(swap, inplace)).double()
-    gated = resconv.convert(model, images if with_block else "layers")
+    units = ("layers", "blocks") if with_block else "layers"
+    gated = resconv.convert(model, images, units=units)
     gated = randomise_gates(gated, 2)
     plan = resconv.Plan(["conv1", "conv2"])
     compact = resconv.prune(gated, plan, fuse=fuse)

@@ -96,6 +96,13 @@ def convert(
         >>> model = resconv.convert(net, images)
         >>> torch.allclose(model(images), net(images), atol=1e-6)
         True
+        >>> wider = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> model = resconv.convert(wider, images, units="segments", batches=[images])
+        >>> compact = resconv.prune(model, resconv.Plan(("0",)))
+        >>> torch.allclose(model(images), wider(images), atol=1e-6)
+        True
+        >>> resconv.profile(compact, images).macs < resconv.profile(wider, images).macs / 2
+        True
     """
     kinds = kinds_of(units)
     if start not in ("keep", "identity"):

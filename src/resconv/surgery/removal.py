@@ -110,7 +110,7 @@ def _settled_segments(todo: Surgery, chosen: dict[str, str], fuse: bool) -> dict
 
 
 def _is_dead(todo: Surgery, call: Call) -> bool:
-    return any(i in todo.dead for i in range(call.end - 1, call.end))
+    return call.end - 1 in todo.dead
 
 
 def _removed_branches(
