@@ -283,13 +283,15 @@ def unet() -> nn.Module:
     return _UNet()
 
 
-def reach() -> Iterator[Row]:
+def reach(*only: str) -> Iterator[Row]:
     """Count the units of each net and what is left with all of them gone: identities alone, and all kinds.
 
     Each smallest net is made, its outputs are compared with those of the gated net, and it is timed in
     ONNX Runtime, on one thread, batch 1, beside the dense one.
     """
     for name, side in _REACH:
+        if only and name.partition(":")[2] not in only:
+            continue
         torch.manual_seed(0)
         net = unet() if name.endswith(":unet") else nets.create(name)
         x = torch.randn(2, 3, side, side)
@@ -340,9 +342,12 @@ QUESTIONS |= {"surgery-time": surgery_time, "reach": reach}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costs")
     parser.add_argument("question", choices=QUESTIONS)
-    question = parser.parse_args().question
-    for row in QUESTIONS[question]():
-        add_row({"experiment": question, "command": f"python -m benchmarks.costs {question}"} | row)
+    parser.add_argument("--nets", nargs="*", default=(), help="reach: only nets of these names")
+    asked = parser.parse_args()
+    question, calls = asked.question, QUESTIONS | {"reach": lambda: reach(*asked.nets)}
+    command = f"python -m benchmarks.costs {question}"
+    for row in calls[question]():
+        add_row({"experiment": question, "command": command} | row)
 
 
 if __name__ == "__main__":

@@ -403,7 +403,15 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (accuracy, c7, schedules, latency, with_resconv, rankings, rates, tradeoff, coverage)
 }
 TABLES["headline"] = headline
-for _name in ("fused", "by-hand", "training-step", "throughput", "surgery-time", "gpu-latency", "reach"):
+for _name in (
+    "fused",
+    "by-hand",
+    "training-step",
+    "throughput",
+    "surgery-time",
+    "gpu-latency",
+    "reach",
+):
     TABLES[_name] = costs_of(_name)
 TABLES["whole-run"], TABLES["followed"] = costs_of("whole-run"), costs_of("followed")
 
