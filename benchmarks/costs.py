@@ -286,8 +286,7 @@ def unet() -> nn.Module:
 def reach(*only: str) -> Iterator[Row]:
     """Count the units of each net and what is left with all of them gone: identities alone, and all kinds.
 
-    Each smallest net is made, its outputs are compared with those of the gated net, and it is timed in
-    ONNX Runtime, on one thread, batch 1, beside the dense one.
+    Each smallest net is made, and its outputs are compared with those of the gated net.
     """
     for name, side in _REACH:
         if only and name.partition(":")[2] not in only:
@@ -299,7 +298,6 @@ def reach(*only: str) -> Iterator[Row]:
         row: Row = {"net": name.partition(":")[2], "side": side}
         x = x[:1]
         row["MACs (M)"] = round(resconv.profile(net, x).macs / 1e6)
-        made = {"dense": resconv.fuse(net, x, fold_norms=True)}
         for how, units in (("before", ("layers", "blocks")), ("after", "all")):
             try:
                 gated = resconv.convert(net, x, units=units, start="identity")
@@ -319,19 +317,12 @@ def reach(*only: str) -> Iterator[Row]:
             with zeroed(gated, going):
                 error = resconv.verify(gated, compact, x).max_rel_error
             macs = resconv.profile(compact, x).macs
-            made[how] = resconv.fuse(compact, x, fold_norms=True)
             row |= {
                 f"units {how}": len(costs.names),
                 f"left {how}": round(macs / costs.macs, 4),
                 f"error {how}": f"{error:.0e}",
             }
         kinds = Counter(kind.partition(":")[0] for kind in costs.kinds.values())
-        with torch_threads(1), tempfile.TemporaryDirectory() as folder:
-            calls, _ = _runners(made, x, Path(folder))
-            ms = _medians({n: c for n, c in calls.items() if n.startswith("onnx")}, 30)
-        for how in made.keys() - {"dense"}:
-            ratio = ms[f"onnxruntime/{how}"] / ms["onnxruntime/dense"]
-            row[f"latency {how}"] = round(ratio, 3)
         yield row | {"kinds after": dict(kinds)}
 
 
