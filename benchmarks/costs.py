@@ -23,7 +23,7 @@ from resconv import nets
 from resconv.latency.timing import onnx_runner, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
 from resconv.nn.gates import Segment, zeroed
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 from resconv.train import RecordedNet
 from tests.helpers import randomise, randomise_gates
 
@@ -304,7 +304,7 @@ def reach(*only: str) -> Iterator[Row]:
             except resconv.ResConvError:
                 row |= {f"units {how}": 0, f"left {how}": 1.0}
                 continue
-            costs = ledger(gated, x)
+            costs = cost_model(gated, x)
             going = costs.compatible(costs.names)
             with torch.no_grad():
                 for gate in resconv.gates(gated).values():

@@ -20,7 +20,7 @@ from resconv import nets
 from resconv.data import BatchLoader, ImageData
 from resconv.nets.resnet import ResidualBlock, ResNet
 from resconv.nn.gates import zeroed
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 
 __all__ = [
     "LAYOUTS",
@@ -163,17 +163,17 @@ def lowest(
     gated: nn.Module, ranking: str, macs: float, example: Tensor, data: ImageData, seed: int
 ) -> list[str]:
     """Return the units that a ranking puts last, as many as ``macs`` times the MACs demands."""
-    costs = ledger(gated, example)
-    scores = _scores(gated, ranking, data, seed)
+    costs = cost_model(gated, example)
+    scores = _importance(gated, ranking, data, seed)
     chosen: list[str] = []
     for name in sorted(costs.names, key=lambda n: scores[n]):
-        if costs.macs - costs.saving(chosen).macs <= macs * costs.macs:
+        if costs.macs - costs.cost_of(chosen).macs <= macs * costs.macs:
             break
         chosen.append(name)
     return chosen
 
 
-def _scores(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[str, float]:
+def _importance(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[str, float]:
     names = list(resconv.gates(gated))
     if ranking == "random":
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ import resconv
 from resconv.analysis.candidates import compatible
 from resconv.analysis.inputs import as_call, evaluating
 from resconv.analysis.ops import NORMS
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 from resconv.surgery.state import example_inputs_of
 
 __all__ = ["VARIANCES", "randomise", "randomise_gates", "settle", "some_plan"]
@@ -125,5 +125,5 @@ def some_plan(model: nn.Module, seed: int = 0, share: float = 0.5) -> resconv.Pl
     gen = torch.Generator().manual_seed(seed)
     names = list(resconv.gates(model))
     chosen = [n for n in names if float(torch.rand((), generator=gen)) < share]
-    excluded = ledger(model, example_inputs_of(None, model)).excluded
+    excluded = cost_model(model, example_inputs_of(None, model)).excluded
     return resconv.Plan(compatible(chosen or names[:1], excluded))

@@ -412,10 +412,10 @@ def test_the_report_tells_what_is_removed(finished):
 
 def test_a_target_that_training_missed_is_said(tmp_path, monkeypatch, capsys):
     """Here nothing brings a scale to 0; a run that arrives says nothing of the kind."""
-    from resconv.selection.schedule import Steering
+    from resconv.selection.schedule import Schedule
 
     with monkeypatch.context() as patch:
-        patch.setattr(Steering, "choose", lambda *args: None)
+        patch.setattr(Schedule, "choose", lambda *args: None)
         assert compress(tmp_path / "out") == 0
     assert "Sparse training missed its target: 0 scales" in said(capsys)
     warned = json.loads((tmp_path / "out" / "metrics.json").read_text())["warnings"]
@@ -424,7 +424,7 @@ def test_a_target_that_training_missed_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_fit_warns_of_a_missed_target_and_of_nothing_else(tmp_path, monkeypatch, recwarn):
-    from resconv.selection.schedule import Steering
+    from resconv.selection.schedule import Schedule
 
     def train(name):
         torch.manual_seed(0)
@@ -436,7 +436,7 @@ def test_fit_warns_of_a_missed_target_and_of_nothing_else(tmp_path, monkeypatch,
         return [w for w in recwarn.list if issubclass(w.category, ResConvWarning)]
 
     assert train("met") == []
-    monkeypatch.setattr(Steering, "choose", lambda *args: None)
+    monkeypatch.setattr(Schedule, "choose", lambda *args: None)
     (warned,) = train("missed")
     assert "missed its target" in str(warned.message)
 

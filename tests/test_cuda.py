@@ -16,26 +16,26 @@ from .helpers import randomise, randomise_gates
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def converted(dtype=torch.float32, resting=()):
+def converted(dtype=torch.float32, skipped=()):
     torch.manual_seed(0)
     example = torch.randn(2, 3, 16, 16, dtype=dtype)
     model = resconv.convert(nets.create("resnet20").to(dtype), example)
     randomise(model)
     for name, gate in resconv.gates(model).items():
         with torch.no_grad():
-            gate.scale.fill_(0.0 if name in resting else 0.7)
+            gate.scale.fill_(0.0 if name in skipped else 0.7)
             if gate.control is not None:
                 gate.control.fill_(0.6)
-        gate.resting = name in resting
+        gate.skipped = name in skipped
     return model.train()
 
 
 @needs_gpu
-@pytest.mark.parametrize("resting", [(), ("layer1.1.conv1", "layer2.2")])
+@pytest.mark.parametrize("skipped", [(), ("layer1.1.conv1", "layer2.2")])
 @pytest.mark.parametrize("watched", [(), ("layer2.0.conv1", "fc")])
-def test_a_recorded_step_is_the_same_step(watched, resting, monkeypatch):
+def test_a_recorded_step_is_the_same_step(watched, skipped, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    plain = converted(torch.float64, resting).cuda()
+    plain = converted(torch.float64, skipped).cuda()
     twin = copy.deepcopy(plain)
     steps = (
         resconv.recovery.FeatureTap(plain, watched),
@@ -105,7 +105,7 @@ def test_units_that_rest_later_are_recorded_anew():
     recorded(x)
     assert recorded._recorded is first
     gate = resconv.gates(model)["layer1.1.conv1"]
-    gate.resting = True
+    gate.skipped = True
     with torch.no_grad():
         gate.scale.zero_()
     recorded.renew()

@@ -69,7 +69,7 @@ def train(model, *, rank=0, world=1, steps=STEPS, accumulate=1, call=None, score
     sparsifier = resconv.Sparsifier(model, target=BUDGET, total_steps=steps, **options)
     sparsifier.attach(optimizer)
     if scores is not None:
-        sparsifier._scores.read = scores
+        sparsifier._importance.read = scores
     call = call or model
     for _ in range(steps):
         optimizer.zero_grad()

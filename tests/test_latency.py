@@ -12,7 +12,7 @@ from resconv.latency import table as latency_module
 from resconv.latency.least_squares import design, solve
 from resconv.latency.table import check_latency, is_met, measure_latency
 from resconv.latency.timing import Timing
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 from resconv.selection.planner import plan_measured
 
 from .helpers import randomise_gates
@@ -83,7 +83,7 @@ def test_what_the_timings_leave_open_falls_to_the_prior():
 
 
 def test_the_table_is_that_of_the_model(table, gated, example, tmp_path):
-    costs = ledger(gated, example)
+    costs = cost_model(gated, example)
     assert set(table.unit_ms) == set(costs.names)
     for a in costs.names:
         for b in costs.names:
@@ -138,10 +138,10 @@ def test_a_model_that_promises_too_much_is_corrected(table, gated, example, monk
         return [Timing(ms, ms, ms, ms, 1) for ms in times]
 
     monkeypatch.setattr(latency_module, "time_nets", by_macs)
-    costs = ledger(gated, example)
+    costs = cost_model(gated, example)
 
     def promising(factor):
-        saved = {n: factor * 1e-6 * costs.saving([n]).macs for n in costs.names}
+        saved = {n: factor * 1e-6 * costs.cost_of([n]).macs for n in costs.names}
         return dataclasses.replace(table, latency_ms=1e-6 * costs.macs, unit_ms=saved, nets=())
 
     _, honest = plan_measured(gated, example, SHARE, promising(1))

@@ -5,7 +5,7 @@ import torch
 
 import resconv
 from resconv import nets
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 
 from .helpers import randomise, randomise_gates
 
@@ -117,7 +117,7 @@ def test_no_unit_goes_in_vain(gated, images):
     """Without any one of the units that were not 0, the budget is missed."""
     budget = resconv.Budget(macs=0.55, num_params=0.8)
     plan = resconv.plan(gated, images, budget)
-    costs = ledger(gated, images)
+    costs = cost_model(gated, images)
     for name in plan.remove:
         left = costs.left([n for n in plan.remove if n != name])
         assert left.macs > 0.55 * costs.macs or left.num_params > 0.8 * costs.num_params

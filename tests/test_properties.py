@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import resconv
 from resconv.analysis.candidates import compatible
 from resconv.nn.gates import Segment, zeroed
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 from resconv.surgery.verification import relative_error
 
 from .helpers import randomise
@@ -84,7 +84,7 @@ def test_laws_hold_on_random_nets(recipe, seed, units, start, data):
         assert_close(outputs(gated, x), before, "convert")
     set_scalars(gated, data.draw)
     names = list(resconv.gates(gated))
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     order = compatible(data.draw(st.permutations(names)), costs.excluded)
     remove = order[: data.draw(st.integers(1, len(order)))]
     plan = resconv.Plan(tuple(remove))

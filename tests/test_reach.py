@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import resconv
 from resconv.nn.gates import Segment, zeroed
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 
 from .helpers import randomise
 
@@ -58,7 +58,7 @@ def laws(net, x, units="all", **options):
     before = net(x)
     gated = fill_left(resconv.convert(net, x, units=units, **options)).eval()
     close(gated(x), before)
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     assert costs.macs == resconv.profile(net, x).macs
     with torch.no_grad():
         for gate in resconv.gates(gated).values():
@@ -82,7 +82,7 @@ def laws(net, x, units="all", **options):
 
 
 def names_of(gated, kind):
-    costs = ledger(gated, gated.resconv_state.example_inputs)
+    costs = cost_model(gated, gated.resconv_state.example_inputs)
     return [n for n in costs.names if costs.kinds[n].startswith(kind)]
 
 
@@ -140,7 +140,7 @@ def test_either_side_of_a_sum_can_go(how, act):
 def test_of_a_sum_one_side_stays():
     net, x = built(around(Projected())), images()
     gated = resconv.convert(net, x, units="summands")
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     assert costs.excluded == {
         "2/bn2": frozenset({"2/short.1"}),
         "2/short.1": frozenset({"2/bn2"}),
@@ -200,12 +200,12 @@ class Hourglass(nn.Module):
 def test_what_only_a_summand_needs_leaves_with_it():
     net, x = built(Hourglass()), images(side=8)
     gated = laws(net, x, ("layers", "summands"))
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     assert costs.within("low.0", "root/up")
     only = resconv.prune(gated, resconv.Plan(("root/up",)))
     assert resconv.profile(only, x).num_convs == 2
     # Counted once, whether the layer inside it is named or not.
-    assert costs.saving(("root/up", "low.0")) == costs.saving(("root/up",))
+    assert costs.cost_of(("root/up", "low.0")) == costs.cost_of(("root/up",))
 
 
 # --- segments ---
@@ -372,8 +372,8 @@ def test_units_report_what_is_left_and_how_well_it_fits():
     assert "conv" in found.left
     assert 0 < found.residual < 1
     gated = resconv.convert(net, x, units="segments", batches=batches)
-    costs = ledger(gated, x)
-    assert costs.saving(["1"]).macs == found.macs
+    costs = cost_model(gated, x)
+    assert costs.cost_of(["1"]).macs == found.macs
     (again,) = resconv.units(gated, x, "segments")
     assert again.macs == found.macs
     assert again.residual == found.residual
@@ -487,7 +487,7 @@ def test_the_shortcut_trains_as_the_segment_fades():
     whole = gated(x)
     for m in gated.modules():
         m.training = not isinstance(m, nn.modules.batchnorm._BatchNorm)
-    gate.resting = True
+    gate.skipped = True
     close(gated(x), whole)
 
 
@@ -607,13 +607,13 @@ class Mixed(nn.Module):
 def test_kinds_inside_each_other_are_counted_once_and_keep_the_laws():
     net, x = built(Mixed()), images(side=8)
     gated = laws(net, x, "all", batches=[images(4, side=8)])
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     kinds = {costs.kinds[n].partition(":")[0] for n in costs.names}
     assert {"layer", "summand", "segment", "gate"} <= kinds
     for inner in costs.names:
         for outer in costs.names:
             if costs.within(inner, outer):
-                assert costs.saving((inner, outer)) == costs.saving((outer,))
+                assert costs.cost_of((inner, outer)) == costs.cost_of((outer,))
 
 
 def test_files_hold_every_kind(tmp_path):
@@ -623,8 +623,8 @@ def test_files_hold_every_kind(tmp_path):
     back = resconv.load(tmp_path / "open", model=net).eval()
     close(back(x), gated(x))
     assert list(resconv.gates(back)) == list(resconv.gates(gated))
-    assert ledger(back, x) == ledger(gated, x)
-    costs = ledger(gated, x)
+    assert cost_model(back, x) == cost_model(gated, x)
+    costs = cost_model(gated, x)
     plan = resconv.Plan(costs.compatible(costs.names))
     with torch.no_grad():
         for model in (gated, back):
@@ -676,7 +676,7 @@ def test_a_strength_alone_leaves_segments_whole_and_one_side_of_each_sum():
     every = resconv.gates(model)
     assert all(g.scale.item() == 1 for g in every.values() if isinstance(g, Segment))
     zero = [n for n, g in every.items() if g.scale.item() == 0]
-    costs = ledger(model, x)
+    costs = cost_model(model, x)
     assert any(n in costs.excluded for n in zero)
     assert costs.compatible(zero) == tuple(zero)
 
@@ -698,7 +698,7 @@ def test_a_segment_that_fits_badly_scores_worse():
             optimizer.zero_grad()
             model(part).square().mean().backward()
             optimizer.step()
-        found[how] = sparsifier._scores.read()["1"]
+        found[how] = sparsifier._importance.read()["1"]
     assert found["fitted"] < 1e-2 * found["zero"]
 
 
@@ -714,7 +714,7 @@ def test_a_segment_that_fits_badly_scores_worse():
 def test_kinds_are_asked_for_by_name(asked, kinds):
     net, x = built(Mixed()), images(side=8)
     gated = resconv.convert(net, x, units=asked)
-    costs = ledger(gated, x)
+    costs = cost_model(gated, x)
     assert {costs.kinds[n].partition(":")[0] for n in costs.names} == kinds - {"block"}
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import resconv
 from resconv import data, nets
-from resconv.planning.costs import ledger
-from resconv.selection.schedule import Steering
+from resconv.planning.costs import cost_model
+from resconv.selection.schedule import Schedule
 
 
 def small(seed=0):
@@ -63,7 +63,7 @@ def test_target_is_reached_with_exact_zeros(macs):
     costs = sparsifier.costs
     for name in plan.remove:
         fewer = [n for n in plan.remove if n != name]
-        left = costs.macs - costs.saving(fewer).macs
+        left = costs.macs - costs.cost_of(fewer).macs
         assert left > macs * costs.macs or left == plan.macs_after
     compact = resconv.prune(gated, plan)
     resconv.verify(gated, compact, x)  # the scales are 0 already, so no plan is needed
@@ -376,7 +376,7 @@ def test_a_unit_without_gradients_is_chosen_last():
 
 
 def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
-    """Train towards half the MACs, with units at 0 resting or computed; return what ran at the end."""
+    """Train towards half the MACs, with units at 0 skipped or computed; return what ran at the end."""
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32, dtype=dtype)
     gated = resconv.convert(make().to(dtype).eval(), x).train()
@@ -385,7 +385,7 @@ def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
         gated, target=resconv.Budget(macs=0.5), total_steps=steps
     ).attach(optimizer)
     if not rest:
-        sparsifier._rest = lambda: None
+        sparsifier._skip = lambda: None
     ran = set()
     for name, module in gated.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -403,26 +403,26 @@ def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
 
 @pytest.mark.parametrize("make", [lambda: nets.create("resnet20"), lambda: squeezing_net()])
 def test_units_at_zero_rest_and_nothing_else_changes(make):
-    resting, first, x, ran = train_to_half(make, rest=True)
+    skipped, first, x, ran = train_to_half(make, rest=True)
     computed, second, _, ran_all = train_to_half(make, rest=False)
     assert first.removed == second.removed
     assert first.removed
     assert len(ran) < len(ran_all)
-    plan = resconv.plan(resting, x, resconv.Budget(macs=0.5))
-    compact = resconv.prune(resting.eval(), plan, fuse=False)
+    plan = resconv.plan(skipped, x, resconv.Budget(macs=0.5))
+    compact = resconv.prune(skipped.eval(), plan, fuse=False)
     other = resconv.prune(computed.eval(), plan, fuse=False)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(compact.state_dict()[name], value, rtol=1e-9, atol=1e-12)
-    kept = resconv.prune(resting, resconv.Plan(first.removed[:1]), fuse=False)
-    assert not any(g.resting for g in resconv.gates(kept).values())
+    kept = resconv.prune(skipped, resconv.Plan(first.removed[:1]), fuse=False)
+    assert not any(g.skipped for g in resconv.gates(kept).values())
     # The law sees a wrong rest: a unit that is not at 0 moves the outputs when it rests.
-    name, gate = next((n, g) for n, g in resconv.gates(resting).items() if not g.resting)
+    name, gate = next((n, g) for n, g in resconv.gates(skipped).items() if not g.skipped)
     with torch.no_grad():
-        before = resting.train()(x)
-        gate.resting = True
-        assert (resting(x) - before).abs().max() > 1e-3, name
+        before = skipped.train()(x)
+        gate.skipped = True
+        assert (skipped(x) - before).abs().max() > 1e-3, name
         first.detach()  # nothing rests any longer
-        torch.testing.assert_close(resting(x), before, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(skipped(x), before, rtol=1e-9, atol=1e-12)
 
 
 def test_resting_units_keep_the_type_of_the_computed_ones():
@@ -473,21 +473,21 @@ def test_every_kind_of_unit_keeps_its_share_of_the_work():
     """Three stages alike in everything but the scores, a little lower in the second."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    costs = ledger(resconv.convert(nets.create("resnet56"), x, units="blocks"), x)
+    costs = cost_model(resconv.convert(nets.create("resnet56"), x, units="blocks"), x)
     stage = {n: n.split(".")[0] for n in costs.names}
     scores = {n: {"layer1": 1.0, "layer2": 0.81, "layer3": 1.21}[s] for n, s in stage.items()}
 
     def chosen(already_zero=()):
-        steering = Steering(costs, resconv.Budget(macs=0.35), 1000)
-        steering.choose(50, scores, lambda name: 1.0)
-        assert not steering.fading  # too early; what each kind does is known from here on
-        steering.zero = list(already_zero)
-        other = Steering(costs, resconv.Budget(macs=0.35), 1000)
-        other.load_state_dict(steering.state_dict())
-        for state in (steering, other):
+        schedule = Schedule(costs, resconv.Budget(macs=0.35), 1000)
+        schedule.choose(50, scores, lambda name: 1.0)
+        assert not schedule.fading  # too early; what each kind does is known from here on
+        schedule.zero = list(already_zero)
+        other = Schedule(costs, resconv.Budget(macs=0.35), 1000)
+        other.load_state_dict(schedule.state_dict())
+        for state in (schedule, other):
             state.choose(999, scores, lambda name: 1.0)
-        assert steering.fading == other.fading
-        return Counter(stage[n] for n in steering.taken)
+        assert schedule.fading == other.fading
+        return Counter(stage[n] for n in schedule.taken)
 
     at_once = chosen()
     assert sum(at_once.values()) == 18
@@ -504,12 +504,12 @@ def test_every_kind_of_unit_keeps_its_share_of_the_work():
 def test_no_more_is_removed_than_the_target_asks_for(share):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    costs = ledger(resconv.convert(nets.create("resnet56"), x), x)
+    costs = cost_model(resconv.convert(nets.create("resnet56"), x), x)
     # A whole block is a little cheaper than one of its layers, and removes twice as much.
     scores = {n: 1.0 if "conv" in n else 0.9 for n in costs.names}
-    steering = Steering(costs, resconv.Budget(macs=share), 1000)
-    steering.choose(999, scores, lambda name: 1.0)
-    left = costs.left(steering.taken).macs
+    schedule = Schedule(costs, resconv.Budget(macs=share), 1000)
+    schedule.choose(999, scores, lambda name: 1.0)
+    left = costs.left(schedule.taken).macs
     one = costs.own_macs("layer1.0.conv1")
     assert share * costs.macs - one < left <= share * costs.macs
     assert costs.own_macs("layer1.0") == 2 * one

@@ -294,7 +294,7 @@ def test_a_resting_branch_under_a_reentrant_checkpoint():
     gated = resconv.convert(built(nn.Sequential(conv(), Checkpointed())), x, units="blocks")
     (gate,) = resconv.gates(gated).values()
     gate.scale.data.zero_()
-    gate.resting = True
+    gate.skipped = True
     out = gated.train()(x)
     out.square().sum().backward()
     close(out, gated[0](x))

@@ -45,7 +45,7 @@ def inspect(
     import warnings
 
     import resconv
-    from resconv.planning.costs import ledger
+    from resconv.planning.costs import cost_model
     from resconv.surgery.merging import TrainingFormWarning
 
     net, example = example_for(model, image_size)
@@ -81,7 +81,7 @@ def inspect(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrainingFormWarning)
             gated = resconv.convert(net, example, units=units)
-        costs = ledger(gated, example)
+        costs = cost_model(gated, example)
         left = costs.left(costs.compatible(costs.names)).macs
         text += (
             f" {len(removable)} of {len(found)} units are removable; with all of them gone "

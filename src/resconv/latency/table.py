@@ -26,7 +26,7 @@ from ..files import write_text
 from ..json_files import parse_json, read_bounded
 from ..nn.gates import gates
 from ..planning.budget import RUNTIMES, Budget
-from ..planning.costs import Ledger, ledger
+from ..planning.costs import CostModel, cost_model
 from ..planning.plan import Plan
 from ..storage.exporting import onnx_bytes
 from ..surgery.fusion import fuse
@@ -108,7 +108,7 @@ class LatencyTable:
         wanted = set(removed)
         return next((c for c in self.checks if set(c.removed) == wanted), None)
 
-    def why_unfit(self, costs: Ledger, budget: Budget) -> str | None:
+    def why_unfit(self, costs: CostModel, budget: Budget) -> str | None:
         """Return why the table says nothing about this model, budget or machine; else None."""
         if set(costs.names) != set(self.unit_ms):
             odd = sorted(set(costs.names) ^ set(self.unit_ms))
@@ -199,7 +199,7 @@ def measure_latency(
     model = unwrap(model)
     state_of(model)
     require_runtime(budget.runtime)
-    costs = ledger(model, example_inputs)
+    costs = cost_model(model, example_inputs)
     device = next(model.parameters()).device
     bare = LatencyTable(
         runtime=budget.runtime,
@@ -256,7 +256,7 @@ def check_latency(
     A net that the table has timed already is not timed again. The model is left as it was.
     """
     model = unwrap(model)
-    costs = ledger(model, example_inputs).with_latency(table.latency_ms, table.unit_ms)
+    costs = cost_model(model, example_inputs).with_latency(table.latency_ms, table.unit_ms)
     asked = set(removed)
     names = tuple(n for n in costs.names if n in asked)
     known = table.check_of(names)
@@ -270,7 +270,7 @@ def check_latency(
     return replace(table, checks=(*table.checks, found)), found
 
 
-def fitting(table: LatencyTable, costs: Ledger, budget: Budget) -> LatencyTable:
+def fitting(table: LatencyTable, costs: CostModel, budget: Budget) -> LatencyTable:
     """Return the table as it is.
 
     Raises:
@@ -352,6 +352,6 @@ def _error_of(timing: Timing) -> float:
     return max(_LEAST_ERROR * timing.median_ms, 1.25 * spread / math.sqrt(timing.repeats))
 
 
-def _own_macs(costs: Ledger, name: str) -> int:
+def _own_macs(costs: CostModel, name: str) -> int:
     inside: Mapping[str, Any] = dict.fromkeys(costs.inner[name])
-    return costs.saving([name]).macs - costs.saving(inside).macs
+    return costs.cost_of([name]).macs - costs.cost_of(inside).macs

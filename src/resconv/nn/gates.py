@@ -10,7 +10,7 @@
                                          channels or pads them with 0. It fuses just as well, but
                                          s = 0 leaves no identity, so the layer stays; s is fixed.
 
-A unit whose scale stays at 0 need not be computed while the rest is trained: see ``Gate.resting``.
+A unit whose scale stays at 0 need not be computed while the rest is trained: see ``Gate.skipped``.
 
 ``s`` multiplies the norm's weight and bias before the norm runs (same function, one pass over the
 activations less). ``p * x`` is one fused pass forward, and in the backward pass the gradient of
@@ -106,7 +106,7 @@ def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Gate(nn.Module):
     """A unit that can be removed: ``scale`` decides, ``control`` weighs our own shortcut.
 
-    ``resting`` says that nothing depends on what the unit computes: its scale is held at 0, or it
+    ``skipped`` says that nothing depends on what the unit computes: its scale is held at 0, or it
     lies inside a branch whose scale is. In training mode its layers then do not run, in the forward
     or the backward pass. Outputs and all other gradients are the same; its own parameters get none.
     """
@@ -115,7 +115,7 @@ class Gate(nn.Module):
     control: nn.Parameter | None
     unit: str = ""
     reason: str | None = None  # why it cannot be removed
-    resting: bool = False
+    skipped: bool = False
     waiting: bool = False  # whether the scale is held at 1 for now
 
     @property
@@ -141,8 +141,8 @@ class Gate(nn.Module):
                 ) from None
 
     def _rests(self) -> bool:
-        # Compiled code runs everything: it would be compiled anew for each set of resting units.
-        return not torch.compiler.is_compiling() and self.resting and self.training
+        # Compiled code runs everything: it would be compiled anew for each set of skipped units.
+        return not torch.compiler.is_compiling() and self.skipped and self.training
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         # ``model.bfloat16()`` too leaves the scalars in float32: bf16 cannot hold their small steps.

@@ -26,10 +26,10 @@ from ..analysis.inputs import batch_size, unwrap
 from ..analysis.recorder import record
 from ..nn.gates import Gate, ResConv, Segment, gates, is_leaf
 
-__all__ = ["Ledger", "Saving", "excess", "ledger"]
+__all__ = ["CostModel", "Cost", "excess", "cost_model"]
 
 
-class Saving(NamedTuple):
+class Cost(NamedTuple):
     """What leaves the net: MACs (at batch size 1), parameters, and predicted milliseconds."""
 
     macs: int
@@ -38,7 +38,7 @@ class Saving(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ledger:
+class CostModel:
     """The costs of a converted model.
 
     ``latency_ms`` (infinite while nothing was measured) and ``unit_ms`` come from a latency table.
@@ -61,11 +61,11 @@ class Ledger:
     unit_ms: dict[str, float] = field(default_factory=dict)
 
     @property
-    def whole(self) -> Saving:
+    def whole(self) -> Cost:
         """Return the costs of the net with all its units."""
-        return Saving(self.macs, self.num_params, self.latency_ms)
+        return Cost(self.macs, self.num_params, self.latency_ms)
 
-    def saving(self, remove: Iterable[str]) -> Saving:
+    def cost_of(self, remove: Iterable[str]) -> Cost:
         """Return what leaves with the named units, less what comes in their place."""
         remove = tuple(remove)
         dead: set[int] = set()
@@ -83,12 +83,12 @@ class Ledger:
                 num_params -= self.comes[name][1]
         # In one order, or rounding would tell sets apart that are the same.
         ms = sum(self.unit_ms[n] for n in self.names if n in gone) if self.unit_ms else 0.0
-        return Saving(macs, num_params, ms)
+        return Cost(macs, num_params, ms)
 
-    def left(self, remove: Iterable[str]) -> Saving:
+    def left(self, remove: Iterable[str]) -> Cost:
         """Return the costs of the net without the named units."""
-        saved = self.saving(remove)
-        return Saving(
+        saved = self.cost_of(remove)
+        return Cost(
             self.macs - saved.macs,
             self.num_params - saved.num_params,
             self.latency_ms - saved.latency_ms,
@@ -113,10 +113,10 @@ class Ledger:
         return tuple(n for n in names if n in kept)
 
     def own_macs(self, name: str) -> int:
-        return self.saving([name]).macs
+        return self.cost_of([name]).macs
 
     def own_ms(self, name: str) -> float:
-        return self.saving([name]).latency_ms
+        return self.cost_of([name]).latency_ms
 
     def within(self, inner: str, outer: str) -> bool:
         """Whether one unit lies inside another."""
@@ -131,14 +131,14 @@ class Ledger:
             for outer in self.names
         )
 
-    def with_latency(self, latency_ms: float, unit_ms: Mapping[str, float]) -> "Ledger":
+    def with_latency(self, latency_ms: float, unit_ms: Mapping[str, float]) -> "CostModel":
         """Return the same costs with measured milliseconds."""
         return replace(
             self, latency_ms=latency_ms, unit_ms={n: unit_ms.get(n, 0.0) for n in self.names}
         )
 
 
-def excess(left: Saving, whole: Saving, limits: tuple[float, float, float]) -> str:
+def excess(left: Cost, whole: Cost, limits: tuple[float, float, float]) -> str:
     """Say by how much a net is over its limits; empty when it is within all of them."""
     parts = []
     for value, of, limit, what in zip(
@@ -154,7 +154,7 @@ def excess(left: Saving, whole: Saving, limits: tuple[float, float, float]) -> s
     return " and ".join(parts)
 
 
-def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
+def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
     """Return the costs of the units of a converted model.
 
     The parameters are those of the ordinary layers; the scalars of the gates are not counted.
@@ -205,7 +205,7 @@ def ledger(model: nn.Module, example_inputs: Any) -> Ledger:
         else:
             shared[atoms] = shared.get(atoms, 0) + sizes[param]
     kinds = {n: _kind(graph, found[n]) for n in names}
-    return Ledger(
+    return CostModel(
         macs=sum(n.macs for n in graph.nodes if n.index not in coming) // batch,
         num_params=sum(sizes.values()),
         names=names,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import resconv
 from resconv.data import BatchLoader
 from resconv.nn.gates import BranchGate, Segment
-from resconv.planning.costs import excess, ledger
+from resconv.planning.costs import excess, cost_model
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
 from resconv.surgery.pruning import leftovers
@@ -61,7 +61,7 @@ def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module
 
 def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
     """Warn where a plan, written by hand perhaps, leaves more than the run was asked for."""
-    costs = ledger(gated, run.example())
+    costs = cost_model(gated, run.example())
     macs, num_params, _ = run.config.budget().limits(costs.macs, costs.num_params)
     # Milliseconds are not predicted but measured, at the end.
     left = costs.left(removed_units(run, gated, plan))
@@ -126,7 +126,7 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
         n for n, g in still.items() if isinstance(g, BranchGate | Segment) and g.scale.item() == 0
     ]
     gated = run.gated()
-    gone = ledger(gated, run.example()).gone([*plan.remove, *idle])
+    gone = cost_model(gated, run.example()).gone([*plan.remove, *idle])
     return [n for n in resconv.gates(gated) if n in gone]
 
 

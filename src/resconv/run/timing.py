@@ -7,7 +7,7 @@ from torch import nn
 import resconv
 from resconv.errors import PlanError
 from resconv.latency.table import LatencyTable
-from resconv.planning.costs import ledger
+from resconv.planning.costs import cost_model
 
 from .job import LATENCY, Run
 
@@ -20,7 +20,7 @@ def latency_table(run: Run, model: nn.Module) -> LatencyTable | None:
     if not budget.times:
         return None
     path = run.folder / LATENCY
-    costs = ledger(model, run.example())
+    costs = cost_model(model, run.example())
     if run.latency is not None:
         return run.latency
     if run.owns_folder and os.path.lexists(path):

@@ -9,16 +9,16 @@ from torch.nn import functional as F
 
 from ..nn.gates import Gate
 
-__all__ = ["Scores"]
+__all__ = ["Importance"]
 
 _KEEP = 0.98  # of the old score a step
 
 
-class Scores:
+class Importance:
     """A running mean of ``(s dL/ds - (1 - p) dL/dp)^2`` for each unit.
 
     A removed layer does not vanish, it becomes the identity: as ``s`` goes to 0, ``p`` goes to 1. A
-    branch has no ``p``. The scores stay on the device until they are read.
+    branch has no ``p``. The importance stay on the device until they are read.
     """
 
     def __init__(self, gates: Mapping[str, Gate], scalars: Mapping[str, Tensor]) -> None:
@@ -46,13 +46,13 @@ class Scores:
         self._values = torch.where(now.isfinite() & seen[self._scales], new, old)
 
     def read(self) -> dict[str, float]:
-        """Return the scores of the units that were seen; this waits for the device."""
+        """Return the importance of the units that were seen; this waits for the device."""
         if self._values is None:
             return {}
         values = zip(self.gates, self._values.tolist(), strict=True)
         return {n: v for n, v in values if math.isfinite(v)}
 
-    def restore(self, scores: Mapping[str, float]) -> None:
+    def restore(self, importance: Mapping[str, float]) -> None:
         """Go on from what :meth:`read` returned."""
-        values = [scores.get(n, math.nan) for n in self.gates]
+        values = [importance.get(n, math.nan) for n in self.gates]
         self._values = torch.tensor(values, dtype=torch.float32)

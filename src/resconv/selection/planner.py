@@ -20,7 +20,7 @@ from ..latency.table import (
 )
 from ..nn.gates import gates
 from ..planning.budget import Budget, require_budget
-from ..planning.costs import Ledger, excess, ledger
+from ..planning.costs import CostModel, excess, cost_model
 from ..planning.plan import Plan, why_not_now
 
 __all__ = ["plan", "plan_measured"]
@@ -96,7 +96,7 @@ def plan_measured(
     model = unwrap(model)
     state_of(model)
     require_finite(model, PlanError)
-    costs = ledger(model, example_inputs)
+    costs = cost_model(model, example_inputs)
     if budget.times:
         if table is None:
             table = measure_latency(model, example_inputs, budget)
@@ -149,7 +149,7 @@ def plan_measured(
 
 
 def _fill(
-    costs: Ledger, surely: Iterable[str], ranked: list[str], limits: tuple[float, float, float]
+    costs: CostModel, surely: Iterable[str], ranked: list[str], limits: tuple[float, float, float]
 ) -> list[str] | None:
     """Return the units to remove, or None where all of them are not enough."""
     chosen, rest, added = list(surely), list(ranked), []
@@ -167,12 +167,12 @@ def _fill(
     return chosen
 
 
-def _within(costs: Ledger, chosen: list[str], limits: tuple[float, float, float]) -> bool:
+def _within(costs: CostModel, chosen: list[str], limits: tuple[float, float, float]) -> bool:
     return all(s <= lim for s, lim in zip(costs.left(chosen), limits, strict=True))
 
 
 def _next(
-    costs: Ledger, ranked: list[str], chosen: list[str], limits: tuple[float, float, float]
+    costs: CostModel, ranked: list[str], chosen: list[str], limits: tuple[float, float, float]
 ) -> str | None:
     """Return the first unit that saves what is over a limit; whole branches before their last layer."""
     now = costs.left(chosen)
@@ -198,7 +198,7 @@ def _too_slow(budget: Budget, timed: TimedNet) -> str:
 
 
 def _refuse(
-    costs: Ledger,
+    costs: CostModel,
     free: list[str],
     blocked: dict[str, str],
     limits: tuple[float, float, float],

@@ -6,7 +6,7 @@ from ..analysis.inputs import unwrap
 from ..errors import PlanError
 from ..nn.gates import gates
 from ..planning.budget import Budget, require_budget
-from ..planning.costs import ledger
+from ..planning.costs import cost_model
 from ..planning.plan import Plan
 from ..surgery import pruning as surgery
 from ..surgery.state import state_of
@@ -63,6 +63,6 @@ def _arrived(model: nn.Module) -> Plan:
             "resconv.Sparsifier(model, optimizer, macs=0.5, total_steps=...) until some are; or say "
             "what to remove: resconv.prune(model, resconv.Budget(macs=0.5)), or a resconv.Plan."
         )
-    costs = ledger(model, state.example_inputs)
+    costs = cost_model(model, state.example_inputs)
     left = costs.left(names)
     return Plan(names, costs.macs, left.macs, costs.num_params, left.num_params, scales)

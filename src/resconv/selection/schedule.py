@@ -1,12 +1,12 @@
 """Which unit goes next, and when: the schedule that brings a run to its target.
 
-After a share of the run that only collects scores, the net that the schedule wants shrinks linearly
+After a share of the run that only collects importance, the net that the schedule wants shrinks linearly
 from the whole to the target. Whenever the planned zeros leave more than that, the unit that costs
 least for what it brings nearer to the limits is put under a penalty that grows until its scale is 0.
 
 A unit that goes leaves its work to its like (units of the same shapes, the blocks of one stage). Scores
-show that late, and in training at a high rate hardly for the last stages, so by scores alone nearly all
-of one stage goes. So every kind of unit is held to the share of all scores that it had in the whole net:
+show that late, and in training at a high rate hardly for the last stages, so by importance alone nearly all
+of one stage goes. So every kind of unit is held to the share of all importance that it had in the whole net:
 the less of it is left, the more each of those that stay counts.
 """
 
@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..planning.budget import Budget
-from ..planning.costs import Ledger, Saving
+from ..planning.costs import CostModel, Cost
 
-__all__ = ["DONE", "Fade", "Steering"]
+__all__ = ["DONE", "Fade", "Schedule"]
 
-LEARN = 0.05  # share of the run that only collects scores
+LEARN = 0.05  # share of the run that only collects importance
 DONE = 0.4  # share of the run by which every planned scale is 0
 LAST = 0.95  # no penalty grows longer than this
 
@@ -39,15 +39,15 @@ class Fade:
 
 
 @dataclass
-class Steering:
+class Schedule:
     """The units that are 0, those on their way, and the choice of the next."""
 
-    costs: Ledger
+    costs: CostModel
     target: Budget
     total: int
     fading: dict[str, Fade] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
-    # By kind of unit, its share of all scores when the first unit was chosen.
+    # By kind of unit, its share of all importance when the first unit was chosen.
     work: dict[str, float] = field(default_factory=dict)
     limit_ms: float = math.inf  # corrected by measuring the finished net
 
@@ -73,17 +73,17 @@ class Steering:
         return min(1.0, (step - first) / max(1.0, last - first))
 
     def choose(
-        self, step: int, scores: Mapping[str, float], scale_of: Callable[[str], float]
+        self, step: int, importance: Mapping[str, float], scale_of: Callable[[str], float]
     ) -> None:
         """Put the next units under pressure, as many as the schedule asks for by now."""
         progress = self.progress(step)
-        self.work = self.work or self._shares(frozenset(), scores)
+        self.work = self.work or self._shares(frozenset(), importance)
         # Where the schedule wants the net to be now; the limit itself at the end.
         wanted = [
             w - max(0.0, w - min(w, lim)) * progress
             for w, lim in zip(self.costs.whole, self.limits, strict=True)
         ]
-        for name in self._until(wanted, self.taken, scores):
+        for name in self._until(wanted, self.taken, importance):
             end = min(step + self.window, max(step + 1, int(self.total * LAST)))
             self.fading[name] = Fade(step, end, scale_of(name))
 
@@ -91,12 +91,12 @@ class Steering:
         """Whether all that the target needs has been chosen, and is 0."""
         return self.progress(step) >= 1 and not self.fading and bool(self.zero)
 
-    def missing(self, scores: Mapping[str, float]) -> list[str]:
+    def missing(self, importance: Mapping[str, float]) -> list[str]:
         """Return the units that would still have to be chosen to meet the limits."""
-        return self._until(list(self.limits), self.taken, scores)
+        return self._until(list(self.limits), self.taken, importance)
 
     def _until(
-        self, wanted: list[float], taken: list[str], scores: Mapping[str, float]
+        self, wanted: list[float], taken: list[str], importance: Mapping[str, float]
     ) -> list[str]:
         taken = list(taken)
         more: list[str] = []
@@ -105,14 +105,14 @@ class Steering:
             if all(s <= w + 1e-9 for s, w in zip(left, wanted, strict=True)):
                 return more
             over = [max(0.0, s - lim) for s, lim in zip(left, self.limits, strict=True)]
-            name = self._least(taken, over, scores)
+            name = self._least(taken, over, importance)
             if name is None:
                 return more
             taken.append(name)
             more.append(name)
 
     def _least(
-        self, taken: list[str], over: list[float], scores: Mapping[str, float]
+        self, taken: list[str], over: list[float], importance: Mapping[str, float]
     ) -> str | None:
         """Return the unit whose removal costs least for what it brings nearer to the limits.
 
@@ -122,15 +122,15 @@ class Steering:
         """
         sizes = [max(w, 1e-9) for w in self.costs.whole]
         limited = [math.isfinite(lim) for lim in self.limits]
-        now: Saving = self.costs.saving(taken)
-        loads = self._loads(taken, scores)
+        now: Cost = self.costs.cost_of(taken)
+        loads = self._loads(taken, importance)
         best, best_score = None, math.inf
         for name in self.costs.names:
             if name in taken or self.costs.empties(name, taken):
                 continue
             if self.costs.excludes(name, taken):
                 continue
-            then = self.costs.saving([*taken, name])
+            then = self.costs.cost_of([*taken, name])
             saved = [t - n for t, n in zip(then, now, strict=True)]
             # What is saved of limited costs, and what of that is over the limits.
             whole = sum(v / w for v, w, lim in zip(saved, sizes, limited, strict=True) if lim)
@@ -138,27 +138,27 @@ class Steering:
             if useful <= 1e-12:
                 continue
             load = loads.get(self.costs.kinds[name], 1.0)
-            score = math.sqrt(scores.get(name, math.inf)) * load / useful * (whole / useful)
+            score = math.sqrt(importance.get(name, math.inf)) * load / useful * (whole / useful)
             if best is None or score < best_score:
                 best, best_score = name, score
         return best
 
-    def _loads(self, taken: list[str], scores: Mapping[str, float]) -> dict[str, float]:
-        """Return, by kind of unit, how much more than their scores those that stay count.
+    def _loads(self, taken: list[str], importance: Mapping[str, float]) -> dict[str, float]:
+        """Return, by kind of unit, how much more than their importance those that stay count.
 
-        That is the share of all scores that the kind had in the whole net, over the share it has now.
+        That is the share of all importance that the kind had in the whole net, over the share it has now.
         """
-        before = self.work or self._shares(frozenset(), scores)
-        now = self._shares(self.costs.gone(taken), scores)
+        before = self.work or self._shares(frozenset(), importance)
+        now = self._shares(self.costs.gone(taken), importance)
         return {k: before.get(k, 0.0) / share for k, share in now.items() if share > 0}
 
-    def _shares(self, gone: frozenset[str], scores: Mapping[str, float]) -> dict[str, float]:
-        """Return the share of all scores that each kind of unit has, without those gone."""
+    def _shares(self, gone: frozenset[str], importance: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of all importance that each kind of unit has, without those gone."""
         found: dict[str, float] = {}
         for name in self.costs.names:
             if name not in gone:
                 kind = self.costs.kinds[name]
-                found[kind] = found.get(kind, 0.0) + math.sqrt(scores.get(name, 0.0))
+                found[kind] = found.get(kind, 0.0) + math.sqrt(importance.get(name, 0.0))
         whole = sum(found.values())
         return {k: v / whole for k, v in found.items()} if whole > 0 else {}
 

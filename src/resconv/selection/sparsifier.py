@@ -8,7 +8,7 @@ same on all shrinks a whole residual stage without making one scale 0 (reweighte
 With a ``target``, no strength has to be found. Every unit is scored by what its removal would do to
 the loss to first order, ``sqrt(mean((s dL/ds - (1 - p) dL/dp)^2))`` per share of the cost (a
 removed layer becomes the identity, so ``p`` goes to 1 as ``s`` goes to 0; a branch has no ``p``).
-It counts for more, the less of its kind is left (see steering.py). On a schedule that ends at 40 %
+It counts for more, the less of its kind is left (see schedule.py). On a schedule that ends at 40 %
 of the run, the next units in that order are put under a penalty that grows until their scale is 0.
 So exactly enough scales end at 0, and the rest of the run trains the net that will be shipped. A
 target in milliseconds is then measured on that net, once, and where it misses, more units go.
@@ -17,7 +17,7 @@ target in milliseconds is then measured on that net, once, and where it misses, 
 each step ``(s, g, b)`` becomes ``(s r, g / r, b / r)`` with ``r`` the root mean square of ``g``: the same
 function, with the size of the branch in ``s`` alone.
 
-Nothing here waits for the device in an ordinary step: scores stay there until a unit is chosen.
+Nothing here waits for the device in an ordinary step: importance stay there until a unit is chosen.
 
 A removed layer leaves ``p * x``, and the removal multiplies ``p`` into linear layers around it. Where
 none can take it (SiLU on both sides), it would stay as a multiply. So whenever units have arrived at
@@ -57,14 +57,14 @@ from ..latency.table import (
 )
 from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, gates
 from ..planning.budget import Budget, require_budget
-from ..planning.costs import Ledger, excess, ledger
+from ..planning.costs import CostModel, excess, cost_model
 from ..tables import html_table, text_table
 from .controls import Controls
-from .importance import Scores
+from .importance import Importance
 from .outcome import Outcome, Snapshot
 from .processes import are_several, by_first, differing_ranks, from_first, is_shared
 from .scalars import Scalars, by_name, like, stack
-from .schedule import Steering
+from .schedule import Schedule
 
 __all__ = ["Sparsifier", "check_form"]
 
@@ -173,7 +173,7 @@ class Sparsifier:
         self.strength, self.mode, self.target = strength, mode, target
         self.total_steps = total_steps
         self.history: list[Snapshot] = []
-        self.costs: Ledger = ledger(self.model, example_inputs)
+        self.costs: CostModel = cost_model(self.model, example_inputs)
         self._step = 0
         scalars = {
             f"{n}.{kind}": p
@@ -182,7 +182,7 @@ class Sparsifier:
             if p is not None
         }
         self._scalars = Scalars(scalars, learning_rate, self._observe, self._finish_step)
-        self._scores = Scores({n: self.gates[n] for n in self.costs.names}, scalars)
+        self._importance = Importance({n: self.gates[n] for n in self.costs.names}, scalars)
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
@@ -197,7 +197,7 @@ class Sparsifier:
         self._controls = Controls(self.model, example_inputs)
         self._untimed = False
         self._example_inputs = example_inputs
-        self._steering: Steering | None = None
+        self._schedule: Schedule | None = None
         if target is not None:
             check_form(target, mode, total_steps)
             if target.times and table is None:
@@ -211,7 +211,7 @@ class Sparsifier:
         if target is not None:
             self._check_reach(target)
             assert total_steps is not None  # check_form
-            self._steering = Steering(self.costs, target, total_steps)
+            self._schedule = Schedule(self.costs, target, total_steps)
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -268,7 +268,7 @@ class Sparsifier:
             ConversionError: the optimizer does not hold the scales: it was made from another model.
         """
         self._scalars.attach(optimizer)
-        self._rest()
+        self._skip()
         self._normalise()
         self._snapshot()
         return self
@@ -277,7 +277,7 @@ class Sparsifier:
         """Leave the optimizer; scales at 0 are then held there by nothing."""
         self._scalars.detach()
         for gate in self.gates.values():
-            gate.resting = False
+            gate.skipped = False
         for segment in self._held.values():
             segment.waiting = False
 
@@ -300,10 +300,10 @@ class Sparsifier:
         left = self.costs.left(removed)
         over = ""
         pending: tuple[str, ...] = ()
-        if self._steering is not None:
-            over = excess(left, self.costs.whole, self._steering.limits)
+        if self._schedule is not None:
+            over = excess(left, self.costs.whole, self._schedule.limits)
             if over:
-                planned = [*self._steering.taken, *self._steering.missing(self._scores.read())]
+                planned = [*self._schedule.taken, *self._schedule.missing(self._importance.read())]
                 pending = tuple(n for n in planned if n not in removed)
         return Outcome(
             step=self._step,
@@ -321,14 +321,14 @@ class Sparsifier:
             signs = self._scalars.values().sign()
             grads.add_(self._pulled.to(grads.device) * signs, alpha=self.strength)
         elif self.target is not None:
-            self._scores.add(self._scalars.values(), grads, seen)
+            self._importance.add(self._scalars.values(), grads, seen)
 
     def _finish_step(self, optimizer: Optimizer) -> None:
         self._step += 1
         self._project()
         self._normalise()
-        if self._steering is not None:
-            self._steer(self._steering)
+        if self._schedule is not None:
+            self._follow(self._schedule)
         elif self.mode == "proximal":
             self._shrink(optimizer)
             if self._step % _REFRESH == 0:
@@ -348,7 +348,7 @@ class Sparsifier:
         controls: list[Tensor] = [g.control for g in self.gates.values() if g.control is not None]
         if controls:
             torch._foreach_clamp_min_(controls, 0.0)
-        taken = set() if self._steering is None else set(self._steering.taken)
+        taken = set() if self._schedule is None else set(self._schedule.taken)
         whole: list[Tensor] = [g.scale for n, g in self._held.items() if n not in taken]
         if whole:
             torch._foreach_zero_(whole)
@@ -401,39 +401,39 @@ class Sparsifier:
         torch._foreach_sub_(scales, [rate * self.strength * self._weights[n] for n in names])
         torch._foreach_clamp_min_(scales, 0.0)
 
-    def _steer(self, steering: Steering) -> None:
+    def _follow(self, schedule: Schedule) -> None:
         step = self._step
-        if steering.due(step):
-            before = len(steering.taken)
-            steering.choose(step, self._scores.read(), lambda n: self.gates[n].scale.item())
+        if schedule.due(step):
+            before = len(schedule.taken)
+            schedule.choose(step, self._importance.read(), lambda n: self.gates[n].scale.item())
             if self.shared:
-                steering.load_state_dict(from_first(steering.state_dict()))
-            if len(steering.taken) != before:
-                self._rest()
-            if self.target is not None and self.target.times and steering.settled(step):
-                self._check_latency(steering, self.target)
-        fades = {n: f.left(step) for n, f in steering.fading.items()}
+                schedule.load_state_dict(from_first(schedule.state_dict()))
+            if len(schedule.taken) != before:
+                self._skip()
+            if self.target is not None and self.target.times and schedule.settled(step):
+                self._check_latency(schedule, self.target)
+        fades = {n: f.left(step) for n, f in schedule.fading.items()}
         arrived = [n for n, left in fades.items() if left <= 0]
         for name in arrived:
-            del steering.fading[name]
-            steering.zero.append(name)
+            del schedule.fading[name]
+            schedule.zero.append(name)
         if arrived:
-            self._rest()
+            self._skip()
         # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
         self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
-        if steering.fading:
-            bounds = {n: f.scale * fades[n] for n, f in steering.fading.items()}
+        if schedule.fading:
+            bounds = {n: f.scale * fades[n] for n, f in schedule.fading.items()}
             torch._foreach_clamp_max_(
-                [self.gates[n].scale for n in steering.fading], list(bounds.values())
+                [self.gates[n].scale for n in schedule.fading], list(bounds.values())
             )
             for name in bounds.keys() & self._held.keys():
                 self._held[name].scale.fill_(bounds[name])
-        if steering.zero:
-            torch._foreach_zero_([self.gates[n].scale for n in steering.zero])
-            self._keep_controls(dict.fromkeys(steering.zero, _LEAST_CONTROL))
+        if schedule.zero:
+            torch._foreach_zero_([self.gates[n].scale for n in schedule.zero])
+            self._keep_controls(dict.fromkeys(schedule.zero, _LEAST_CONTROL))
             self._controls.hold()
         if arrived:
-            self._controls.settle(steering.zero)
+            self._controls.settle(schedule.zero)
 
     def _keep_controls(self, least: dict[str, float]) -> None:
         """Hold the controls of the named units (branches have none) at their least or above."""
@@ -441,13 +441,13 @@ class Sparsifier:
         if controls:
             torch._foreach_clamp_min_(list(controls.values()), [least[n] for n in controls])
 
-    def _rest(self) -> None:
+    def _skip(self) -> None:
         """Let the units that the schedule brought to 0 rest, and those inside them."""
-        zero = [] if self._steering is None or are_several() else self._steering.zero
+        zero = [] if self._schedule is None or are_several() else self._schedule.zero
         gone = self.costs.gone(zero)
         for name, gate in self.gates.items():
-            gate.resting = name in gone
-        taken = () if self._steering is None else self._steering.taken
+            gate.skipped = name in gone
+        taken = () if self._schedule is None else self._schedule.taken
         for name, segment in self._held.items():
             segment.waiting = name not in taken
 
@@ -463,15 +463,15 @@ class Sparsifier:
                 "and convert before wrapping."
             )
 
-    def _check_latency(self, steering: Steering, target: Budget) -> None:
+    def _check_latency(self, schedule: Schedule, target: Budget) -> None:
         """Time the net that the zeros leave; where it misses the target, let more units go."""
         table = self.latency
         assert table is not None
-        if table.check_of(steering.zero) is not None or self._untimed:
+        if table.check_of(schedule.zero) is not None or self._untimed:
             return
 
         def check() -> LatencyTable:
-            return check_latency(self.model, self._example_inputs, table, steering.zero)[0]
+            return check_latency(self.model, self._example_inputs, table, schedule.zero)[0]
 
         try:
             self.latency = by_first(check, self.shared)
@@ -481,10 +481,10 @@ class Sparsifier:
             text = f"The net was not timed during training: {error}"
             warnings.warn(text, ResConvWarning, stacklevel=2)
             return
-        found = self.latency.check_of(steering.zero)
+        found = self.latency.check_of(schedule.zero)
         assert found is not None
         if not is_met(target, found):
-            steering.limit_ms = min(steering.limit_ms, corrected_limit(target, self.latency, found))
+            schedule.limit_ms = min(schedule.limit_ms, corrected_limit(target, self.latency, found))
 
     def _snapshot(self) -> None:
         if self.shared:
@@ -506,7 +506,7 @@ class Sparsifier:
         """Return what a resumed run needs, as plain data."""
         state: dict[str, Any] = {
             "step": self._step,
-            "scores": self._scores.read(),
+            "importance": self._importance.read(),
             "fading": {},
             "zero": [],
             "weights": dict(self._weights),
@@ -516,14 +516,14 @@ class Sparsifier:
         }
         if self.latency is not None:
             state["latency"] = self.latency.to_json()
-        if self._steering is not None:
-            state |= self._steering.state_dict()
+        if self._schedule is not None:
+            state |= self._schedule.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another Sparsifier's ``state_dict`` (the same model and arguments)."""
         self._step = state["step"]
-        self._scores.restore(state["scores"])
+        self._importance.restore(state["importance"])
         self._weights = dict(state["weights"])
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
@@ -533,10 +533,10 @@ class Sparsifier:
             # A resumed run goes on from what the first one measured.
             self.latency = LatencyTable.from_json(state["latency"])
             self.costs = self.costs.with_latency(self.latency.latency_ms, self.latency.unit_ms)
-        if self._steering is not None:
-            self._steering.costs = self.costs
-            self._steering.load_state_dict(state)
-            self._rest()
+        if self._schedule is not None:
+            self._schedule.costs = self.costs
+            self._schedule.load_state_dict(state)
+            self._skip()
 
 
 def _target(target: Budget | None, numbers: dict[str, Any]) -> Budget | None:

@@ -123,7 +123,7 @@ def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     model = copy_model(model, PruneError)
     every = gates(model, fixed=True)
     for gate in every.values():
-        gate.resting = False  # whose run is over; a unit at 0 that stays may learn again
+        gate.skipped = False  # whose run is over; a unit at 0 that stays may learn again
         gate.waiting = False
     with torch.no_grad():
         for name in names:

@@ -19,7 +19,7 @@ from resconv.integrations.lightning import SparsityCallback
 from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
-from resconv.planning.costs import excess, ledger
+from resconv.planning.costs import excess, cost_model
 from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
 from resconv.surgery.state import state_of
@@ -180,7 +180,7 @@ def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> s
 
     It is worked out from the trained net: other processes may have trained it, or an earlier call.
     """
-    costs = ledger(model, state_of(model).example_inputs)
+    costs = cost_model(model, state_of(model).example_inputs)
     if latency is not None:
         costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
     zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]

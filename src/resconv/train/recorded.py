@@ -75,7 +75,7 @@ class RecordedNet:
     def _find_resting(self) -> tuple[str, ...]:
         every = gates(self.net, fixed=True)
         waiting = (n for n, g in every.items() if g.waiting)
-        return (*(n for n, g in every.items() if g.resting), "", *waiting)
+        return (*(n for n, g in every.items() if g.skipped), "", *waiting)
 
     def _record(self, images: Tensor) -> _Net:
         net = _Net(self.net)
