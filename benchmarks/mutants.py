@@ -26,10 +26,11 @@ from resconv.planning.plan import Plan
 from resconv.run.config import Config
 from resconv.run.folder import RunFolder
 from resconv.run.mark import MARK, Record
-from resconv.run.metrics import Row
+from resconv.run.metrics import History
 from resconv.run.report.table import rows
+from resconv.selection.outcome import Snapshot
 from resconv.storage.runtimes import open_file
-from resconv.storage.schema import seal
+from resconv.storage.schema import read_header, seal
 
 __all__ = ["CANARY", "KINDS", "Kind"]
 
@@ -250,9 +251,9 @@ def read_saved(folder: Path) -> str:
     if "compact" not in _KEPT:
         _KEPT["compact"] = _compact()[0](_X)
     net = resconv.load(folder)
-    header = json.loads((folder / "model.json").read_bytes())
-    make_inputs(header["inputs"], torch.Generator()) if header["inputs"] else None
-    resealed = header["header_sha256"] != _KEPT["seal"]
+    inputs = read_header(folder).inputs
+    make_inputs(inputs, torch.Generator()) if inputs else None
+    resealed = json.loads((folder / "model.json").read_bytes())["header_sha256"] != _KEPT["seal"]
     return "" if resealed or torch.equal(net(_X), _KEPT["compact"]) else "another net"
 
 
@@ -295,15 +296,14 @@ _METRICS = {
 
 def make_run(folder: Path, name: str) -> Path:
     """Write what a run leaves, and return one file of it."""
-    config = Config(model="resnet20", data="digits", macs=0.5, epochs=3, sparse_lr=0.1)
+    config = Config.of(model="resnet20", data="digits", macs=0.5, epochs=3, sparse_lr=0.1)
     run = RunFolder.begin(folder / "run", config)
-    run.write_json("metrics.json", _METRICS)
+    run.add_metrics(**_METRICS)
     record = Record({"macs": 0.5}, {"images": "0" * 64}, {}, {name: "0" * 64}, ["top1_dense"])
     for stage in ("dense", "sparse", "plan"):
         run.finish(stage, record)
-    run.write_json(
-        "scales.json", [[s, {"a": 1.0, "b": 0.5}, {"a": 1.0}, 0.9, None] for s in (0, 9)]
-    )
+    steps = [Snapshot(s, {"a": 1.0, "b": 0.5}, {"a": 1.0}, 0.9, None) for s in (0, 9)]
+    run.write_history(History(tuple(steps)))
     Plan(("a", "b"), 900, 400, 90, 40, {"a": 0.0, "b": 0.0, "c": 1.0}, 2.0, 1.1, 1.0).save(
         run / "plan.json"
     )
@@ -320,7 +320,7 @@ def read_run(folder: Path) -> str:
     run.config()
     rows(run.metrics())
     run.done()
-    run.read_json("scales.json", list[Row])
+    run.history()
     Plan.load(run / "plan.json")
     LatencyTable.load(run / "latency.json")
     return ""

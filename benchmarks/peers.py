@@ -164,7 +164,7 @@ def lowest(
 ) -> list[str]:
     """Return the units that a ranking puts last, as many as ``macs`` times the MACs demands."""
     costs = cost_model(gated, example)
-    scores = _importance(gated, ranking, data, seed)
+    scores = _scores(gated, ranking, data, seed)
     chosen: list[str] = []
     for name in sorted(costs.names, key=lambda n: scores[n]):
         if costs.macs - costs.cost_of(chosen).macs <= macs * costs.macs:
@@ -173,7 +173,7 @@ def lowest(
     return chosen
 
 
-def _importance(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[str, float]:
+def _scores(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> dict[str, float]:
     names = list(resconv.gates(gated))
     if ranking == "random":
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
@@ -189,18 +189,7 @@ def _importance(gated: nn.Module, ranking: str, data: ImageData, seed: int) -> d
     if ranking != "leave-one-out":
         raise SystemExit(f"ranking: {ranking}; there are {', '.join(RANKINGS)}.")
     images, labels = next(
-        iter(
-            BatchLoader(
-                data.train,
-                1000,
-                shuffle=True,
-                seed=seed,
-                augment=None,
-                mean=data.mean,
-                std=data.std,
-                device=torch.device("cpu"),
-            )
-        )
+        iter(BatchLoader(data.train, 1000, data.preprocessing, shuffle=True, seed=seed))
     )
     scores = {}
     for name in names:

@@ -277,19 +277,19 @@ def _compress(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path 
         command += [flag] if value is True else [] if value is False else [flag, str(value)]
     subprocess.run(command, check=True)
     folder = RunFolder.open(arm.folder / "run")
-    metrics, plan = folder.metrics(), folder.read_json("plan.json", dict[str, Any])
+    metrics, plan = folder.metrics(), resconv.Plan.load(folder / "plan.json")
     stages = folder.config().stage_epochs()
     more = {
         "epochs": [e for e in (stages if weights is None else stages[1:]) if e],
-        "top1_before_removal": round(metrics["top1_gated"], 2),
-        "top1_after_removal": round(metrics["top1_pruned"], 2),
-        "nonzero": len(metrics["removed_with_nonzero_scale"]),
-        "removed": len(plan["remove"]),
-        "removed_units": plan["remove"],
-        "minutes": round(sum(metrics["seconds"].values()) / 60, 1),
+        "top1_before_removal": round(metrics.top1_gated, 2),
+        "top1_after_removal": round(metrics.top1_pruned, 2),
+        "nonzero": len(metrics.removed_with_nonzero_scale),
+        "removed": len(plan.remove),
+        "removed_units": list(plan.remove),
+        "minutes": round(sum(metrics.seconds.values()) / 60, 1),
     }
     if "resnet" in arm.net:
-        more["layout"] = peers.blocks_kept(arm.net, plan["remove"])
+        more["layout"] = peers.blocks_kept(arm.net, list(plan.remove))
     return resconv.load(folder.path).eval(), more
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,11 +14,18 @@ from resconv.analysis.candidates import compatible
 from resconv.analysis.inputs import as_call, evaluating
 from resconv.analysis.ops import NORMS
 from resconv.planning.costs import cost_model
-from resconv.surgery.state import example_inputs_of
+from resconv.surgery.edit_kinds import Edit
+from resconv.surgery.provenance import example_inputs_of, provenance_of
 
-__all__ = ["VARIANCES", "randomise", "randomise_gates", "settle", "some_plan"]
+__all__ = ["VARIANCES", "edits_read_again", "randomise", "randomise_gates", "settle", "some_plan"]
 
 VARIANCES = (1.0, 4.0)  # by what factors settled variances move
+
+
+def edits_read_again(model: nn.Module) -> tuple[Edit, ...]:
+    """Return what was changed in the net's tree, as a file gives it back."""
+    text = msgspec.json.encode(provenance_of(model).edits)
+    return msgspec.json.decode(text, type=tuple[Edit, ...])
 
 
 def randomise(model: nn.Module, seed: int = 0, example_inputs: Any = None) -> nn.Module:

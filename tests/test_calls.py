@@ -10,7 +10,7 @@ from torch import nn
 import resconv
 from resconv import errors
 from resconv.analysis.inputs import as_call
-from resconv.surgery.state import example_inputs_of, plan_of
+from resconv.surgery.provenance import example_inputs_of, plan_of, provenance_of
 from tests.helpers import randomise, randomise_gates
 
 
@@ -146,17 +146,20 @@ def test_inputs_and_plan_travel_along(make, form, tmp_path):
     assert resconv.export(net, tmp_path / "net.pt2").format == "pt2"
 
 
-def test_the_batch_is_not_kept_by_the_compact_net():
-    """Not the user's tensor, nor the copy that the gated net has."""
+def test_the_batch_is_not_kept_by_any_net():
+    """Not the user's tensor, nor a copy of it."""
     gated, inputs = converted(tensor_call)
     compact = resconv.prune(gated)
-    ours = weakref.ref(gated.resconv_state.example_inputs)
-    theirs = weakref.ref(inputs)
-    del gated, inputs
+    theirs, size = weakref.ref(inputs), inputs.shape
+    del inputs
     gc.collect()
     assert theirs() is None
-    assert ours() is None
-    resconv.units(compact)  # which has a specification instead
+    for net in (gated, compact):
+        known = provenance_of(net).inputs
+        assert known.spec.shape == size
+        assert not known.kept
+        assert known.whole is None
+        resconv.units(net)
 
 
 def test_given_inputs_win():

@@ -14,12 +14,12 @@ import resconv
 from resconv import run
 from resconv.cli.app import app, run_app
 from resconv.cli.messages import as_options
-from resconv.cli.options import amount
 from resconv.errors import BudgetError, ResConvWarning, RunError
 from resconv.failures import in_words, is_out_of_memory
 from resconv.run import training
 from resconv.run.checks import check
 from resconv.run.job import Run
+from resconv.run.settings import amount
 from resconv.train import fit
 
 NAME = f"{__name__}:Tiny"
@@ -195,7 +195,7 @@ def test_hints_without_a_layer_for_them_are_refused_before_training(tmp_path, mo
 
 def test_a_run_that_is_refused_for_nothing_else_is_begun(tmp_path):
     """The checks let through what can be trained; they leave the random numbers of the run alone."""
-    config = run.Config(
+    config = run.Config.of(
         model=NAME, data="digits", limit=64, batch_size=8, macs=0.5, sparse_epochs=4
     )
     begun = run.begin(tmp_path / "out", config, say=lambda text: None)
@@ -221,7 +221,7 @@ def test_one_class_is_refused(tmp_path, capsys):
     assert compress(tmp_path / "out", data=data) == 2
     assert "one class only (cat)" in said(capsys)
     images("dog")
-    config = run.Config(model=NAME, data=data, batch_size=8, macs=0.5, sparse_epochs=4)
+    config = run.Config.of(model=NAME, data=data, batch_size=8, macs=0.5, sparse_epochs=4)
     run.begin(tmp_path / "out", config, say=lambda text: None)
 
 
@@ -250,16 +250,15 @@ def test_a_run_that_failed_before_training_does_not_lock_its_folder(tmp_path, mo
     assert (tmp_path / "out" / "config.json").is_file()
 
     # With a smaller batch it begins anew there; what was trained for an epoch is not thrown away.
-    config = run.Config(
-        **{**json.loads((tmp_path / "out" / "config.json").read_text()), "batch_size": 4}
-    )
+    stored = run.Config.from_content(json.loads((tmp_path / "out" / "config.json").read_text()))
+    config = run.Config.of(**{**stored.values(), "batch_size": 4})
     begun = run.begin(tmp_path / "out", config, say=lambda text: None)
-    assert begun.folder.config().batch_size == 4
+    assert begun.folder.config().training.batch_size == 4
     run.run_stage(begun, "dense")
     with pytest.raises(
         RunError, match=r"batch_size: 4 there, 8 now.*--weights .*dense.safetensors"
     ):
-        run.begin(tmp_path / "out", run.Config(**{**config.to_dict(), "batch_size": 8}))
+        run.begin(tmp_path / "out", run.Config.of(**{**config.values(), "batch_size": 8}))
 
 
 @pytest.mark.parametrize(
@@ -322,12 +321,12 @@ def test_python_keywords_become_options():
     ],
 )
 def test_amounts(text, value):
-    found = amount(text, "macs")
+    found = amount(text, "--macs")
     assert found == value
     assert type(found) is type(value)
     for bad in (f"-{text}", f"{text}x"):
         with pytest.raises(BudgetError, match="give a fraction"):
-            amount(bad, "macs")
+            amount(bad, "--macs")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +427,7 @@ def test_fit_warns_of_a_missed_target_and_of_nothing_else(tmp_path, monkeypatch,
 
     def train(name):
         torch.manual_seed(0)
-        config = run.Config(model=NAME, data="digits", limit=64, batch_size=8, macs=0.5)
+        config = run.Config.of(model=NAME, data="digits", limit=64, batch_size=8, macs=0.5)
         current = Run(run.RunFolder(tmp_path), lambda text: None, config=config, trust_source=True)
         model = resconv.convert(current.create().eval(), current.example(2)).train()
         recipe = current.recipe(4, 0.05)
@@ -447,15 +446,15 @@ def test_finetuning_that_made_it_worse_is_not_kept(better, copied, monkeypatch, 
     current = run.open_run(copied, trust_source=True)
     run.run_stage(current, "prune", again=True)
     pruned = (copied / "model.safetensors").read_bytes()
-    before = current.folder.metrics()["top1_pruned"]
+    before = current.folder.metrics().top1_pruned
     run.run_stage(current, "finetune")
     kept = (copied / "model.safetensors").read_bytes() == pruned
     metrics = current.folder.metrics()
     assert kept is not better
-    assert metrics["finetuned_kept"] is better
-    assert metrics["top1_compact"] == (100.0 if better else before)
+    assert metrics.finetuned_kept is better
+    assert metrics.top1_compact == (100.0 if better else before)
     assert ("Finetuning made the net worse" in said(capsys)) is not better
-    assert bool(metrics.get("warnings", {}).get("finetune")) is not better
+    assert bool(metrics.warnings.get("finetune")) is not better
 
 
 def test_a_net_at_chance_level_is_said(finished):
@@ -534,7 +533,9 @@ def test_inspect_of_no_pixels(capsys):
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:mobilenetv3_small_050"])
 def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
     """Writes in place, by the net's own code, spoil no gradient where a layer went."""
-    config = run.Config(model=name, data="digits", image_size=32, limit=16, batch_size=8, macs=0.8)
+    config = run.Config.of(
+        model=name, data="digits", image_size=32, limit=16, batch_size=8, macs=0.8
+    )
     current = Run(run.RunFolder(tmp_path), lambda text: None, config=config, trust_source=True)
     gated = resconv.convert(
         current.create().eval(), current.example(2), units="layers", start="identity"
@@ -549,5 +550,6 @@ def test_a_net_of_a_zoo_is_finetuned_without_some_layers(name, tmp_path):
     recipe = current.recipe(1, 0.01)
     fit(model.train(), current.data, recipe, tmp_path / "logs", progress=False)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    moved = [k for k, v in model.named_parameters() if not torch.equal(v, before[k])]
-    assert len(moved) > 0.9 * len(before)
+    # Two steps may leave a gate's scalar where it is, but no kernel or norm.
+    still = [k for k, v in model.named_parameters() if v.ndim and torch.equal(v, before[k])]
+    assert still == []

@@ -190,7 +190,7 @@ def test_surgery_keeps_the_function_on_the_gpu():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_recording_is_refused(tmp_path):
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20", data="digits", macs=0.5, epochs=1, limit=64, cuda_graphs=True
     )
     with pytest.raises(RunError, match="need an NVIDIA GPU"):

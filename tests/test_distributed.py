@@ -102,7 +102,7 @@ def worker(rank, folder, port):
     }
     # As under torchrun: the whole job, called in every process.
     said = []
-    job = run.begin(folder / "run", run.Config(**CONFIG), say=said.append)
+    job = run.begin(folder / "run", run.Config.of(**CONFIG), say=said.append)
     metrics = run.compress(job)
     found = {"said": len(said), "metrics": bool(metrics)}
     for name, options in WAYS.items():
@@ -114,7 +114,7 @@ def worker(rank, folder, port):
         found[name] = (model.module.state_dict(), state, sparsifier.outcome().met)
 
     def unequal():
-        """Scores that the processes would draw opposite conclusions from."""
+        """Importance that the processes would draw opposite conclusions from."""
         return {n: 4.0 ** (i if rank == 0 else -i) for i, n in enumerate(names)}
 
     names = list(resconv.gates(gated_net()))
@@ -284,7 +284,7 @@ class Die(lightning.Callback):
 
 def test_devices_and_going_on_after_a_crash(two, tmp_path):
     out = tmp_path / "run"
-    config = run.Config(
+    config = run.Config.of(
         **CONFIG | {"finetune_epochs": 0, "weights": str(two[0] / "run/dense.safetensors")}
     )
     stopped = run.begin(out, config, say=lambda text: None)
@@ -305,7 +305,16 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     args = [
         *("compress", "--model", "resnet20", "--data", "digits", "--macs", "0.6"),
         *("--limit", "192", "--epochs", "1", "--sparse-epochs", "4", "--finetune-epochs", "0"),
-        *("--batch-size", "32", "--weights", config.weights, "--devices", "2", "--out", str(out)),
+        *(
+            "--batch-size",
+            "32",
+            "--weights",
+            config.net.weights,
+            "--devices",
+            "2",
+            "--out",
+            str(out),
+        ),
     ]
     # A progress bar is no reason to start anew, nor is the number of devices.
     done = CliRunner().invoke(app, args)
@@ -313,7 +322,7 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["macs_compact"] <= 0.6 * metrics["macs_dense"]
     assert metrics["removed_with_nonzero_scale"] == []
-    steps = [step for step, *_ in json.loads((out / "scales.json").read_text())]
+    steps = [s["step"] for s in json.loads((out / "scales.json").read_text())["steps"]]
     assert steps == list(range(4 * 6 + 1))
     # The log has the rows from before the crash, and those after it, each once.
     rows = [r.split(",") for r in (out / "logs/sparse/metrics.csv").read_text().splitlines()]

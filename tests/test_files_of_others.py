@@ -5,33 +5,35 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
-from typing import TypedDict
 
+import numpy as np
 import pytest
 import torch
+from msgspec import Struct
 
 import resconv
 from resconv import nets
-from resconv.analysis.input_spec import make_inputs
+from resconv.analysis.input_spec import InputSpec, make_inputs
 from resconv.errors import LoadError, PlanError, ResConvError, RunError
-from resconv.json_files import parse_json, read_json
+from resconv.json_files import parse_json, read_json, to_json
 from resconv.run import Config, RunFolder
-from resconv.run.metrics import Metrics, Row
+from resconv.run.metrics import Metrics
 from resconv.run.report.table import rows
-from resconv.storage.schema import check_source, seal
+from resconv.storage.schema import seal
+from resconv.storage.sources import check_source
+from resconv.surgery.provenance import Source
 
 
-@dataclass(frozen=True)
-class Inner:
+class Inner(Struct, frozen=True, forbid_unknown_fields=True):
     names: tuple[str, ...]
     share: float = 0.5
 
 
-class Loose(TypedDict, total=False):
-    inner: Inner
-    count: int
-    text: str | None
+class Outer(Struct):
+    inner: Inner | None = None
+    count: int = 0
+    text: str | None = ""
+    each: dict[str, dict[str, float]] = {}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,11 @@ class Loose(TypedDict, total=False):
         ('{"count": ' + "9" * 5000 + "}", "not JSON|out of range"),
         ('{"count": 1, "count": 2}', "a key stands twice"),
         ('{"text": 1}', "'text' is 1, needed is text or null"),
+        (
+            '{"each": {"a": {"x": 1}, "b": {"y": 2, "z": "3"}, "c": {"z": "4"}}}',
+            r"'each'\.b\.z is '3', needed is a finite number",
+        ),
+        ('{"x` - at `$.each[...]": "\\ud800"}', "which is no text"),
         ("[" * 100_000, "nested too deeply|not JSON"),
         ("null", "the whole is None, needed is an object"),
         ("", "not JSON"),
@@ -62,17 +69,24 @@ class Loose(TypedDict, total=False):
 )
 def test_a_fault_is_named_with_its_field(text, message):
     with pytest.raises(RunError, match=f"the file.*({message})"):
-        parse_json(text, Loose, "the file", RunError)
+        parse_json(text, Outer, "the file", RunError)
 
 
 def test_what_is_right_is_read_as_it_was_written():
     text = '{"inner": {"names": ["a", "\\u00e9"]}, "count": 3, "text": null, "more": [1]}'
-    assert parse_json(text, Loose, "", RunError) == {
-        "inner": Inner(("a", "é")),
-        "count": 3,
-        "text": None,
-        "more": [1],
-    }
+    assert parse_json(text, Outer, "", RunError) == Outer(Inner(("a", "é")), 3, None)
+
+
+class Text(str):
+    pass
+
+
+def test_numbers_and_texts_of_other_classes_are_written_as_plain_ones():
+    given = Outer(Inner((Text("a"),), np.float64(0.25)), np.int64(3), torch.__version__)
+    back = parse_json(to_json(given), Outer, "", RunError)
+    assert back == Outer(Inner(("a",), 0.25), 3, str(torch.__version__))
+    with pytest.raises(TypeError, match="a Tensor is no plain data"):
+        to_json(Outer(count=torch.ones(2)))
 
 
 def test_what_is_no_file_is_named(tmp_path):
@@ -92,7 +106,7 @@ def test_what_is_no_file_is_named(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = RunFolder.begin(tmp_path / "run", Config(model="resnet20", data="digits", macs=0.5))
+    folder = RunFolder.begin(tmp_path / "run", Config.of(model="resnet20", data="digits", macs=0.5))
     folder.add_metrics(top1_dense=90.0, macs_dense=100, macs_compact=50)
     return folder
 
@@ -103,9 +117,9 @@ def run(tmp_path):
         (
             "config.json",
             '{"model": "x", "data": "y", "lr": "0.1"}',
-            r"config\.json.*'lr' is '0\.1'",
+            r"config\.json.*training\.lr: expected `float`, got `str`",
         ),
-        ("config.json", '{"model": "x"}', r"config\.json.*has no 'data'"),
+        ("config.json", '{"model": "x"}', r"config\.json.*missing required field `source`"),
         ("config.json", '{"model": "x", "data": "y", "macs": 7.5}', r"config\.json: macs=7\.5"),
         (
             "metrics.json",
@@ -113,8 +127,12 @@ def run(tmp_path):
             r"metrics\.json.*'top1_dense' is '90'.*delete the",
         ),
         ("metrics.json", '{"latency": {"torch": {"dense_ms": 1}}}', r"torch has no 'compact_ms'"),
-        ("scales.json", '[[1, {"a": null}, {}, 1, null]]', r"\[0\]\[1\]\.a is None"),
-        ("scales.json", "[[1]]", r"scales\.json.*\[0\] has 1 entries, needed are 5"),
+        ("scales.json", '[[1, {"a": null}, {}, 1, null]]', r"'steps'\[0\]\.scales\.a is None"),
+        ("scales.json", "[[1]]", r"scales\.json.*'steps'\[0\] has no 'scales'"),
+        ("scales.json", '{"version": 3, "steps": []}', "has version 3; this resconv reads up to 2"),
+        ("metrics.json", '{"version": 2}', r"has version 2; .*pip install -U"),
+        ("metrics.json", '{"version": "1"}', "'version' is '1', needed is a whole number"),
+        ("metrics.json", '{"top2": 1}', r"metrics\.json.*unknown keys: 'top2'"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(run, name, content, message):
@@ -123,7 +141,7 @@ def test_a_damaged_file_of_a_run_is_named(run, name, content, message):
     def read():
         run.config()
         run.metrics()
-        run.read_json("scales.json", list[Row])
+        run.history()
 
     with pytest.raises(ResConvError, match=message):
         read()
@@ -177,7 +195,7 @@ before, most = peak(), 0
 for place in sys.argv[1:]:
     try:
         resconv.load(place)
-        make_inputs(read_header(Path(place))['inputs'], torch.Generator())
+        make_inputs(read_header(Path(place)).inputs, torch.Generator())
         print('loaded')
     except LoadError as error:
         print('refused')
@@ -201,16 +219,16 @@ def test_what_asks_for_much_is_refused_before_it_is_made(tmp_path):
 
 
 def test_inputs_that_fit_are_made():
-    spec = {"tuple": [{"shape": [64, 3, 512, 512], "dtype": "float32"}]}
-    (made,) = make_inputs(spec, torch.Generator())
+    one = InputSpec(shape=(64, 3, 512, 512), dtype="float32")
+    (made,) = make_inputs(InputSpec(items=(one,)), torch.Generator())
     assert made.shape == (64, 3, 512, 512)
     with pytest.raises(LoadError, match="402,653,184 bytes"):
-        make_inputs({"tuple": spec["tuple"] * 2}, torch.Generator())
+        make_inputs(InputSpec(items=(one, one)), torch.Generator())
 
 
 @pytest.mark.parametrize("key", ["drop_path_rate", "drop_path", "init_weights", "weight_init"])
 def test_a_keyword_that_only_sounds_like_a_path_is_no_danger(key):
-    assert check_source({"name": "timm:x", "kwargs": {key: 0.1}}) is None
+    assert check_source(Source("timm:x", {key: 0.1})) is None
 
 
 @pytest.mark.parametrize(
@@ -236,7 +254,7 @@ def test_a_keyword_that_only_sounds_like_a_path_is_no_danger(key):
     ],
 )
 def test_a_keyword_that_fetches_is_refused(key):
-    assert "fetch or read" in check_source({"name": "timm:x", "kwargs": {key: True}})
+    assert "fetch or read" in check_source(Source("timm:x", {key: True}))
 
 
 def test_a_net_with_stochastic_depth_comes_back(tmp_path):

@@ -1,16 +1,24 @@
-"""Networks that earlier versions saved still load, and compute what they did then."""
+"""Files that earlier versions wrote still load, and nets compute what they did then."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import resconv
+from resconv.run import RunFolder
+from resconv.run.report.table import rows
+from resconv.run.stages import READS
+from resconv.storage.schema import FORMAT_VERSION, seal
+from resconv.surgery.provenance import provenance_of
 
+RUN_FILES = ("run/metrics.json", "run/scales.json", "run/resconv-run.json")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -70,31 +78,124 @@ def example():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def load(name, **kwargs):
-    folder = FIXTURES / "format2" / name
-    expected = load_file(FIXTURES / "format2" / f"{name}.safetensors")
+VERSIONS = range(2, FORMAT_VERSION + 1)
+LATER = range(3, FORMAT_VERSION + 1)  # which have nets in training form, and all that is no net
+
+
+def load(version, name, **kwargs):
+    folder = FIXTURES / f"format{version}" / name
+    expected = load_file(f"{folder}.safetensors")
     return resconv.load(folder, **kwargs), expected["x"], expected["y"]
 
 
-def edits_of(name):
-    header = json.loads((FIXTURES / "format2" / name / "model.json").read_text())
-    assert header["format_version"] == 2
+def kinds_of_edits(version, name):
+    header = json.loads((FIXTURES / f"format{version}" / name / "model.json").read_text())
+    assert header["format_version"] == version
     return {edit["op"] for edit in header["edits"]}
 
 
-@pytest.mark.parametrize(("name", "source"), [("resnet20", None), ("kinds", Kinds)])
-def test_a_network_of_format_2_still_loads(name, source):
-    """Saved when non-persistent buffers were not in the file and gated nets could not be saved."""
-    net, x, y = load(name, model=source)
-    assert not any(p.requires_grad is False for p in net.parameters())
+def require_same(net, x, y):
     with torch.no_grad():
         torch.testing.assert_close(net.double()(x), y, rtol=1e-9, atol=1e-9)
         # Negative control: another input gives other outputs.
         assert not torch.allclose(net(x + 0.1), y, rtol=1e-3)
 
 
-def test_the_saved_networks_hold_edits_of_every_kind():
-    assert edits_of("resnet20") | edits_of("kinds") == {
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_compact_net_of_every_format_loads(version):
+    net, x, y = load(version, "kinds", model=Kinds)
+    assert all(p.requires_grad for p in net.parameters())
+    require_same(net, x, y)
+    known = provenance_of(net)
+    assert not known.training_form
+    assert known.plan.remove == Kinds.gone
+    assert known.inputs.make().shape == (2, 3, 8, 8)
+    assert (known.preprocessing, known.class_names) == (None, None)
+
+
+def test_a_net_of_format_2_with_a_source_loads():
+    net, x, y = load(2, "resnet20")
+    require_same(net, x, y)
+
+
+@pytest.mark.parametrize("version", LATER)
+@pytest.mark.parametrize("name", ["gated", "open"])
+def test_a_training_form_of_every_format_loads(version, name, tmp_path):
+    net, x, y = load(version, name, model=Kinds)
+    require_same(net, x, y)
+    names = list(resconv.gates(net))
+    assert ("single" in names) is (name == "gated")
+    # It is pruned and fused as the net that was saved, and written in the present format.
+    back = resconv.load(resconv.save(net, tmp_path / "again"), model=lambda: Kinds().double())
+    require_same(resconv.fuse(back), x, y)
+    header = json.loads((tmp_path / "again" / "model.json").read_text())
+    assert header["format_version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_saved_networks_hold_edits_of_every_kind(version):
+    names = ["kinds", "resnet20"] if version == 2 else ["kinds"]
+    assert set().union(*(kinds_of_edits(version, n) for n in names)) == {
         *("conv", "identity", "drop", "clone", "outplace"),
         *("children", "bypass", "multiply", "append"),
     }
+
+
+@pytest.mark.parametrize("version", LATER)
+def test_a_plan_and_a_table_of_every_format_load(version):
+    plan = resconv.Plan.load(FIXTURES / f"format{version}" / "plan.json")
+    expected = resconv.Plan(Kinds.gone, 9_000, 3_000, 900, 600, {"single": 0.0, "row.0": 0.5})
+    assert plan == expected
+    table = resconv.LatencyTable.load(FIXTURES / f"format{version}" / "latency.json")
+    assert table.unit_ms == {"a": 0.5, "b": 0.3}
+    assert table.check_of(["b", "a"]).predicted_ms == 1.2
+
+
+@pytest.mark.parametrize("version", LATER)
+def test_the_files_of_a_run_of_every_format_load(version, tmp_path):
+    """Also when the run goes on: what was read is written again and reads the same."""
+    shutil.copytree(FIXTURES / f"format{version}" / "run", tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.config().stage_epochs() == (1, 3, 1)
+    assert folder.done() == list(READS)
+    assert folder.mark().stages["sparse"].wrote.keys() == {"gated.safetensors", "scales.json"}
+    metrics, history = folder.metrics(), folder.history()
+    assert metrics.epochs_sparse == 3
+    assert metrics.verify.max_rel_error < metrics.verify.tolerance
+    assert metrics.latency["torch"].ratio > 0
+    assert rows(metrics)
+    assert [s.step for s in history.steps][-1] == 24
+    assert history.steps[0].scales.keys() >= {"layer1.0"}
+    folder.add_metrics(date="today")
+    folder.write_history(history)
+    assert folder.history() == history
+    assert folder.metrics() == replace(metrics, date="today")
+
+
+def newer(content, key="version"):
+    return {**content, key: content.get(key, 1) + 1}
+
+
+@pytest.mark.parametrize("name", ["plan.json", "latency.json", *RUN_FILES])
+def test_a_newer_file_is_refused_with_words(name, tmp_path):
+    shutil.copytree(FIXTURES / f"format{FORMAT_VERSION}", tmp_path / "all")
+    file = tmp_path / "all" / name
+    read = {
+        "plan.json": resconv.Plan.load,
+        "latency.json": resconv.LatencyTable.load,
+        "run/metrics.json": lambda f: RunFolder.open(f.parent).metrics(),
+        "run/scales.json": lambda f: RunFolder.open(f.parent).history(),
+        "run/resconv-run.json": lambda f: RunFolder.open(f.parent).mark(),
+    }[name]
+    read(file)
+    file.write_text(json.dumps(newer(json.loads(file.read_text()))))
+    with pytest.raises(resconv.ResConvError, match=r"has version \d; this resconv reads up to \d"):
+        read(file)
+
+
+def test_a_newer_net_is_refused_with_words(tmp_path):
+    shutil.copytree(FIXTURES / f"format{FORMAT_VERSION}" / "kinds", tmp_path / "net")
+    file = tmp_path / "net" / "model.json"
+    file.write_text(json.dumps(seal(newer(json.loads(file.read_text()), "format_version"))))
+    with pytest.raises(resconv.ResConvError, match=r"format version 5; .*reads up to 4.*pip inst"):
+        resconv.load(tmp_path / "net", model=Kinds)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from resconv import data
-from resconv.data.images import EncodedImage, decode
+from resconv.data.images import EncodedImage, Form, decode
 from resconv.errors import DataError
 
 
@@ -85,7 +85,7 @@ def test_a_pipe_is_no_image(photos):
     os.symlink("nowhere", photos / "train" / "cat" / "gone.png")
     assert count(photos)[0] == 6
     with pytest.raises(DataError, match=r"pipe\.png is not a readable image .*no file"):
-        decode(EncodedImage("pipe.png", photos / "train" / "cat" / "pipe.png"), 3, 16)
+        decode(EncodedImage("pipe.png", photos / "train" / "cat" / "pipe.png"), Form(16))
 
 
 def test_the_endings_that_are_read_are_named(photos):
@@ -109,13 +109,13 @@ def test_an_image_is_seen_as_it_was_held(kind, orientation):
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     picture.save(buffer, kind, exif=exif)
-    seen = decode(EncodedImage("x", buffer.getvalue()), 3, 32)
+    seen = decode(EncodedImage("x", buffer.getvalue()), Form(32))
     with Image.open(buffer) as opened:
         opened.load()
         right = ImageOps.exif_transpose(opened)
         expected = torch.tensor(list(right.convert("L").tobytes())).view(32, 32)
     assert (seen[0].int() - expected).abs().max() <= 8
-    plain = decode(EncodedImage("x", photo_of(picture)), 3, 32)
+    plain = decode(EncodedImage("x", photo_of(picture)), Form(32))
     assert (orientation == 1) == bool((seen[0].int() - plain[0].int()).abs().max() <= 8)
 
 
@@ -172,7 +172,7 @@ def test_an_image_of_more_pixels_than_any_camera_is_not_decoded():
     buffer = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(buffer, "PNG")
     with pytest.raises(DataError, match="10,000 x 10,000 pixels; up to 67,108,864 are read"):
-        decode(EncodedImage("large", buffer.getvalue()), 1, 16)
+        decode(EncodedImage("large", buffer.getvalue()), Form(16, channel_order="L"))
 
 
 def test_control_characters_in_a_name_do_not_reach_the_terminal(photos):
@@ -257,7 +257,7 @@ def test_a_table_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path):
 
 def test_the_statistics_of_lazy_images_are_those_of_all_at_once(photos, monkeypatch):
     whole = load(photos)
-    monkeypatch.setattr("resconv.data.folder._MAX_BYTES", 0)
+    monkeypatch.setattr("resconv.data.datasets.MAX_MEMORY", 0)
     lazy = load(photos)
     assert isinstance(lazy.train, data.LazySplit)
     assert isinstance(whole.train, data.Split)

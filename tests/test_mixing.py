@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from resconv.data.splits import ImageData, Split
+from resconv.data import Augment, ImageData, Split
 from resconv.errors import RunError
-from resconv.train import Recipe, fit, module
+from resconv.preprocessing import Preprocessing
+from resconv.train import Recipe, fit
 from resconv.train.mixing import Mixing
 
 CLASSES = 5
@@ -67,15 +68,17 @@ class Reads(nn.Module):
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_training_blends_labels_as_images(kind, tmp_path, monkeypatch):
     """What each image shows of the classes is then its label, and there is nothing to be learnt."""
-    monkeypatch.setattr(module, "default_augment", lambda *_: None)
     colours, labels = batch()
     split = Split((255 * colours).byte().repeat(40, 1, 1, 1), labels.repeat(40))
     zeros, ones = (0.0,) * CLASSES, (1.0,) * CLASSES
-    data = ImageData("colours", split, split, CLASSES, tuple("abcde"), CLASSES, 12, zeros, ones)
+    inputs = Preprocessing(
+        size=12, mean=zeros, std=ones, channel_order=None, class_names=tuple("abcde")
+    )
+    data = ImageData("colours", split, split, inputs)
 
     def learnt(name):
         net = Reads()
-        recipe = Recipe(4, batch_size=20, mix=kind)
+        recipe = Recipe(4, batch_size=20, mix=kind, augment=Augment("none"))
         fit(net, data, recipe, tmp_path / name, progress=False)
         return abs(net.power.item() - 1)
 

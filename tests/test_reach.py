@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import resconv
 from resconv.nn.gates import Segment, zeroed
 from resconv.planning.costs import cost_model
+from resconv.surgery.provenance import example_inputs_of
 
 from .helpers import randomise
 
@@ -82,7 +83,7 @@ def laws(net, x, units="all", **options):
 
 
 def names_of(gated, kind):
-    costs = cost_model(gated, gated.resconv_state.example_inputs)
+    costs = cost_model(gated, example_inputs_of(None, gated))
     return [n for n in costs.names if costs.kinds[n].startswith(kind)]
 
 

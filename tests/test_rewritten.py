@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import json
 import multiprocessing
 import pickle
 import random
@@ -19,7 +18,7 @@ from resconv.surgery import conversion
 from resconv.surgery.edits import apply_edits
 from resconv.surgery.rewritten import PassThrough
 
-from .helpers import randomise, randomise_gates
+from .helpers import edits_read_again, randomise, randomise_gates
 
 WIDTH = 4
 
@@ -314,7 +313,7 @@ def test_both_modes_are_replayed_from_plain_data(case):
     cls, call = CASES[case]
     gated, x = converted(cls(), call, units="blocks")
     compact = resconv.prune(gated, resconv.Plan((next(iter(resconv.gates(gated))),)))
-    edits = json.loads(json.dumps(compact.resconv_record["edits"]))
+    edits = edits_read_again(compact)
     again = apply_edits(Net(cls(), call).double().eval(), edits)
     again.load_state_dict(compact.state_dict())
     assert torch.equal(again(x), compact(x))

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -13,6 +14,7 @@ import resconv
 from resconv import data, nets, run
 from resconv.cli.app import app, run_app
 from resconv.errors import RunError
+from resconv.run import RunFolder
 from resconv.run.pipeline import STAGES
 from resconv.run.report.table import rows
 
@@ -65,18 +67,24 @@ def test_compress_leaves_everything_behind(finished):
     assert metrics["top1_pruned"] == metrics["top1_gated"]
     assert metrics["verify"]["max_rel_error"] < 1e-4
     assert "top1_finetuned" in metrics
+    # How images become inputs, and how they were changed in training.
+    inputs = metrics["preprocessing"]
+    assert (inputs["size"], inputs["channel_order"]) == (8, "L")
+    assert inputs["class_names"] == list("0123456789")
+    assert 0.2 < inputs["mean"][0] < 0.4
+    assert metrics["augment"] == {"kind": "shift", "pad": 1, "least_area": 0.08, "mirror": False}
     assert {"torch", "onnxruntime"} <= set(metrics["latency"])
     # Figures of top-1 beside the dense net's say how long each side was trained.
     # Those of finetuning count where it made the net better, or the one before it was kept.
     assert metrics["finetuned_kept"] is (metrics["top1_finetuned"] >= metrics["top1_pruned"])
-    kept = {"finetuned_kept": True, "epochs_finetune": 1}
-    assert ("epochs of training", "1", "6", "") in rows(metrics | kept)
-    assert ("epochs of training", "as given", "5 more", "") in rows(
-        metrics | kept | {"epochs_dense": None}
-    )
+    kept = replace(RunFolder(out).metrics(), finetuned_kept=True, epochs_finetune=1)
+    assert ("epochs of training", "1", "6", "") in rows(kept)
+    given = replace(kept, epochs_dense=None)
+    assert ("epochs of training", "as given", "5 more", "") in rows(given)
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert "epochs of training" in page
+    assert f"mean {round(inputs['mean'][0], 4)} and std" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
@@ -124,7 +132,7 @@ def test_finetuning_may_be_asked_for_anew(finished, tmp_path, monkeypatch):
     assert result.output.count("done already") == 3
     assert before == [(out / f"{n}.safetensors").stat().st_mtime_ns for n in ("dense", "gated")]
     metrics = json.loads((out / "metrics.json").read_text())
-    assert ("epochs of training", "1", "7", "") in rows(metrics)
+    assert ("epochs of training", "1", "7", "") in rows(RunFolder(out).metrics())
     tuned = resconv.load(out)
     assert invoke("compress", *SMALL, *asked, "--out", whole).exit_code == 0
     mine, theirs, old = (n.state_dict() for n in map(resconv.load, (out, whole, finished[0])))
@@ -137,7 +145,7 @@ def test_finetuning_may_be_asked_for_anew(finished, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["top1_finetuned"] is None
-    assert ("epochs of training", "1", "5", "") in rows(metrics)
+    assert ("epochs of training", "1", "5", "") in rows(RunFolder(out).metrics())
     pruned = resconv.prune(run.open_run(out).gated(), run.open_run(out).plan())
     x = torch.randn(4, 1, 8, 8)
     torch.testing.assert_close(resconv.load(out)(x), pruned.eval()(x), rtol=1e-4, atol=1e-4)
@@ -158,7 +166,7 @@ def test_stages_are_commands(finished, tmp_path):
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,
@@ -217,7 +225,7 @@ def test_a_target_in_latency(tmp_path):
     table = resconv.LatencyTable.load(out / "latency.json")
     assert table.check_of(plan.remove).latency_ms == plan.latency_ms_after
     assert "Latency target" in (out / "report.html").read_text()
-    assert len(json.loads((out / "scales.json").read_text())[0]) == 5
+    assert json.loads((out / "scales.json").read_text())["steps"][0]["latency_ms"] > 0
     # The stored table is used again, and gives the same plan.
     result = invoke("prune", out)
     assert "Measuring" not in result.output
@@ -246,7 +254,7 @@ def test_stopped_and_resumed_gives_the_same_net(stage, tmp_path, monkeypatch):
             if trainer.current_epoch == 1:
                 raise KeyboardInterrupt
 
-    config = run.Config(
+    config = run.Config.of(
         model="resnet20",
         data="digits",
         macs=0.6,
@@ -303,12 +311,13 @@ def test_statistics_are_collected_anew_where_a_scale_is_not_zero(finished, tmp_p
     run.use_plan(current, tmp_path / "plan.json")
     # What the old plan led to is gone, files and figures.
     assert not (out / "model.onnx").exists()
-    assert not {"onnx", "latency", "top1_pruned"} & current.folder.metrics().keys()
+    left = current.folder.metrics()
+    assert (left.onnx, left.latency, left.top1_pruned) == (None, {}, None)
     run.run_stage(current, "prune")
     metrics = current.folder.metrics()
-    assert sorted(metrics["removed_with_nonzero_scale"]) == sorted(kept[-2:])
-    assert metrics["top1_recalibrated"] is not None
-    assert metrics["top1_recalibrated"] != metrics["top1_pruned"]
+    assert sorted(metrics.removed_with_nonzero_scale) == sorted(kept[-2:])
+    assert metrics.top1_recalibrated is not None
+    assert metrics.top1_recalibrated != metrics.top1_pruned
     first = json.loads((finished[0] / "metrics.json").read_text())
     assert first["top1_recalibrated"] is None
 
@@ -413,7 +422,7 @@ def test_sparse_training_from_random_weights(tmp_path):
     assert metrics["macs_compact"] <= 0.6 * metrics["macs_dense"]
     assert not metrics["removed_with_nonzero_scale"]
     # What makes an untrained plain net trainable is there from the first step.
-    controls = json.loads((tmp_path / "x" / "scales.json").read_text())[0][2]
+    controls = json.loads((tmp_path / "x" / "scales.json").read_text())["steps"][0]["controls"]
     assert set(controls.values()) == {1.0}
     refused = invoke("compress", *short, "--distill", "--out", tmp_path / "y")
     assert "no dense net to learn from" in str(refused.exception or refused.output)

@@ -331,7 +331,7 @@ def test_scaled_gradients_and_skipped_steps(fused):
                 scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        scores = sparsifier.state_dict()["scores"]
+        scores = sparsifier.state_dict()["importance"]
         assert len(scores) == len(sparsifier.costs.names)
         plans.append((sparsifier.finish(), scores))
     (plain, a), (amp, b) = plans

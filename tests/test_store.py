@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from torch import nn
 import resconv
 from resconv import nets
 from resconv.errors import LoadError, SaveError
-from resconv.storage.schema import describe_modules, read_header, seal
+from resconv.storage import building
+from resconv.storage.modules import describe_modules
+from resconv.storage.schema import read_header, seal
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -86,6 +87,10 @@ def conv(**args):
     return {"op": "conv", "path": "conv1", "type": "Conv2d", "args": args}
 
 
+def bypass(**fields):
+    return {"op": "bypass", "path": "", "constants": {}, "nodes": [], "code": "", **fields}
+
+
 HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
 
 
@@ -94,14 +99,17 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
     [
         (lambda h: h.update(format_version=99), "format version 99"),
         (lambda h: h.update(format_version=1), "format version 1, which carries no checksum"),
-        (lambda h: h.pop("edits"), "'edits' is missing"),
-        (lambda h: h.update(extra=1), "'extra' is not known"),
-        (lambda h: h.update(edits={}), "'edits' is a dict"),
+        (lambda h: h.pop("edits"), "has no 'edits'"),
+        (lambda h: h.update(extra=1), "has unknown keys: 'extra'"),
+        (lambda h: h.update(edits={}), "'edits' is an object, needed is a list"),
         (lambda h: h.update(source={"name": "os:system", "kwargs": {}}), "trust"),
         (lambda h: h.update(source={"name": "timm:hf-hub:a/b", "kwargs": {}}), "no net"),
         (lambda h: h.update(source={"name": "timm:../x", "kwargs": {}}), "no net"),
-        (lambda h: h.update(source={"name": 3, "kwargs": {}}), "no name with keywords"),
-        (lambda h: h.update(source={"name": "resnet20"}), "no name with keywords"),
+        (
+            lambda h: h.update(source={"name": 3, "kwargs": {}}),
+            r"'source'\.name is 3, needed is text",
+        ),
+        (lambda h: h.update(source={"name": "resnet20"}), "'source' has no 'kwargs'"),
         (
             lambda h: h.update(source={"name": "resnet20", "kwargs": {"num_classes": 10**9}}),
             "unbelievable",
@@ -137,59 +145,48 @@ HUGE = {"in_channels": 10**6, "out_channels": 10**6, "kernel_size": [3, 3]}
             )
         ],
         (lambda h: h.update(source={"name": "resnet32", "kwargs": {}}), "not the one that was"),
-        (lambda h: h["edits"].append({"op": "run", "path": "x"}), "Not an edit"),
-        (lambda h: h["edits"].append("identity"), "not an edit"),
+        (
+            lambda h: h["edits"].append({"op": "run", "path": "x"}),
+            r"\.op is 'run', which is not known",
+        ),
+        (lambda h: h["edits"].append("identity"), "is 'identity', needed is an object"),
         (lambda h: h["edits"].append({"op": "identity", "path": "nowhere"}), "nowhere"),
         (lambda h: h["edits"].append({"op": "identity", "path": "__class__"}), "__class__"),
         (lambda h: h["edits"].append({"op": "identity", "path": "../../x"}), "x"),
         (lambda h: h["edits"].append({"op": "identity", "path": ""}), "whole model"),
         (lambda h: h["edits"].append({"op": "children", "path": "bn1", "names": [[]]}), "names"),
         (
-            lambda h: h["edits"].append(
-                {
-                    "op": "bypass",
-                    "path": "",
-                    "constants": {"x": {"call": []}},
-                    "nodes": [],
-                    "code": "",
-                }
-            ),
-            "constants",
+            lambda h: h["edits"].append(bypass(constants={"x": {"call": []}})),
+            "Not an argument",
         ),
         (
-            lambda h: h["edits"].append(
-                {"op": "bypass", "path": "", "constants": {"x)": 1}, "nodes": [], "code": ""}
-            ),
-            "constants",
+            lambda h: h["edits"].append(bypass(constants={"x)": 1})),
+            "no name of an argument",
         ),
         (
-            lambda h: h["edits"].append(
-                {"op": "bypass", "path": "", "constants": {"x": 1}, "nodes": [], "code": ""}
-            ),
+            lambda h: h["edits"].append(bypass(constants={"x": 1})),
             "cannot be rewritten|differs from the one",
         ),
         (
-            lambda h: h["edits"].append(
-                {"op": "bypass", "path": "", "constants": {}, "nodes": [["a", -1]], "code": ""}
-            ),
-            "nodes",
+            lambda h: h["edits"].append(bypass(nodes=[{"name": "a", "argument": -1}])),
+            r"nodes\[0\]\.argument is -1, needed is a whole number >= 0",
         ),
         (
             lambda h: h["edits"].append({"op": "multiply", "path": "conv1", "factor": "1"}),
             "factor",
         ),
         (lambda h: h["edits"].append(conv(**HUGE)), "do not fill"),
-        (lambda h: h["edits"].append(conv(in_channels=-1)), "in_channels"),
-        (lambda h: h["edits"].append(conv(kernel_size=[3, {}])), "kernel_size"),
-        (lambda h: h["edits"].append(conv(device="meta")), "device"),
+        (lambda h: h["edits"].append(conv(**{**HUGE, "in_channels": -1})), "in_channels"),
+        (lambda h: h["edits"].append(conv(**{**HUGE, "kernel_size": [3, {}]})), "kernel_size"),
+        (lambda h: h["edits"].append(conv(**HUGE, device="meta")), "device"),
         (lambda h: h["modules"].update({"conv1": "Conv3d()"}), "conv1 is Conv2d"),
         (lambda h: h["modules"].pop("fc"), "fc was not saved"),
         (lambda h: h["shared"].update({"fc.weight": "fc.bias"}), "no original"),
         (lambda h: h["frozen"].append("nowhere"), "'nowhere' to freeze"),
-        (lambda h: h["channels_last"].append(3), "no names"),
+        (lambda h: h["channels_last"].append(3), "needed is text"),
         (lambda h: h.update(inputs={"shape": [10**6, 10**6], "dtype": "float32"}), "too large"),
         (lambda h: h.update(inputs={"shape": [1], "dtype": "load"}), "dtype 'load'"),
-        (lambda h: h.update(plan={"remove": 3}), "'remove' is 3, needed is a list"),
+        (lambda h: h.update(plan={"remove": 3}), r"'plan'\.remove is 3, needed is a list"),
         (lambda h: h.update(num_params=2**70), "out of range"),
         (lambda h: h.update(sha256="0" * 64), "changed after it was saved"),
     ],
@@ -203,7 +200,7 @@ def test_hostile_headers_are_refused(saved, change, message):
 
 def test_a_net_of_endless_layers_is_stopped(saved, monkeypatch):
     _, folder = saved
-    monkeypatch.setattr(sys.modules["resconv.storage.store"], "_MAX_CALLS", 2000)
+    monkeypatch.setattr(building, "_MAX_CALLS", 2000)
     source = {"name": "timm:convnext_atto", "kwargs": {"depths": [500] * 4}}
     edit_header(folder, lambda h: h.update(source=source))
     with pytest.raises(LoadError, match="do not fill"):
@@ -239,7 +236,7 @@ def test_a_changed_plan_edit_or_source_is_noticed(saved, change):
         ('{"a": ' + "9" * 5000 + "}", "not JSON|out of range"),
         ('{"a": 1, "a": 2}', "stands twice"),
         ("[]", "holds a list"),
-        ('"\\ud800"', "holds a str"),
+        ('"\\ud800"', "no text"),
         ("", "not JSON"),
         ("\x00" * 100, "not JSON"),
     ],
@@ -658,14 +655,20 @@ def test_gates_that_a_file_makes_up_are_refused(tmp_path, images):
     content = (folder / "model.json").read_text()
     for change, message in (
         (lambda g: g[0].update(paths=["nowhere"]), "'nowhere', which the net does not have"),
-        (lambda g: g[-1].update(kind="door"), "not a gate"),
-        (lambda g: g[0].update(norm={"type": "Linear", "args": {}}), "not a gate"),
+        (
+            lambda g: g[-1].update(kind="door"),
+            r"'gates'\[\d+\]\.kind is 'door', which is not known",
+        ),
+        (
+            lambda g: g[0].update(norm={"type": "Linear", "args": {}}),
+            r"norm\.type is 'Linear'|norm\.args has no",
+        ),
         (lambda g: g.pop(), "was not saved|is not there"),
         (
             lambda g: next(x for x in g if x["norm"])["norm"]["args"].update(num_features=8),
             "num_features=8",
         ),
-        (lambda g: g.extend(g * 600), "each has at most one|more than any"),
+        (lambda g: g.extend(g * 600), "each has at most one|needed is a list of length"),
     ):
         (folder / "model.json").write_text(content)
         edit_header(folder, lambda h, change=change: change(h["gates"]))
@@ -674,7 +677,7 @@ def test_gates_that_a_file_makes_up_are_refused(tmp_path, images):
     (folder / "model.json").write_text(content)
     resconv.load(folder)
     lost = resconv.convert(nets.create("resnet20").double().eval(), images, units="layers")
-    del lost.resconv_state
+    del lost.resconv_provenance
     with pytest.raises(SaveError, match="not the record of its conversion"):
         resconv.save(lost, tmp_path / "b")
 

@@ -25,11 +25,12 @@ from resconv.files import OURS, write_text, write_together
 from resconv.run import exchange, lock, stages
 from resconv.run.fingerprint import differing_parts, fingerprint
 from resconv.run.mark import MARK, Mark, Record
+from resconv.run.metrics import Metrics
 from resconv.train import Recipe, checkpoints, fit, watch
 from resconv.train.checkpoints import Bound, choose_checkpoint
 
 ROOT = Path(__file__).parents[1]
-CONFIG = run.Config(
+CONFIG = run.Config.of(
     model="benchmarks.noisy:net",
     data="digits",
     macs=0.6,
@@ -303,7 +304,7 @@ def test_fresh_moves_the_earlier_run_aside(earlier):
 
 def test_a_target_that_cannot_be_reached_leaves_the_earlier_run(earlier):
     before = listing(earlier.path)
-    impossible = run.Config(**CONFIG.to_dict() | {"macs": 1e-6})
+    impossible = run.Config.of(**CONFIG.values() | {"macs": 1e-6})
     with pytest.raises(ResConvError, match="reach"):
         run.begin(earlier.path, impossible, fresh=True, say=quiet)
     assert listing(earlier.path) == before
@@ -352,7 +353,7 @@ def test_what_a_stage_left_goes_when_it_is_undone(earlier):
     earlier.finish("measure", record("model.onnx", metrics=["latency", "seconds"]))
     earlier.undo(["measure"])
     assert not (earlier / "model.onnx").exists()
-    assert earlier.metrics() == {"top1_pruned": 1.0, "seconds": {"plan": 1}}
+    assert earlier.metrics() == Metrics(top1_pruned=1.0, seconds={"plan": 1})
     assert (earlier / "plan.json").exists()
     assert earlier.done() == ["dense", "plan"]
     assert (earlier / "notes.txt").exists()
@@ -366,7 +367,7 @@ def trained(tmp_path_factory):
     """A run whose dense and sparse training are done, and another one with another seed."""
     found = []
     for seed in (0, 1):
-        config = run.Config(**CONFIG.to_dict() | {"seed": seed})
+        config = run.Config.of(**CONFIG.values() | {"seed": seed})
         out = tmp_path_factory.mktemp("trained") / "run"
         current = run.begin(out, config, say=quiet)
         for stage in ("dense", "sparse"):
@@ -589,4 +590,4 @@ def test_a_text_is_written_with_the_rights_of_any_other_file(tmp_path):
     write_text(tmp_path / "ours", "x")
     modes = [(tmp_path / n).stat().st_mode for n in ("plain", "ours")]
     assert modes[0] == modes[1]
-    assert Mark().id != Mark().id
+    assert Mark.new().id != Mark.new().id

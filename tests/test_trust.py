@@ -50,7 +50,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def foreign_run(place):
     folder, source = place
-    config = Config(model=source, data="digits", macs=0.5)
+    config = Config.of(model=source, data="digits", macs=0.5)
     run = RunFolder.begin(folder / "run", config)
     found = fingerprint(datasets.load("digits"))
     for stage in ("dense", "sparse", "plan", "prune", "finetune", "export", "measure"):
@@ -79,7 +79,7 @@ def test_a_run_of_someone_else_runs_no_code_of_its_own(foreign_run, command, mon
 def test_the_users_own_command_line_is_his_word(place):
     folder, source = place
     run = begin(
-        folder / "mine", Config(model=source, data="digits", macs=0.5), say=lambda text: None
+        folder / "mine", Config.of(model=source, data="digits", macs=0.5), say=lambda text: None
     )
     assert run.create()[8].out_features == 10
     with pytest.raises(TrustError):

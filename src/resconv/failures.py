@@ -1,14 +1,15 @@
-"""What fails outside of resconv, in words: memory, disks, permissions."""
+"""What fails outside of resconv, in words (memory, disks, permissions), and what fails in resconv itself."""
 
 import errno
 import os
 import re
+from pathlib import Path
 
 import torch
 
 from .errors import ResConvError, RunError
 
-__all__ = ["in_words", "is_out_of_memory"]
+__all__ = ["in_words", "is_out_of_memory", "is_own"]
 
 _MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|"
@@ -24,6 +25,45 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)))
+
+
+# What a slip in a program raises, and torch seldom does.
+_SLIPS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    StopIteration,
+    TypeError,
+    ZeroDivisionError,
+)
+_HERE = Path(__file__).parent
+# Layers and nets of resconv's own run in the place of the user's.
+_IN_PLACE_OF_OTHERS = ("nn", "nets")
+_HANDS_ON = (
+    "__torch_dispatch__",
+    "__torch_function__",
+)  # each operation to torch, which may refuse
+
+
+def is_own(error: BaseException) -> bool:
+    """Return whether a line of resconv itself raised the error, by a slip.
+
+    What runs the user's code catches whatever that raises, and says that the net is at fault. It must
+    not say so of a fault in resconv.
+    """
+    last = error.__traceback__
+    if last is None or not isinstance(error, _SLIPS):
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    place = Path(code.co_filename)
+    return (
+        _HERE in place.parents
+        and place.relative_to(_HERE).parts[0] not in _IN_PLACE_OF_OTHERS
+        and code.co_name not in _HANDS_ON
+    )
 
 
 def in_words(error: BaseException) -> ResConvError | None:

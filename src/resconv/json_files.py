@@ -1,51 +1,68 @@
 """The one reader of JSON that resconv wrote and that anyone may have edited since.
 
-A dataclass, a ``TypedDict`` or an annotation such as ``dict[str, float]`` says what a file holds.
-Whatever else is there ends in one error, which names the file and the field: another type, a number
-that is not finite, a key that is missing or unknown, text that cannot be written (a lone half of a
-surrogate pair), nesting without end, a size beyond anything that was ever written.
+A ``msgspec.Struct`` (or a dataclass, or an annotation such as ``dict[str, float]``) says what a file
+holds, and msgspec checks it. Whatever else is there ends in one error, which names the file and the
+field: another type, a number that is not finite, a key that is missing, unknown or there twice, text
+that cannot be written (a lone half of a surrogate pair), nesting without end, a size beyond anything
+that was ever written.
+
+Files have versions. A reader hands in its upgrades, the first of which makes version 2 of version 1;
+there is one version more than upgrades, and a file of a newer one is refused.
 """
 
 import json
 import math
-from dataclasses import MISSING, fields, is_dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypeVar
+
+import msgspec
 
 from .errors import ResConvError
 
-__all__ = ["MAX_BYTES", "parse_json", "read_bounded", "read_json"]
+__all__ = [
+    "MAX_BYTES",
+    "Upgrades",
+    "checked",
+    "load_json",
+    "parse_json",
+    "read_bounded",
+    "read_json",
+    "to_json",
+    "to_plain",
+    "upgraded",
+    "version_in",
+]
 
 MAX_BYTES = 16 * 2**20
-_MAX_NUMBER = 2**63
+_MAX_DEPTH, _MAX_NUMBER = 24, 2**63
 _WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-    dict: "an object",
-    NoneType: "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a finite number",
+    "str": "text",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
 }
+_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
+Upgrades = Sequence[Callable[[Any], Any]]
 T = TypeVar("T")
 
 
-class _FieldError(Exception):
-    """What is wrong, and in which field."""
-
-    def __init__(self, where: str, text: str) -> None:
-        super().__init__(f"{where or 'the whole'} {text}")
-
-
-def read_json(path: Path, kind: type[T], error: type[ResConvError]) -> T:
+def read_json(
+    path: Path, kind: type[T], error: type[ResConvError], upgrades: Upgrades | None = None
+) -> T:
     """Return the content of a JSON file, checked to be a ``kind``.
 
     Raises:
-        error: the file is missing, unreadable, too large, no JSON, or something else.
+        error: the file is missing, unreadable, too large, no JSON, of a newer version, or something
+            else.
     """
-    return parse_json(read_bounded(path, error), kind, str(path), error)
+    return parse_json(read_bounded(path, error), kind, str(path), error, upgrades)
 
 
 def read_bounded(path: Path, error: type[ResConvError]) -> bytes:
@@ -69,13 +86,54 @@ def read_bounded(path: Path, error: type[ResConvError]) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes, kind: type[T], place: str, error: type[ResConvError]) -> T:
+def parse_json(
+    text: str | bytes,
+    kind: type[T],
+    place: str,
+    error: type[ResConvError],
+    upgrades: Upgrades | None = None,
+) -> T:
     """Return what the text holds, checked to be a ``kind``; ``place`` names it in errors.
 
-    Lists become tuples where ``kind`` says so, objects become its dataclasses.
+    With ``upgrades`` the file has a version, and becomes one of the present version first.
 
     Raises:
-        error: no JSON, or something else than a ``kind``.
+        error: no JSON, of a newer version, or something else than a ``kind``.
+    """
+    content = load_json(text, place, error)
+    if upgrades is not None:
+        version = version_in(content, len(upgrades) + 1, place, error)
+        content = upgraded(content, version, upgrades)
+    return checked(content, kind, place, error)
+
+
+def to_json(value: Any, version: int | None = None) -> str:
+    """Return a struct as the text of a file, with its version."""
+    plain = to_plain(value)
+    return json.dumps(plain if version is None else {"version": version, **plain}, indent=2) + "\n"
+
+
+def to_plain(value: Any) -> Any:
+    """Return a struct, or what holds some, as plain data."""
+
+    def plain(other: Any) -> Any:
+        # Torch's version is a text of its own class, and numpy has numbers of its own.
+        if isinstance(other, str):
+            return str(other)
+        if isinstance(other, Integral):
+            return int(other)
+        if isinstance(other, Real):
+            return float(other)
+        raise TypeError(f"a {type(other).__name__} is no plain data")
+
+    return msgspec.to_builtins(value, enc_hook=plain)
+
+
+def load_json(text: str | bytes, place: str, error: type[ResConvError]) -> Any:
+    """Return the plain data in the text, in which every number and every text is sound.
+
+    Raises:
+        error: no JSON, or what no file of resconv holds.
     """
 
     def refuse(name: str) -> None:
@@ -93,112 +151,166 @@ def parse_json(text: str | bytes, kind: type[T], place: str, error: type[ResConv
         raise error(f"{place} is damaged: it is nested too deeply.") from reason
     except ValueError as reason:
         raise error(f"{place} is not JSON: {str(reason)[:200]}.") from reason
+    fault = _unsound(content)
+    if fault:
+        raise error(f"{place} is damaged: {fault}.")
+    return content
+
+
+def version_in(
+    content: Any, newest: int, place: str, error: type[ResConvError], key: str = "version"
+) -> int:
+    """Return the version that the content says it has; 1 where it says none.
+
+    Raises:
+        error: it is no version, or one newer than this resconv knows.
+    """
+    version = content.get(key, 1) if isinstance(content, dict) else 1
+    if type(version) is not int or version < 1:
+        raise error(f"{place} is damaged: {key!r} is {_shown(version)}, needed is a whole number.")
+    if version > newest:
+        writer = f" It was written by resconv {content.get('resconv_version')!s:.40}."
+        raise error(
+            f"{place} has {key.replace('_', ' ')} {version}; this resconv reads up to {newest}."
+            f"{writer if 'resconv_version' in content else ''} Upgrade with pip install -U resconv."
+        )
+    return version
+
+
+def upgraded(content: Any, version: int, upgrades: Upgrades, key: str = "version") -> Any:
+    """Return the content as the present version has it, without its number."""
+    for upgrade in upgrades[version - 1 :]:
+        content = upgrade(content)
+    return {k: v for k, v in content.items() if k != key} if isinstance(content, dict) else content
+
+
+def checked(content: Any, kind: type[T], place: str, error: type[ResConvError]) -> T:
+    """Return plain data as a ``kind``.
+
+    Raises:
+        error: it is something else; the field is named.
+    """
     try:
-        found: T = _checked(content, kind, "")
-    except _FieldError as fault:
-        raise error(f"{place} is damaged: {fault}.") from None
+        found = msgspec.convert(content, kind)
+    except msgspec.ValidationError as fault:
+        raise error(f"{place} is damaged: {_in_words(str(fault), content, kind)}.") from None
     except ResConvError as reason:  # a dataclass has its own rules
         raise error(f"{place}: {reason}") from reason
+    if is_dataclass(kind):  # of whose unknown keys msgspec says nothing
+        unknown = [k for k in content if k not in {f.name for f in fields(kind)}]
+        if unknown:
+            named = ", ".join(repr(k[:60]) for k in unknown[:6])
+            raise error(f"{place} is damaged: the whole has unknown keys: {named}.")
     return found
 
 
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """Return the value as a ``kind``; how deep this goes is up to the kind, not to the file."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any or kind is object:
-        return value
-    if origin in (Union, UnionType):
-        return _one_of(value, args, where)
-    if is_dataclass(kind) or is_typeddict(kind):
-        return _record(value, kind, where)
-    plain = origin or kind
-    accepted = {float: (int, float), tuple: (list,)}.get(plain, (plain,))
-    if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
-        raise _FieldError(where, f"is {_shown(value)}, needed is {_WORDS[plain]}")
-    if isinstance(value, int | float) and not abs(value) < (
-        _MAX_NUMBER if isinstance(value, int) else math.inf
-    ):
-        raise _FieldError(where, f"is {_shown(value)}, which is out of range")
-    if isinstance(value, str) and not value.isascii():
-        _check_text(value, where)
-    if plain is dict and args:
-        for key in value:
-            _check_text(key, where)
-        return {k: _checked(v, args[1], _inside(where, k)) for k, v in value.items()}
-    if plain is list and args:
-        return [_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    if plain is tuple:
-        return _tuple(value, args, where)
-    return value
+def _unsound(content: Any) -> str:
+    """Return what is wrong with a number, a text or the depth, and where; empty if nothing is."""
+    todo: list[tuple[Any, tuple[Any, ...], int]] = [([content], (), 0)]
+    while todo:
+        holder, way, depth = todo.pop()
+        if depth > _MAX_DEPTH:
+            return f"it is nested deeper than {_MAX_DEPTH} levels"
+        for key, value in _entries(holder):
+            fault = ""
+            if isinstance(value, dict | list):
+                todo.append((value, (way, key) if depth else (), depth + 1))
+            elif isinstance(value, str):
+                fault = "" if _is_text(value) else f"holds {value[:60]!r}, which is no text"
+            elif isinstance(value, int | float) and not _in_range(value):
+                fault = f"is {_shown(value)}, which is out of range"
+            if isinstance(key, str) and not _is_text(key):
+                fault = f"holds {key[:60]!r}, which is no text"
+            if fault:
+                steps = [] if depth == 0 else [key]
+                while way:
+                    way, step = way
+                    steps.append(step)
+                return f"{_named(steps[::-1])} {fault}"
+    return ""
 
 
-def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
-    faults = []
-    for kind in kinds:
-        try:
-            return _checked(value, kind, where)
-        except _FieldError as fault:
-            faults.append(fault)
-    # The last that is no null or bare type tells most: what is inside it.
-    words = [_WORDS[k] for k in kinds if k in _WORDS]
-    if len(words) == len(kinds):
-        raise _FieldError(where, f"is {_shown(value)}, needed is {' or '.join(words)}")
-    raise faults[0]
+def _entries(holder: Any) -> Iterator[tuple[Any, Any]]:
+    yield from holder.items() if isinstance(holder, dict) else enumerate(holder)
 
 
-def _record(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _FieldError(where, f"is {_shown(value)}, needed is an object")
-    hints = get_type_hints(kind)
-    if is_typeddict(kind):
-        required, open_ended = set(kind.__required_keys__), True
-    else:
-        required = {
-            f.name
-            for f in fields(kind)
-            if (f.default is MISSING and f.default_factory is MISSING) or f.metadata.get("required")
-        }
-        open_ended = False
-    missing = [name for name in hints if name in required and name not in value]
-    unknown = [name for name in value if name not in hints]
-    if missing:
-        raise _FieldError(where, f"has no {', '.join(map(repr, missing[:6]))}")
-    if unknown and not open_ended:
-        raise _FieldError(where, f"has unknown keys: {', '.join(map(repr, unknown[:6]))}")
-    found = {
-        name: _checked(inner, hints[name], _inside(where, name)) if name in hints else inner
-        for name, inner in value.items()
-    }
-    return found if is_typeddict(kind) else kind(**found)
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _tuple(value: list[Any], args: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    if len(args) == 2 and args[1] is ...:
-        return tuple(_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if args and len(args) != len(value):
-        raise _FieldError(where, f"has {len(value)} entries, needed are {len(args)}")
-    pairs = zip(value, args or (Any,) * len(value), strict=True)
-    return tuple(_checked(v, kind, f"{where}[{i}]") for i, (v, kind) in enumerate(pairs))
+def _in_range(number: float) -> bool:
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < _MAX_NUMBER
 
 
-def _check_text(text: str, where: str) -> None:
+def _in_words(fault: str, content: Any, kind: Any) -> str:
+    """Return what msgspec says of a fault in the words of a reader of JSON, with the field."""
+    text, at, path = fault.rpartition(" - at `")
+    text, path = (text, path.removesuffix("`")) if at else (fault, "$")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _FieldError(where, f"holds {text[:60]!r}, which is no text") from None
+        steps, value = _followed(path, content, kind, fault)
+    except (KeyError, IndexError, TypeError):  # a key of the file's own that looks like a path
+        return fault[:300]
+    where = _named(steps)
+    if match := re.fullmatch(r"Object missing required field `(.*)`", text):
+        return f"{where} has no {match[1]!r}"
+    if match := re.fullmatch(r"Object contains unknown field `(.*)`", text, re.DOTALL):
+        return f"{where} has unknown keys: {match[1][:60]!r}"
+    if match := re.fullmatch(r"Expected (`.*`), got `.*`|Expected (`\w+` .*)", text):
+        types = re.sub(r"`(.*?)`", lambda m: _types(m[1]), match[1] or match[2])
+        found = f"has {len(value):,} entries" if "of length" in text else f"is {_shown(value)}"
+        return f"{where} {found}, needed is {types}"
+    if text.startswith(("Invalid value", "Invalid enum value")):
+        return f"{where} is {_shown(value)}, which is not known"
+    return f"{where}: {text[:300]}"
 
 
-def _inside(where: str, key: str) -> str:
-    return f"{where}.{key[:60]}" if where else repr(key[:60])
+def _followed(path: str, content: Any, kind: Any, fault: str) -> tuple[list[Any], Any]:
+    """Return the steps to the field of a fault, and what it holds; the content is used up."""
+    steps: list[Any] = []
+    value = content
+    for name, index in _STEP.findall(path):
+        step = name or (_guilty(value, content, kind, fault) if index == "..." else int(index))
+        steps.append(step)
+        value = value[step]
+    return steps, value
+
+
+def _guilty(holder: dict[str, Any], content: Any, kind: Any, fault: str) -> str:
+    """Return the key of an object's value that is at fault; msgspec does not tell it."""
+    every, keys = dict(holder), list(holder)
+    while len(keys) > 1:
+        half = keys[: len(keys) // 2]
+        holder.clear()
+        holder.update({k: every[k] for k in half})
+        try:
+            msgspec.convert(content, kind)
+            found = ""
+        except (msgspec.ValidationError, ResConvError) as error:
+            found = str(error)
+        keys = half if found == fault else keys[len(half) :]
+    holder.clear()
+    holder.update({k: every[k] for k in keys})
+    return keys[0]
+
+
+def _types(names: str) -> str:
+    return " or ".join(_WORDS.get(n, n) for n in names.split(" | "))
+
+
+def _named(steps: Sequence[Any]) -> str:
+    """Return the way to a field as a reader writes it: ``'latency'.torch[0]``."""
+    text = ""
+    for step in steps:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += f".{step[:60]}" if text else repr(step[:60])
+    return text or "the whole"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | dict):
-        return _WORDS[type(value)]
-    return _short(value)
-
-
-def _short(value: Any) -> str:
+        return _WORDS["array" if isinstance(value, list) else "object"]
     # Python refuses to write a whole number of thousands of digits.
     large = isinstance(value, int) and abs(value) >= 10**30
     return "a number of many digits" if large else repr(value)[:60]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import TraceError
+from ..failures import is_own
 from .asking import depends_on_mode, hides_its_mode, noting_modes
 from .graph import Call, Graph, Node, Ref, Value
 from .inputs import as_call, evaluating, tensors_in, to_device_of
@@ -56,7 +57,9 @@ def record(
     with evaluating(model), restored(model):
         try:
             graph = recorder.run(args, kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever the user's forward raises
+            if is_own(error):
+                raise
             where = recorder.stack[-1].path if recorder.stack else ""
             raise TraceError(
                 f"{type(model).__name__} does not run on inputs of shape "

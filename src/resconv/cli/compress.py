@@ -53,10 +53,10 @@ def compress(
 
     run = runs.begin(out, config, fresh=fresh, say=lambda text: typer.echo(as_options(text)))
     metrics = runs.compress(run)
-    if not run.ranks.leads:
+    if metrics is None:  # another process leads
         return
     show_table(
-        f"{config.model} on {config.data}: {in_convs(metrics)}",
+        f"{config.net.model} on {config.data.source}: {in_convs(metrics)}",
         ["", "dense", "compact", "change"],
         rows(metrics),
     )

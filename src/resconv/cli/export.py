@@ -56,8 +56,6 @@ def export(
 
 
 def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
-    import json
-
     import torch
 
     import resconv
@@ -66,15 +64,14 @@ def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
     from resconv.storage.store import read_header
 
     header = read_header(folder)
-    if header["inputs"] is None:
+    if header.inputs is None:
         raise ExportError(
             f"{folder} does not say what its network is fed. Save it with its inputs: "
             "resconv.save(net, path, example_inputs=x), or call resconv.export from Python."
         )
-    plan = header["plan"] and resconv.Plan.from_json(json.dumps(header["plan"]))
     net = resconv.load(folder, trust_source=trust_source)
-    inputs = make_inputs(header["inputs"], torch.Generator().manual_seed(0))
-    return resconv.export(net, to, inputs, plan=plan)
+    inputs = make_inputs(header.inputs, torch.Generator().manual_seed(0))
+    return resconv.export(net, to, inputs, plan=header.plan)
 
 
 def _say(done: Any) -> None:

@@ -10,36 +10,18 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from resconv.failures import in_words
+from resconv.run.settings import settings
 
 __all__ = ["as_options", "show_error"]
 
-# Settings whose option is not their name with dashes.
-_OTHER_NAMES = {"num_params": "params", "batch": "latency-batch"}
-_FLAGS = ("distill", "hints", "cuda_graphs", "recalibrate", "trust_source")
-_VALUED = (
-    *(
-        "macs",
-        "num_params",
-        "latency_ms",
-        "latency",
-        "runtime",
-        "latency_batch",
-        "batch",
-        "threads",
-    ),
-    *("weights", "epochs", "sparse_epochs", "finetune_epochs", "mix", "units", "lr", "sparse_lr"),
-    *(
-        "finetune_lr",
-        "batch_size",
-        "seed",
-        "image_size",
-        "channels",
-        "holdout",
-        "limit",
-        "precision",
-    ),
-    *("devices", "model", "data", "tolerance"),
-)
+# What messages call a setting, and its option; two come from elsewhere than the settings of a run.
+_OPTIONS = {s.name: s.option for s in settings()} | {
+    "batch": "--latency-batch",
+    "tolerance": "--tolerance",
+    "trust_source": "--trust-source",
+}
+_FLAGS = (*(s.name for s in settings() if s.is_flag), "trust_source")
+_VALUED = tuple(n for n in _OPTIONS if n not in _FLAGS)
 # What a user of the command line types where one of Python calls something.
 _CALLS = {"resconv.units(model, example_inputs)": "resconv inspect"}
 _NOT_IN_A_CALL = r"(?<!\w\()(?<![\w.-])"
@@ -53,10 +35,6 @@ _BARE = re.compile(
 )
 
 
-def _option(name: str) -> str:
-    return "--" + _OTHER_NAMES.get(name, name.replace("_", "-"))
-
-
 def as_options(text: str) -> str:
     """Return a message with Python's keywords (``sparse_epochs=3``) as options (``--sparse-epochs 3``).
 
@@ -64,17 +42,17 @@ def as_options(text: str) -> str:
     """
 
     def flag(found: re.Match[str]) -> str:
-        option = _option(found[1])
+        option = _OPTIONS[found[1]]
         return option if found[2] == "True" else option.replace("--", "--no-", 1)
 
     for call, same in _CALLS.items():
         text = text.replace(call, same)
     text = _FLAG.sub(flag, text)
     text = _VALUE.sub(
-        lambda found: f"{_option(found[1])} {found[2].strip(chr(39)) or repr('')}", text
+        lambda found: f"{_OPTIONS[found[1]]} {found[2].strip(chr(39)) or repr('')}", text
     )
-    text = _SETTING.sub(lambda found: f"{_option(found[1])}: ", text)
-    text = _BARE.sub(lambda found: _option(found[1]), text)
+    text = _SETTING.sub(lambda found: f"{_OPTIONS[found[1]]}: ", text)
+    text = _BARE.sub(lambda found: _OPTIONS[found[1]], text)
     return re.sub(r"(--[\w-]+ \S+) \(\1\)", r"\1", text)  # a hint that names both
 
 

@@ -1,7 +1,8 @@
-"""Image sets in memory, and the loader that augments them in batches on the device."""
+"""Image sets: where they come from, how an image becomes an input, and batches of them."""
 
+from resconv.data.augmentation import Augment, choose_augment
 from resconv.data.datasets import check_fit, load
-from resconv.data.loader import Augment, BatchLoader, default_augment
+from resconv.data.loader import BatchLoader
 from resconv.data.splits import ImageData, LazySplit, Split
 
 __all__ = [
@@ -11,6 +12,6 @@ __all__ = [
     "LazySplit",
     "Split",
     "check_fit",
-    "default_augment",
+    "choose_augment",
     "load",
 ]

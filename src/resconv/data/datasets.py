@@ -1,45 +1,75 @@
-"""Load an image set by its name into one uint8 tensor a split."""
+"""Load an image set by its name."""
 
 import difflib
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resconv.data.folder import find_folder
+from resconv.data.hub import find_hub
+from resconv.data.images import EncodedImage, Form, probe
 from resconv.data.parquet import find_parquet
-from resconv.data.splits import ImageData, LazySplit, Source, Split, measure_pixels
-from resconv.data.splits import split_stratified as _split_stratified
+from resconv.data.splits import (
+    MAX_MEMORY,
+    SMALL,
+    ImageData,
+    LazySplit,
+    Listed,
+    Split,
+    measure_pixels,
+    split_stratified,
+)
 from resconv.errors import DataError, MissingExtraError
+from resconv.preprocessing import Interpolation, Preprocessing
 
 __all__ = ["check_fit", "load"]
 
-_NAMES = ("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH")
+_NAMES = ("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH", "hf:NAME")
+_DEFAULT_SIZE = 224
+_CUT_FROM = 160  # pixels from which the border is cut (224 out of 256), as is usual in evaluation
+# A set of whole squares, or of listed images; of val where it is needed.
+_Found = tuple[Listed, Listed | None, tuple[str, ...]]
 
 
 def load(
     name: str,
     *,
     root: str | Path | None = None,
-    image_size: int | None = None,
     holdout: float = 0.0,
     limit: int | None = None,
     channels: int | None = None,
+    image_size: int | None = None,
+    crop_fraction: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> ImageData:
     """Load an image set; the same arguments always give the same images in the same order.
 
+    How images become inputs is what is asked for here, else what ``preprocessing`` says (a pretrained net's
+    own), else what is usual or measured on train; the whole of it stands in the result.
+
+    Images of up to 64 pixels a side are decoded at once, as long as they take no more than 2 GiB; others
+    when they are read. What training sees does not depend on that.
+
     Args:
         name: ``digits`` (1,797 scans of 8x8, 80/20), ``cifar10``, ``cifar100``, ``folder:PATH``
-            (train/ and val/, one folder a class) or ``parquet:PATH`` (the hub's layout).
-        root: where downloads are kept, ``~/.cache/resconv`` by default.
-        image_size: side in pixels that the images are resized (and centre-cropped) to. Default:
-            their own where all are squares of one size, else 224.
+            (train/ and val/, one folder a class), ``parquet:PATH`` (the hub's layout) or ``hf:NAME``
+            (a set of the hub; ``hf:NAME:CONFIGURATION``).
+        root: where downloads are kept, ``~/.cache/resconv`` by default (those of ``hf:`` in the hub's cache).
         holdout: share of every class of train that becomes ``val``; the set's own test or
             validation split is then not touched.
         limit: at most this many images of each split, from its start.
         channels: 1 or 3 converts to grey or RGB. Default: 1 where all images are grey, else 3.
+        image_size: side in pixels that the images are resized and centre-cropped to. Default:
+            their own where all are squares of one size, else 224.
+        crop_fraction: share of the shorter side that is kept. Default: 224 of 256 from 160 pixels up, else 1.
+        interpolation: "bilinear" by default.
+        mean: of each channel, pixels in 0..1. Default: measured on train.
+        std: standard deviation, in the same way.
+        preprocessing: the net's own.
 
     Raises:
         DataError: an unknown name, missing or unreadable files, classes that do not agree.
@@ -47,68 +77,88 @@ def load(
     """
     _check_arguments(name, image_size, holdout, limit, channels)
     try:
-        return _load(name, root, image_size, holdout, limit, channels)
+        train, val, class_names = _find(name, root, needs_val=holdout == 0.0)
+        train_rows = torch.arange(len(train.labels))
+        if val is None:
+            train_rows, val_rows = split_stratified(train.labels, holdout)
+            val = train
+        else:
+            val_rows = torch.arange(len(val.labels))
+        if len(val_rows) == 0:
+            raise DataError(f"{name!r}: no class has 2 images, so none can be held out of train.")
+        form = _choose_form(
+            train, channels, image_size, crop_fraction, interpolation, preprocessing
+        )
+        parts = [train.take(train_rows[:limit]), val.take(val_rows[:limit])]
+        train_split, val_split = (LazySplit(p.images, p.labels, form) for p in parts)
+        held_train = _hold(train_split, small_only=True)
+        own = preprocessing
+        mean = mean or (own.mean if own and own.channel_order == form.channel_order else None)
+        std = std or (own.std if own and own.channel_order == form.channel_order else None)
+        if mean is None or std is None or isinstance(held_train, LazySplit):
+            # Of images that are decoded later this is also the look whether all can be.
+            measured = measure_pixels(held_train)
+            mean, std = mean or measured[0], std or measured[1]
+        return ImageData(
+            name=name,
+            train=held_train,
+            val=_hold(val_split, small_only=False),
+            preprocessing=form.with_values(mean, std, class_names),
+            example=train.images[0].place,
+        )
     except OSError as error:
         place = error.filename or name
         raise DataError(f"{place} cannot be read: {error.strerror or error}.") from error
 
 
-def _load(
-    name: str,
-    root: str | Path | None,
-    image_size: int | None,
-    holdout: float,
-    limit: int | None,
-    channels: int | None,
-) -> ImageData:
+def _find(name: str, root: str | Path | None, *, needs_val: bool) -> _Found:
     kind, _, place = name.partition(":")
-    path = Path(place).expanduser()
-    needs_val = holdout == 0.0
-    example = None
-    class_names: tuple[str, ...]
-    val: Source | None
     if name == "digits":
-        train, val, class_names = _load_digits()
-    elif name in ("cifar10", "cifar100"):
+        found = _load_digits()
+        return found if needs_val else (found[0], None, found[2])
+    if name in ("cifar10", "cifar100"):
         cache = Path(root).expanduser() if root else Path.home() / ".cache" / "resconv"
-        train, val, class_names = _load_cifar(name, cache, needs_val)
-    elif kind == "folder" and place:
-        found = find_folder(
-            path, image_size=image_size, channels=channels, needs_val=needs_val, limit=limit
-        )
-        train, val, class_names, example = found.train, found.val, found.class_names, found.example
-    elif kind == "parquet" and place:
-        rows = find_parquet(path, image_size=image_size, channels=channels, needs_val=needs_val)
-        train, val, class_names, example = rows.train, rows.val, rows.class_names, rows.example
-    else:
-        close = difflib.get_close_matches(name, _NAMES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise DataError(f"There is no dataset {name!r}.{hint} There are: {', '.join(_NAMES)}.")
-    train_rows = torch.arange(len(train.labels))
-    if holdout:
-        train_rows, val_rows = _split_stratified(train.labels, holdout)
-        val = train
-    else:
-        assert val is not None  # asked for by needs_val
-        val_rows = torch.arange(len(val.labels))
-    if len(val_rows) == 0:
-        raise DataError(f"{name!r}: no class has 2 images, so none can be held out of train.")
-    train_split = _resize(train.read(train_rows[:limit]), image_size, channels)
-    val_split = _resize(val.read(val_rows[:limit]), image_size, channels)
-    mean, std = measure_pixels(train_split)
-    shape = train_split.images.shape if isinstance(train_split, Split) else None
-    return ImageData(
-        name=name,
-        train=train_split,
-        val=val_split,
-        num_classes=len(class_names),
-        class_names=class_names,
-        channels=len(mean),
-        image_size=shape[-1] if shape else _get_lazy_size(train_split),
-        mean=mean,
-        std=std,
-        example=example,
+        return _load_cifar(name, cache, needs_val)
+    if kind == "folder" and place:
+        return find_folder(Path(place).expanduser(), needs_val=needs_val)
+    if kind == "parquet" and place:
+        return find_parquet(Path(place).expanduser(), needs_val=needs_val)
+    if kind == "hf" and place:
+        return find_hub(place, needs_val=needs_val)
+    close = difflib.get_close_matches(name, _NAMES, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise DataError(f"There is no dataset {name!r}.{hint} There are: {', '.join(_NAMES)}.")
+
+
+def _choose_form(
+    train: Listed,
+    channels: int | None,
+    image_size: int | None,
+    crop_fraction: float | None,
+    interpolation: Interpolation | None,
+    own: Preprocessing | None,
+) -> Form:
+    """Return what the images are decoded to: as asked for, as the net has it, or as they are."""
+    found = probe(train.images)
+    natural = found.side or _DEFAULT_SIZE
+    size = image_size or (own.size if own else natural)
+    if crop_fraction is None and own is not None:
+        crop_fraction = own.crop_fraction
+    if crop_fraction is None:
+        crop_fraction = 1.0 if size == found.side or size < _CUT_FROM else 224 / 256
+    order = {1: "L", 3: "RGB"}.get(channels or 0) or (own.channel_order if own else None)
+    return Form(
+        size=size,
+        crop_fraction=crop_fraction,
+        interpolation=interpolation or (own.interpolation if own else "bilinear"),
+        channel_order=order or ("L" if found.is_grey else "RGB"),  # type: ignore[arg-type]
     )
+
+
+def _hold(split: LazySplit, *, small_only: bool) -> Split | LazySplit:
+    """Decode what fits into memory; of larger training images the originals are cropped."""
+    is_held = split.num_bytes <= MAX_MEMORY and (split.form.size <= SMALL or not small_only)
+    return split.in_memory() if is_held else split
 
 
 def check_fit(data: ImageData, in_channels: int, num_classes: int) -> None:
@@ -150,24 +200,21 @@ def _check_arguments(
         raise DataError(f"channels={channels} for {name!r}: images are grey (1) or RGB (3).")
 
 
-def _load_digits() -> tuple[Source, Source, tuple[str, ...]]:
+def _load_digits() -> _Found:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "train", "The dataset 'digits'") from error
     bunch = load_digits()
-    levels = torch.from_numpy(bunch.images).unsqueeze(1)  # 0..16
+    levels = torch.from_numpy(bunch.images)  # 0..16
     images = (levels * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(bunch.target).long()
-    train_rows, val_rows = _split_stratified(labels, 0.2)
-    train = _hold(images[train_rows], labels[train_rows])
-    val = _hold(images[val_rows], labels[val_rows])
+    every = _list_pixels("digits", images, labels)
+    train, val = (every.take(rows) for rows in split_stratified(labels, 0.2))
     return train, val, tuple(str(name) for name in bunch.target_names)
 
 
-def _load_cifar(
-    name: str, root: Path, needs_val: bool
-) -> tuple[Source, Source | None, tuple[str, ...]]:
+def _load_cifar(name: str, root: Path, needs_val: bool) -> _Found:
     try:
         from torchvision.datasets import CIFAR10, CIFAR100
     except ImportError as error:
@@ -183,35 +230,11 @@ def _load_cifar(
             f"{name} could not be downloaded into {root} ({type(error).__name__}: {error}). Check "
             f"the network, or put {dataset.filename} there yourself and run again."
         ) from error
-    sources = [
-        _hold(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
-        for s in splits
-    ]
-    return sources[0], sources[1] if needs_val else None, tuple(splits[0].classes)
+    found = [_list_pixels(name, torch.from_numpy(s.data), torch.tensor(s.targets)) for s in splits]
+    return found[0], found[1] if needs_val else None, tuple(splits[0].classes)
 
 
-def _hold(images: Tensor, labels: Tensor) -> Source:
-    return Source(labels, lambda rows: Split(images[rows], labels[rows]))
-
-
-def _resize(
-    split: Split | LazySplit, image_size: int | None, channels: int | None
-) -> Split | LazySplit:
-    """Bring images that came as a tensor to the asked size and channels; decoded ones have them."""
-    if isinstance(split, LazySplit):
-        return split
-    images = split.images
-    if channels == 3 and images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1).contiguous()
-    elif channels == 1 and images.shape[1] == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # ITU-R 601, as PIL's
-        images = (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
-    if image_size is not None and images.shape[-1] != image_size:
-        size = (image_size, image_size)
-        resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        images = resized.round().clamp(0, 255).to(torch.uint8)
-    return replace(split, images=images)
-
-
-def _get_lazy_size(split: Split | LazySplit) -> int:
-    return split.image_size if isinstance(split, LazySplit) else int(split.images.shape[-1])
+def _list_pixels(name: str, images: Tensor, labels: Tensor) -> Listed:
+    """List images that are there as pixels, (N, H, W) or (N, H, W, 3)."""
+    places = (EncodedImage(f"Image {i} of {name}", p) for i, p in enumerate(images.numpy()))
+    return Listed(list(places), labels)

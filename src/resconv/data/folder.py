@@ -1,39 +1,27 @@
-"""Image folders: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``."""
+"""Image folders: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
+
+The listing is our own. torchvision's ``ImageFolder`` follows links in a circle (6 images become 126), takes hidden
+folders for classes and pipes for images. The hub's ``datasets`` leaves out whatever is behind a link and classes
+without an image, and gives up the classes where one of them has a folder inside, all without a word.
+"""
 
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from resconv.data.images import EncodedImage, decode_all, probe
-from resconv.data.splits import NO_VAL_HINT, LazySplit, Source, Split
+from resconv.data.images import EncodedImage
+from resconv.data.splits import NO_VAL_HINT, Listed
 from resconv.errors import DataError
 
-__all__ = ["FolderSource", "find_folder"]
+__all__ = ["find_folder"]
 
-_MAX_BYTES = 2 * 1024**3
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-@dataclass(frozen=True)
-class FolderSource:
-    """Two listed, undecoded splits (``val`` where it was asked for) and what their files are."""
-
-    train: Source
-    val: Source | None
-    class_names: tuple[str, ...]
-    channels: int
-    image_size: int
-    example: str
-
-
-def find_folder(
-    path: Path, *, image_size: int | None, channels: int | None, needs_val: bool, limit: int | None
-) -> FolderSource:
-    """List the images below ``path``; they are decoded at once if they fit into 2 GiB, else lazily.
+def find_folder(path: Path, *, needs_val: bool) -> tuple[Listed, Listed | None, tuple[str, ...]]:
+    """List the images below ``path``: those of train, of val where it is needed, and the classes.
 
     Raises:
         DataError: a missing folder, an empty class, or classes that differ between the splits.
@@ -49,41 +37,17 @@ def find_folder(
                 f"{path} has no folder {name}/ (it holds: {found}). Put one folder for each class "
                 f"into {path / name}.{hint}"
             )
-    splits = {name: _list_images(path / name) for name in names}
-    class_names = splits["train"][2]
-    if needs_val and splits["val"][2] != class_names:
-        _raise_class_difference(path, class_names, splits["val"][2])
-    train_images = [EncodedImage(str(file), file) for file in splits["train"][0]]
-    found_probe = probe(train_images)
-    channels = channels or found_probe.channels
-    image_size = image_size or found_probe.image_size
-    num_images = sum(min(len(s[0]), limit or len(s[0])) for s in splits.values())
-    is_lazy = num_images * channels * image_size**2 > _MAX_BYTES
-
-    def make_source(name: str) -> Source:
-        files, labels, _ = splits[name]
-
-        def read(rows: Tensor) -> Split | LazySplit:
-            chosen = [files[row] for row in rows.tolist()]
-            if is_lazy:
-                return LazySplit(tuple(chosen), labels[rows], channels, image_size)
-            encoded = [EncodedImage(str(file), file) for file in chosen]
-            return Split(decode_all(encoded, channels, image_size), labels[rows])
-
-        return Source(labels, read)
-
-    return FolderSource(
-        train=make_source("train"),
-        val=make_source("val") if needs_val else None,
-        class_names=class_names,
-        channels=channels,
-        image_size=image_size,
-        example=str(splits["train"][0][0]),
-    )
+    train, class_names = _list_images(path / "train")
+    if not needs_val:
+        return train, None, class_names
+    val, val_names = _list_images(path / "val")
+    if val_names != class_names:
+        _raise_class_difference(path, class_names, val_names)
+    return train, val, class_names
 
 
-def _list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """Return the images of a split in a fixed random order, their labels, and the class names."""
+def _list_images(folder: Path) -> tuple[Listed, tuple[str, ...]]:
+    """Return the images of a split in a fixed random order, and the class names."""
     try:
         classes = sorted((p for p in folder.iterdir() if _is_class(p)), key=lambda p: p.name)
         if not classes:
@@ -103,10 +67,8 @@ def _list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
             "wanted (from every split)."
         )
     labels = torch.tensor([i for i, files in enumerate(listed) for _ in files], dtype=torch.int64)
-    flat = [file for files in listed for file in files]
-    # Listed class by class; drawn into one fixed order, any prefix is a fair sample.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return [flat[row] for row in order.tolist()], labels[order], tuple(p.name for p in classes)
+    images = [EncodedImage(str(file), file) for files in listed for file in files]
+    return Listed(images, labels).mixed(), tuple(p.name for p in classes)
 
 
 def _is_class(path: Path) -> bool:

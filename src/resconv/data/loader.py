@@ -1,71 +1,24 @@
-"""Batches of an image set: shuffled, augmented and normalised as whole batches on the device."""
+"""Batches of an image set: shuffled, augmented and normalised as whole batches on the device.
+
+Images in memory lie on the device and are taken from there as batches: for small nets and images, torch's
+``DataLoader``, which collects one image after the other, would take longer than the training. It is what
+reads those that are decoded meanwhile.
+"""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from resconv.data.augmentation import Augment, seed_of, send, shift
 from resconv.data.splits import LazySplit, Split
 from resconv.errors import DataError, MissingExtraError
+from resconv.preprocessing import Preprocessing
 
-__all__ = ["Augment", "BatchLoader", "augment_batch", "default_augment", "seed_of"]
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random changes of a training image.
-
-    Attributes:
-        pad: pixels of black around the image before a crop of the old size is taken at a random
-            place. Lazy splits take torchvision's random resized crop instead, where pad > 0.
-        flip: mirror every second image, left to right, at random.
-    """
-
-    pad: int = 4
-    flip: bool = True
-
-
-def default_augment(name: str, image_size: int = 32, class_names: Sequence[str] = ()) -> Augment:
-    """Return the usual augmentation: a shift of up to an eighth of the side, and mirroring.
-
-    Characters are not mirrored (a mirrored 2 is no 2): ``digits``, and sets whose class names
-    are single characters.
-    """
-    is_glyphs = name == "digits" or (
-        len(class_names) > 0 and all(len(class_name) == 1 for class_name in class_names)
-    )
-    return Augment(pad=max(1, image_size // 8), flip=not is_glyphs)
-
-
-def augment_batch(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Return shifted and mirrored copies, each image by draws of its own.
-
-    Shape: uint8 (N, C, H, W) -> the same, in channels-last memory where anything was changed.
-    ``generator`` lives on the CPU, so the draws are the same on every device.
-    """
-    count, _, height, width = images.shape
-    pad = augment.pad
-    if pad == 0 and not augment.flip:
-        return images
-    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    rows = top + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
-    if augment.flip:
-        mirrored = torch.rand((count, 1), generator=generator) < 0.5
-        columns = torch.where(mirrored, width - 1 - columns, columns)
-    columns = left + columns
-    device = images.device
-    padded = F.pad(images, (pad, pad, pad, pad))
-    index = torch.arange(count, device=device).view(count, 1, 1)
-    rows, columns = _send(rows, device), _send(columns, device)
-    taken = padded[index, :, rows.view(count, height, 1), columns.view(count, 1, width)]
-    return taken.permute(0, 3, 1, 2)  # indexing put the channels last
+__all__ = ["BatchLoader"]
 
 
 class BatchLoader:
@@ -78,10 +31,10 @@ class BatchLoader:
     Args:
         split: images in memory, or lazy ones, which worker processes decode.
         batch_size: images a batch on this rank.
+        preprocessing: of the set, for the mean and standard deviation of each channel.
         shuffle: a new order each epoch.
         seed: of the order and the augmentation.
         augment: None in evaluation.
-        mean, std: of each channel, for pixels in 0..1.
         drop_last: leave out the last, smaller batch.
         device: where the batches are made; images in memory are moved there once.
         channels_last: give batches in ``torch.channels_last`` memory format.
@@ -91,20 +44,19 @@ class BatchLoader:
         num_workers: decoding processes of a lazy split, by default one a CPU core, at most 8.
 
     Raises:
-        DataError: an empty split, a batch size below 1, a rank outside ``world_size``, or a mean
-            and std that do not have one value a channel.
+        DataError: an empty split, a batch size below 1, a rank outside ``world_size``, a mean and std that
+            do not have one value a channel, or crops of images that are held as squares.
     """
 
     def __init__(
         self,
         split: Split | LazySplit,
         batch_size: int,
+        preprocessing: Preprocessing,
         *,
-        shuffle: bool,
-        seed: int,
-        augment: Augment | None,
-        mean: Sequence[float],
-        std: Sequence[float],
+        shuffle: bool = False,
+        seed: int = 0,
+        augment: Augment | None = None,
         drop_last: bool = False,
         device: torch.device | str | None = None,
         channels_last: bool = False,
@@ -112,18 +64,20 @@ class BatchLoader:
         world_size: int = 1,
         num_workers: int | None = None,
     ) -> None:
-        channels = split.channels if isinstance(split, LazySplit) else split.images.shape[1]
+        channels = split.num_channels
         if batch_size < 1 or not 0 <= rank < world_size or len(split) == 0:
             raise DataError(
                 f"No batches from {len(split):,} images with batch_size={batch_size}, "
                 f"rank={rank}, world_size={world_size}: needed are at least one image, a batch "
                 "size of 1 and a rank below world_size."
             )
-        if not len(mean) == len(std) == channels or min(std) <= 0:
+        if preprocessing.num_channels != channels:
             raise DataError(
-                f"mean {tuple(mean)} and std {tuple(std)} do not fit {channels} channel(s): one "
-                "value a channel is needed, std above 0. Take them from the loaded ImageData."
+                f"mean {preprocessing.mean} and std {preprocessing.std} do not fit {channels} channel(s): "
+                "one value a channel is needed. Take the preprocessing of the loaded ImageData."
             )
+        if augment is not None and augment.kind == "crop" and isinstance(split, Split):
+            raise DataError("Images that are held as squares in memory cannot be cropped anew.")
         self.split = split
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -137,9 +91,9 @@ class BatchLoader:
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.epoch = 0
         # (x / 255 - mean) / std as one multiplication and one addition.
-        spread = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
-        self._scale = 1 / (255 * spread)
-        self._shift = -torch.tensor(mean, device=self.device).view(1, -1, 1, 1) / spread
+        spread = torch.tensor(preprocessing.std, device=self.device).view(1, -1, 1, 1)
+        mean = torch.tensor(preprocessing.mean, device=self.device).view(1, -1, 1, 1)
+        self._scale, self._shift = 1 / (255 * spread), -mean / spread
         self._on_device: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -193,19 +147,18 @@ class BatchLoader:
         if self._on_device is None:
             self._on_device = split.images.to(self.device), split.labels.to(self.device)
         images, labels = self._on_device
-        generator = _make_generator(self.seed, self.epoch, 1 + self.rank)
         for rows in batches:
-            rows = _send(rows, self.device)
-            batch = images[rows]
+            there = send(rows, self.device)
+            batch = images[there]
             if self.augment is not None:
-                batch = augment_batch(batch, self.augment, generator)
-            yield self._normalise(batch), labels[rows]
+                batch = shift(batch, self.augment, self.seed, self.epoch, rows)
+            yield self._normalise(batch), labels[there]
 
     def _iterate_lazy(
         self, split: LazySplit, batches: list[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _TransformedSplit(split, self.augment, self.seed, self.epoch),
+            _Augmented(split, self.augment, self.seed, self.epoch),
             batch_sampler=[rows.tolist() for rows in batches],
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -223,57 +176,45 @@ class BatchLoader:
         return batch.mul_(self._scale).add_(self._shift)
 
 
-class _TransformedSplit(Dataset[tuple[Tensor, int]]):
-    """A lazy split whose images are cropped and mirrored at random, each by a seed of its own."""
+class _Augmented(Dataset[tuple[Tensor, int]]):
+    """A lazy split whose images are changed at random, each by draws of its own."""
 
     def __init__(self, split: LazySplit, augment: Augment | None, seed: int, epoch: int) -> None:
-        self.split = split
-        self.seed = seed
-        self.epoch = epoch
-        self.transform = _make_transform(augment, split.image_size) if augment else None
+        self.split, self.augment = split, augment
+        self.seed, self.epoch = seed, epoch
+        crops = augment is not None and augment.kind == "crop"
+        self.transform = _make_crop(augment, split) if augment and crops else None
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if self.transform is None:
+        if self.augment is None:
             return self.split[index]
+        label = int(self.split.labels[index])
+        if self.transform is None:
+            image = self.split.read(index).unsqueeze(0)
+            row = torch.tensor([index])
+            return shift(image, self.augment, self.seed, self.epoch, row).squeeze(0), label
         with torch.random.fork_rng(devices=[]):
             # An image's draws do not depend on which worker reads it.
             torch.manual_seed(seed_of(self.seed, self.epoch, index))
-            return self.split.read(index, self.transform), int(self.split.labels[index])
+            return self.split.read(index, self.transform), label
 
 
-def _make_transform(augment: Augment, image_size: int) -> Any:
+def _make_crop(augment: Augment, split: LazySplit) -> Any:
     try:
-        from torchvision.transforms import v2
+        from torchvision.transforms import InterpolationMode, v2
     except ImportError as error:
-        raise MissingExtraError("torchvision", "train", "Augmenting an image folder") from error
-    from resconv.data.images import fit_square
-
-    crop: Any = (
-        v2.RandomResizedCrop(image_size, antialias=True)
-        if augment.pad > 0
-        else v2.Lambda(lambda image: fit_square(image, image_size))
+        raise MissingExtraError("torchvision", "train", "Augmenting images") from error
+    crop = v2.RandomResizedCrop(
+        split.form.size,
+        scale=(augment.least_area, 1.0),
+        interpolation=InterpolationMode(split.form.interpolation),
+        antialias=True,
     )
-    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment.flip else crop
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device; a GPU is not waited for, so that its next steps can be launched."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment.mirror else crop
 
 
 def _make_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
-
-
-def seed_of(*numbers: int) -> int:
-    """Return one seed of 63 bits: plain sums would give seed 1, epoch 0 the draws of 0, 1."""
-    mixed = 0
-    for number in numbers:
-        mixed = ((mixed ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
-        mixed ^= mixed >> 31
-    return mixed % 2**63

@@ -1,18 +1,21 @@
-"""Parquet files in the hub's layout: columns ``image`` (struct of bytes and path) and ``label``."""
+"""Parquet files in the hub's layout: columns ``image`` (struct of bytes and path) and ``label``.
 
-from dataclasses import dataclass
+The reader is our own, on pyarrow: the hub's ``datasets`` writes every set a second time, as Arrow files in its cache,
+and says of a damaged or odd one that "an error occurred", where here the file, the row and the column are named.
+"""
+
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from resconv.data.images import EncodedImage, decode_all, probe
-from resconv.data.splits import NO_VAL_HINT, Source, Split
+from resconv.data.images import EncodedImage
+from resconv.data.splits import NO_VAL_HINT, Listed
 from resconv.errors import DataError, MissingExtraError
 from resconv.json_files import parse_json
 
-__all__ = ["ParquetSource", "find_parquet"]
+__all__ = ["find_parquet", "numbered"]
 
 _MAX_BYTES = 8 * 1024**3
 _BATCH = 512  # rows that are unpacked at a time
@@ -22,31 +25,11 @@ _MAX_LABEL = 2**31
 _VAL_PATTERNS = ("val*.parquet", "test*.parquet")  # the first that matches
 
 
-@dataclass(frozen=True)
-class ParquetSource:
-    """Two undecoded splits (``val`` where it was asked for) and what their images are."""
-
-    train: Source
-    val: Source | None
-    class_names: tuple[str, ...]
-    channels: int
-    image_size: int
-    example: str
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One split as read: its encoded images, labels and declared class names."""
-
-    images: list[EncodedImage]
-    labels: Tensor
-    class_names: tuple[str, ...] | None
-
-
-def find_parquet(
-    path: Path, *, image_size: int | None, channels: int | None, needs_val: bool
-) -> ParquetSource:
+def find_parquet(path: Path, *, needs_val: bool) -> tuple[Listed, Listed | None, tuple[str, ...]]:
     """Read ``train*.parquet`` and ``val*.parquet`` or else ``test*.parquet``, of ``path`` or data/.
+
+    Returns:
+        The images of train, of val where it is needed, and the classes.
 
     Raises:
         DataError: missing files or columns, a label outside the classes, rows without bytes.
@@ -55,37 +38,20 @@ def find_parquet(
         raise DataError(
             f"There is no folder {path}. 'parquet:' takes the folder that holds train*.parquet."
         )
-    train = _read_rows(_find_files(path, ("train*.parquet",), needs_val), None)
-    names = train.class_names or _numbered(path, train.labels)
+    train, names = _read_rows(_find_files(path, ("train*.parquet",), needs_val), None)
+    names = names or numbered(str(path), train.labels)
     val = None
     if needs_val:
-        val = _read_rows(_find_files(path, _VAL_PATTERNS, needs_val), names)
-    found = probe(train.images)
-    channels, image_size = channels or found.channels, image_size or found.image_size
-
-    def make_source(rows: _Rows) -> Source:
-        def read(chosen: Tensor) -> Split:
-            encoded = [rows.images[row] for row in chosen.tolist()]
-            return Split(decode_all(encoded, channels, image_size), rows.labels[chosen])
-
-        return Source(rows.labels, read)
-
-    return ParquetSource(
-        train=make_source(train),
-        val=make_source(val) if val else None,
-        class_names=names,
-        channels=channels,
-        image_size=image_size,
-        example=train.images[0].place,
-    )
+        val, _ = _read_rows(_find_files(path, _VAL_PATTERNS, needs_val), names)
+    return train, val, names
 
 
-def _numbered(path: Path, labels: Tensor) -> tuple[str, ...]:
+def numbered(place: str, labels: Tensor) -> tuple[str, ...]:
     """Return numbers as the names of classes that nothing declares."""
     count = int(labels.max()) + 1
     if count > len(labels):
         raise DataError(
-            f"{path} has labels up to {count - 1:,} for {len(labels):,} images, and declares no class "
+            f"{place} has labels up to {count - 1:,} for {len(labels):,} images, and declares no class "
             "names: most classes would have no image. Number the classes from 0 without gaps."
         )
     return tuple(str(i) for i in range(count))
@@ -101,7 +67,9 @@ def _find_files(path: Path, patterns: tuple[str, ...], needs_val: bool) -> list[
     raise DataError(f"{path} has no {' or '.join(patterns)} (it holds: {found}).{hint}")
 
 
-def _read_rows(files: list[Path], expected: tuple[str, ...] | None) -> _Rows:
+def _read_rows(
+    files: list[Path], expected: tuple[str, ...] | None
+) -> tuple[Listed, tuple[str, ...] | None]:
     try:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -150,7 +118,7 @@ def _read_rows(files: list[Path], expected: tuple[str, ...] | None) -> _Rows:
             ) from error
     if not images:
         raise DataError(f"{', '.join(map(str, files[:3]))}: no rows. Download the files again.")
-    return _Rows(images, torch.cat(labels), names)
+    return Listed(images, torch.cat(labels)), names
 
 
 def _encoded(file: Path, contents: list[bytes | None], first: int) -> list[EncodedImage]:

@@ -1,19 +1,23 @@
-"""What a loaded image set is: two splits, their classes, and the statistics of the pixels."""
+"""What a loaded image set is: two splits, their classes, and how their images become inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from resconv.data.images import EncodedImage, Form, decode, decode_all
+from resconv.preprocessing import Preprocessing
+
 __all__ = [
+    "MAX_MEMORY",
     "NO_VAL_HINT",
+    "SMALL",
     "ImageData",
     "LazySplit",
-    "Source",
+    "Listed",
     "Split",
     "measure_pixels",
     "split_stratified",
@@ -21,8 +25,45 @@ __all__ = [
 
 # What a user can do whose set has no split to judge by.
 NO_VAL_HINT = " Without one, hold a part of train out: holdout=0.1 (--holdout 0.1)."
+# Pixels a side up to which training takes the squares; of larger images it crops the originals.
+SMALL = 64
+MAX_MEMORY = 2 * 1024**3  # bytes of decoded images
+_SAMPLE = 1024  # images of a larger split that its mean and std are taken from
+_CHUNK = 256
 
-_STATISTICS_SAMPLE = 1024  # images of a lazy split that its mean and std are taken from
+
+@dataclass(frozen=True)
+class Listed:
+    """A split before anything is decoded: N images, and labels as int64 (N,)."""
+
+    images: Sequence[EncodedImage] = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+    def take(self, rows: Tensor) -> "Listed":
+        return Listed(Chosen(self.images, rows), self.labels[rows])
+
+    def mixed(self) -> "Listed":
+        """Return them in one fixed random order: where they lay class by class, any prefix is now a sample."""
+        generator = torch.Generator().manual_seed(0)
+        return self.take(torch.randperm(len(self.labels), generator=generator))
+
+
+class Chosen(Sequence[EncodedImage]):
+    """Some images of a sequence, which need not be held in memory."""
+
+    def __init__(self, images: Sequence[EncodedImage], rows: Tensor) -> None:
+        self.images: Sequence[EncodedImage] = images
+        self.rows: Tensor = rows
+        if isinstance(images, Chosen):
+            self.images, self.rows = images.images, images.rows[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Chosen(self.images, self.rows[index])
+        return self.images[int(self.rows[index])]
 
 
 @dataclass(frozen=True)
@@ -40,25 +81,27 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_channels(self) -> int:
+        return self.images.shape[1]
+
 
 @dataclass(frozen=True)
 class LazySplit(Dataset[tuple[Tensor, int]]):
-    """Image files that are decoded when they are read; item i is a uint8 (C, S, S) and a label.
+    """Images that are decoded when they are read; item i is a uint8 (C, S, S) and a label.
 
     Attributes:
-        paths: N files.
+        encoded: N files, or bytes of files.
         labels: int64, shape (N,).
-        channels: 1 or 3; files of the other kind are converted.
-        image_size: S, the side of the square in pixels.
+        form: what they are decoded to.
     """
 
-    paths: tuple[Path, ...] = field(repr=False)
+    encoded: Sequence[EncodedImage] = field(repr=False)
     labels: Tensor = field(repr=False)
-    channels: int
-    image_size: int
+    form: Form
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.read(index), int(self.labels[index])
@@ -69,10 +112,20 @@ class LazySplit(Dataset[tuple[Tensor, int]]):
         Raises:
             DataError: the file is not a readable image.
         """
-        from resconv.data.images import EncodedImage, decode
+        return decode(self.encoded[index], self.form, transform)
 
-        path = self.paths[index]
-        return decode(EncodedImage(str(path), path), self.channels, self.image_size, transform)
+    @property
+    def num_channels(self) -> int:
+        return len(self.form.channel_order)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all images, decoded."""
+        return len(self) * self.num_channels * self.form.size**2
+
+    def in_memory(self) -> Split:
+        """Return all images, decoded."""
+        return Split(decode_all(self.encoded, self.form), self.labels)
 
 
 @dataclass(frozen=True)
@@ -82,31 +135,41 @@ class ImageData:
     Attributes:
         name: the name it was loaded by.
         train, val: the splits; ``val`` is held out of ``train`` where that was asked for.
-        class_names: one name a label, in the labels' order.
-        channels: 1 (grey) or 3 (RGB).
-        image_size: side of the square images, in pixels.
-        mean, std: of each channel over ``train``, pixels scaled to 0..1.
+        preprocessing: how an image becomes a net's input, and the names of the classes.
         example: one image's place, for messages.
     """
 
     name: str
     train: Split | LazySplit
     val: Split | LazySplit
-    num_classes: int
-    class_names: tuple[str, ...]
-    channels: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     example: str | None = None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a label, in the labels' order."""
+        return self.preprocessing.class_names
 
-@dataclass(frozen=True)
-class Source:
-    """A split before it is decoded: labels, int64 (N,), and a function that decodes some rows."""
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
-    labels: Tensor
-    read: Callable[[Tensor], Split | LazySplit]
+    @property
+    def channels(self) -> int:
+        return self.preprocessing.num_channels
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.preprocessing.size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.preprocessing.std
 
 
 def split_stratified(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -128,20 +191,17 @@ def split_stratified(labels: Tensor, fraction: float, seed: int = 0) -> tuple[Te
 def measure_pixels(split: Split | LazySplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel, pixels scaled to 0..1.
 
-    Over all images in memory, over 1,024 evenly spaced ones of a lazy split. A constant channel
-    gets one grey level as its deviation, so that dividing by it is harmless.
+    Over all images of up to 2 GiB, over 1,024 evenly spaced ones of more. A constant channel gets
+    one grey level as its deviation, so that dividing by it is harmless.
+
+    Raises:
+        DataError: one of those images is not readable.
     """
-    if isinstance(split, LazySplit):
-        count = min(len(split), _STATISTICS_SAMPLE)
-        rows = torch.linspace(0, len(split) - 1, count).long().tolist()
-        parts = (split.read(row).unsqueeze(0) for row in rows)  # one at a time
-    else:
-        starts = range(0, len(split), _STATISTICS_SAMPLE)
-        parts = (split.images[i : i + _STATISTICS_SAMPLE] for i in starts)
     levels = torch.arange(256, dtype=torch.float64) / 255
     # Histograms are exact, and need no float copy of the images.
     histograms = sum(
-        torch.stack([c.flatten().bincount(minlength=256) for c in part.unbind(1)]) for part in parts
+        torch.stack([c.flatten().bincount(minlength=256) for c in part.unbind(1)])
+        for part in _parts(split)
     )
     assert isinstance(histograms, Tensor)
     means, stds = [], []
@@ -152,3 +212,15 @@ def measure_pixels(split: Split | LazySplit) -> tuple[tuple[float, ...], tuple[f
         means.append(mean)
         stds.append(max(variance**0.5, 1 / 255))
     return tuple(means), tuple(stds)
+
+
+def _parts(split: Split | LazySplit) -> Iterator[Tensor]:
+    if isinstance(split, Split):
+        starts = range(0, len(split), _SAMPLE)
+        yield from (split.images[i : i + _SAMPLE] for i in starts)
+        return
+    count = len(split) if split.num_bytes <= MAX_MEMORY else min(len(split), _SAMPLE)
+    rows = torch.linspace(0, len(split) - 1, count, dtype=torch.float64).round().long().tolist()
+    at_once = max(1, min(_CHUNK, 2**24 // max(1, split.num_bytes // len(split))))
+    for i in range(0, count, at_once):  # few at a time
+        yield decode_all([split.encoded[row] for row in rows[i : i + at_once]], split.form)

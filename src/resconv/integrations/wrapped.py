@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
+from resconv.analysis.inputs import unwrap
 from resconv.errors import ConversionError
 from resconv.nn.gates import gates
-from resconv.surgery.state import State
+from resconv.surgery.provenance import is_converted
 
 __all__ = ["find_converted", "find_optimizer"]
 
@@ -19,9 +20,10 @@ def find_converted(module: nn.Module, name: str | None = None) -> nn.Module:
         ConversionError: there is none, or there are several.
     """
     found: dict[str, nn.Module] = {
+        # Not a wrapper of it.
         path: m
         for path, m in module.named_modules()
-        if isinstance(getattr(m, "resconv_state", None), State)
+        if unwrap(m) is m and is_converted(m)
     }
     if name is not None:
         if name not in found:

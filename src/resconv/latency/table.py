@@ -8,22 +8,22 @@ additive model; that it holds for a finished net is not believed but checked, by
 
 import copy
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 from torch import nn
 
 from ..analysis.inputs import as_batch, unwrap
 from ..errors import BudgetError, MissingExtraError, PlanError, PruneError
 from ..files import write_text
-from ..json_files import parse_json, read_bounded
+from ..json_files import parse_json, read_bounded, to_json
 from ..nn.gates import gates
 from ..planning.budget import RUNTIMES, Budget
 from ..planning.costs import CostModel, cost_model
@@ -49,10 +49,10 @@ __all__ = [
 _LEAST_ERROR = 0.005  # relative; what repeats cannot average away
 _SECONDS = 15.0
 _CHECK = 5.0
+_VERSION = 1  # of the file; one without a number is of this version, too
 
 
-@dataclass(frozen=True)
-class TimedNet:
+class TimedNet(Struct, frozen=True, forbid_unknown_fields=True):
     """A net without some units: its median, and the whole net's in the same rounds."""
 
     removed: tuple[str, ...]
@@ -61,8 +61,7 @@ class TimedNet:
     predicted_ms: float
 
 
-@dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Struct, frozen=True, forbid_unknown_fields=True):
     """What :func:`measure_latency` found; JSON in and out.
 
     ``unit_ms`` leaves with a unit, beyond what leaves with the units inside it. ``nets`` are the
@@ -124,19 +123,19 @@ class LatencyTable:
         return None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return to_json(self, _VERSION)
 
     @classmethod
     def from_json(cls, text: str | bytes, place: str = "The latency table") -> "LatencyTable":
         """Read a table; ``place`` names it in errors.
 
         Raises:
-            PlanError: no JSON, or no table.
+            PlanError: no JSON, of a newer version, or no table.
         """
-        return parse_json(text, cls, place, PlanError)
+        return parse_json(text, cls, place, PlanError, upgrades=())
 
     def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.to_json() + "\n")
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":
@@ -194,10 +193,10 @@ def measure_latency(
         >>> sorted(table.unit_ms) == sorted(resconv.gates(model))
         True
     """
-    from ..surgery.state import state_of
+    from ..surgery.provenance import converted
 
     model = unwrap(model)
-    state_of(model)
+    converted(model)
     require_runtime(budget.runtime)
     costs = cost_model(model, example_inputs)
     device = next(model.parameters()).device
@@ -207,7 +206,7 @@ def measure_latency(
         threads=budget.threads or torch.get_num_threads(),
         device="cpu" if budget.runtime == "onnxruntime" else str(device),
         processor=processor(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         latency_ms=0.0,
         unit_ms={},
         error=0.0,

@@ -132,7 +132,7 @@ def onnx_runner(
             options,
             providers=["CPUExecutionProvider"],
         )
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's own classes
         what = "the network it was given" if isinstance(model, bytes) else model
         raise ExportError(f"ONNX Runtime cannot read {what}: {str(error)[:200]}") from error
     tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]

@@ -21,6 +21,7 @@ from torch import nn
 
 from resconv.errors import MissingExtraError, ModelError, TrustError
 from resconv.nets import resnet, vgg
+from resconv.surgery.provenance import Provenance, Source, carry
 
 __all__ = [
     "create",
@@ -94,8 +95,8 @@ def require_trusted_source(name: str, place: object, *, trusted: bool) -> None:
 def create(name: str, **kwargs: Any) -> nn.Module:
     """Return a new network with random weights, in training mode.
 
-    Its plain attribute ``resconv_source`` holds ``{"name": name, "kwargs": kwargs}``, from which
-    the same architecture can be built again.
+    It carries its name and keywords, from which the same architecture can be built again (see
+    :class:`resconv.surgery.provenance.Provenance`).
 
     Args:
         name: a built-in name, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
@@ -124,8 +125,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
         model = _create_torchvision(rest, kwargs)
     else:
         model = _create_from_factory(prefix, rest, kwargs)
-    # nn.Module types its attributes as tensors and modules; this one is plain data.
-    model.__dict__["resconv_source"] = {"name": name, "kwargs": dict(kwargs)}
+    carry(model, Provenance(Source(name, dict(kwargs))))
     return model
 
 
@@ -255,7 +255,7 @@ def _import_module(module_name: str, name: str) -> Any:
             f"{name!r}: there is no module {error.name!r} (looked in the current folder and in "
             f"the installed packages).{_suggest(module_name, _ZOOS)} {form}"
         ) from error
-    except Exception as error:
+    except Exception as error:  # the user's module runs when it is imported
         raise ModelError(
             f"{name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}"
         ) from error
@@ -268,7 +268,7 @@ def _call(
         return factory(*args, **fixed, **kwargs)
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # a factory of a zoo's or the user's
         asked = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "no keywords"
         raise ModelError(
             f"Building {name!r} with {asked} failed with {type(error).__name__}: {error}"

@@ -2,13 +2,24 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BudgetError
 
-__all__ = ["RUNTIMES", "Budget", "require_budget"]
+__all__ = ["RUNTIMES", "Budget", "Limits", "require_budget"]
 
 RUNTIMES = ("torch", "onnxruntime")
+
+
+class Limits(NamedTuple):
+    """The most that may be left of each; infinite where there is no limit."""
+
+    macs: float = math.inf
+    num_params: float = math.inf
+    latency_ms: float = math.inf
+
+    def without_latency(self) -> "Limits":
+        return self._replace(latency_ms=math.inf)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Budget:
 
     Example:
         >>> resconv.Budget(macs=0.5).limits(macs=1000, num_params=200)
-        (500.0, inf, inf)
+        Limits(macs=500.0, num_params=inf, latency_ms=inf)
     """
 
     macs: float | int | None = None
@@ -67,16 +78,14 @@ class Budget:
         """Whether there is any limit but the threshold."""
         return self.times or self.macs is not None or self.num_params is not None
 
-    def limits(
-        self, macs: int, num_params: int, latency_ms: float = math.inf
-    ) -> tuple[float, float, float]:
+    def limits(self, macs: int, num_params: int, latency_ms: float = math.inf) -> Limits:
         """Return the absolute limits (infinite where there is none) for a net of this size."""
         time = math.inf
         if self.latency_ms is not None:
             time = float(self.latency_ms)
         elif self.latency is not None:
             time = self.latency * latency_ms
-        return _limit(self.macs, macs), _limit(self.num_params, num_params), time
+        return Limits(_limit(self.macs, macs), _limit(self.num_params, num_params), time)
 
 
 def require_budget(value: Any, name: str) -> None:

@@ -25,8 +25,9 @@ from ..analysis.graph import Graph, Node, Ref
 from ..analysis.inputs import batch_size, unwrap
 from ..analysis.recorder import record
 from ..nn.gates import Gate, ResConv, Segment, gates, is_leaf
+from .budget import Limits
 
-__all__ = ["CostModel", "Cost", "excess", "cost_model"]
+__all__ = ["Cost", "CostModel", "cost_model", "excess"]
 
 
 class Cost(NamedTuple):
@@ -138,7 +139,7 @@ class CostModel:
         )
 
 
-def excess(left: Cost, whole: Cost, limits: tuple[float, float, float]) -> str:
+def excess(left: Cost, whole: Cost, limits: Limits) -> str:
     """Say by how much a net is over its limits; empty when it is within all of them."""
     parts = []
     for value, of, limit, what in zip(
@@ -146,10 +147,10 @@ def excess(left: Cost, whole: Cost, limits: tuple[float, float, float]) -> str:
     ):
         if value > limit:
             parts.append(f"{value:,} of {of:,} {what} (the budget is {int(limit):,})")
-    if left.latency_ms > limits[2]:
+    if left.latency_ms > limits.latency_ms:
         parts.append(
             f"about {left.latency_ms:.3g} of {whole.latency_ms:.3g} ms (the budget is "
-            f"{limits[2]:.3g} ms)"
+            f"{limits.latency_ms:.3g} ms)"
         )
     return " and ".join(parts)
 

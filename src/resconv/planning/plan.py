@@ -1,27 +1,29 @@
 """Which units go: the plan, made by choose.py or written by hand."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec.structs import force_setattr
 from torch import nn
 
 from ..analysis.inputs import unwrap
 from ..errors import PlanError
 from ..files import write_text
-from ..json_files import parse_json, read_bounded
+from ..json_files import checked, load_json, read_bounded, to_json, upgraded, version_in
 from ..nn.gates import gates
 from ..tables import html_table, text_table
 
 __all__ = ["Plan", "why_not_now"]
 
 
-@dataclass(frozen=True)
-class Plan:
+_VERSION = 1  # of the file; one without a number is of this version, too
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The units to remove; JSON in and out.
 
     ``macs`` and ``num_params`` (at batch size 1, norms unfolded) say what is expected before and
@@ -39,13 +41,12 @@ class Plan:
         ('3',)
     """
 
-    # A file without it is no plan.
-    remove: tuple[str, ...] = field(default=(), metadata={"required": True})
+    remove: tuple[str, ...] = ()
     macs_before: int | None = None
     macs_after: int | None = None
     num_params_before: int | None = None
     num_params_after: int | None = None
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = {}
     latency_ms_before: float | None = None
     latency_ms_predicted: float | None = None
     latency_ms_after: float | None = None
@@ -60,7 +61,7 @@ class Plan:
         twice = sorted(n for n, times in Counter(names).items() if times > 1)
         if twice:
             raise PlanError(f"The plan names {', '.join(map(repr, twice))} more than once.")
-        object.__setattr__(self, "remove", names)
+        force_setattr(self, "remove", names)
 
     def __repr__(self) -> str:
         return text_table(*self._table())
@@ -87,19 +88,23 @@ class Plan:
         return title + names, ["", "before", "after", "change"], rows
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "remove": list(self.remove)}, indent=2)
+        return to_json(self, _VERSION)
 
     @classmethod
     def from_json(cls, text: str | bytes, place: str = "The plan") -> "Plan":
         """Read a plan; ``place`` names it in errors.
 
         Raises:
-            PlanError: no JSON, or no plan; the fault is named.
+            PlanError: no JSON, of a newer version, or no plan; the fault is named.
         """
-        return parse_json(text, cls, place, PlanError)
+        content = load_json(text, place, PlanError)
+        if isinstance(content, dict) and "remove" not in content:
+            raise PlanError(f"{place} is damaged: the whole has no 'remove'.")
+        version = version_in(content, _VERSION, place, PlanError)
+        return checked(upgraded(content, version, ()), cls, place, PlanError)
 
     def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.to_json() + "\n")
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -1,16 +1,32 @@
-"""The main job as a run folder: stages that are done once, and picked up where they stopped."""
+"""The main job as a run folder: stages that are done once, and picked up where they stopped.
 
-from .config import Config
-from .folder import RunFolder
-from .pipeline import STAGES, begin, compress, open_run, run_stage, use_plan
+Names are loaded when they are first used: the help of the command line needs the settings alone.
+"""
 
-__all__ = [
-    "STAGES",
-    "Config",
-    "RunFolder",
-    "begin",
-    "compress",
-    "open_run",
-    "run_stage",
-    "use_plan",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config as Config
+    from .folder import RunFolder as RunFolder
+    from .pipeline import STAGES as STAGES
+    from .pipeline import begin as begin
+    from .pipeline import compress as compress
+    from .pipeline import open_run as open_run
+    from .pipeline import run_stage as run_stage
+    from .pipeline import use_plan as use_plan
+
+_HOME_OF = {
+    "Config": "config",
+    "RunFolder": "folder",
+    **dict.fromkeys(
+        ("STAGES", "begin", "compress", "open_run", "run_stage", "use_plan"), "pipeline"
+    ),
+}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -43,15 +43,15 @@ def check(run: Run, done: list[str], *, sparse: bool = True) -> None:
     if "sparse" in done or ("dense" in done and not sparse):
         return
     model = run.create()
-    if config.weights is not None and "dense" not in done:
-        nets.load_weights(model, config.weights)
-    _try_step(run, copy.deepcopy(model), config.model)
+    if config.net.weights is not None and "dense" not in done:
+        nets.load_weights(model, config.net.weights)
+    _try_step(run, copy.deepcopy(model), config.net.model)
     if sparse:
         _check_target(run, model)
 
 
 def _world_size(run: Run) -> int:
-    devices: int = choose_devices(run.config.devices)["devices"]
+    devices: int = choose_devices(run.devices)["devices"]
     return run.ranks.world_size if run.ranks.are_several else devices
 
 
@@ -59,22 +59,25 @@ def _check_machine(run: Run) -> None:
     config, cores = run.config, os.cpu_count() or 1
     assert run.precision  # which raises where this machine has no such format
     world = _world_size(run)
-    if config.cuda_graphs:
+    if config.training.cuda_graphs:
         check_recording("cuda" if torch.cuda.is_available() else "cpu", world)
-    if config.threads is not None and config.threads > cores:
-        raise RunError(f"threads={config.threads}: this machine has {cores} CPU cores.")
+    threads = config.deployment.threads
+    if threads is not None and threads > cores:
+        raise RunError(f"threads={threads}: this machine has {cores} CPU cores.")
 
 
 def _check_data(run: Run) -> None:
     config, data, world = run.config, run.data, _world_size(run)
+    batch_size = config.training.batch_size
+    assert run.augment  # which raises where the images cannot be changed as asked
     if data.num_classes < 2:
         raise DataError(
-            f"{config.data} has one class only ({', '.join(data.class_names)}): there is nothing to "
+            f"{config.data.source} has one class only ({', '.join(data.class_names)}): there is nothing to "
             "tell apart. Add a folder of images that are something else."
         )
-    if config.batch_size < world or len(data.val) < world:
+    if batch_size < world or len(data.val) < world:
         raise RunError(
-            f"{world} processes cannot share a batch of {config.batch_size} images and a validation "
+            f"{world} processes cannot share a batch of {batch_size} images and a validation "
             f"set of {len(data.val)}: each needs at least one image. Use fewer devices or a larger "
             "batch_size."
         )
@@ -92,7 +95,7 @@ def _try_step(run: Run, model: nn.Module, name: str) -> None:
             return
     except ResConvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a zoo's or the user's forward
         if is_out_of_memory(error):
             raise
         text = (str(error).splitlines() or [""])[0][:200]
@@ -129,12 +132,12 @@ def _check_target(run: Run, model: nn.Module) -> None:
             "sparse_epochs and batch_size."
         ) from error
     gated = run.converted(model.eval(), "keep")
-    if config.hints and not resconv.recovery.hint_layers(gated, run.example(2)):
+    if config.training.hints and not resconv.recovery.hint_layers(gated, run.example(2)):
         raise RunError(
-            f"hints=True: {config.model} has no layer, called as a module, between its units. Train "
+            f"hints=True: {config.net.model} has no layer, called as a module, between its units. Train "
             "without it."
         )
-    _try_step(run, copy.deepcopy(gated), f"{config.model} with its units")
+    _try_step(run, copy.deepcopy(gated), f"{config.net.model} with its units")
     resconv.Sparsifier(
         gated,
         target=config.budget(),

@@ -1,6 +1,6 @@
 """The stages that deploy: the file for another runtime, timings of it, and the report."""
 
-from dataclasses import asdict
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
 from .job import LATENCY, Run
-from .metrics import Row
+from .metrics import Exported, History, Measured, Memory, Target, Times
 from .report import write_report
 from .surgery import compact_of, removed_units
 from .timing import latency_table
@@ -41,12 +41,9 @@ def export(run: Run) -> None:
         run.warn("export", f"No ONNX file: {error}")
         return
     run.folder.add_metrics(
-        onnx={
-            "opset": done.opset,
-            "num_bytes": done.num_bytes,
-            "dynamic_batch": done.dynamic_batch,
-            "max_rel_error": done.verification.max_rel_error,
-        }
+        onnx=Exported(
+            done.opset, done.num_bytes, done.dynamic_batch, done.verification.max_rel_error
+        )
     )
     run.say(
         f"Exported: {done.path} (opset {done.opset}, checked in ONNX Runtime, error "
@@ -54,32 +51,32 @@ def export(run: Run) -> None:
     )
 
 
-def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> dict[str, Any]:
+def _against_target(run: Run, dense: nn.Module, compact: nn.Module) -> Target:
     """Time the two nets as the target says, and return all that is to be known about it."""
     budget, plan, table = run.config.budget(), run.plan(), latency_table(run, run.gated())
     assert table is not None  # the budget limits the latency
     before, after = time_nets([dense, compact], run.example(), table)
-    limit = budget.limits(0, 0, before.median_ms)[2]
-    found = {
-        "asked_ms": budget.latency_ms,
-        "asked_share": budget.latency,
-        "limit_ms": limit,
-        "runtime": table.runtime,
-        "batch": table.batch,
-        "threads": table.threads,
-        "predicted_ms": plan.latency_ms_predicted,
-        "planned_ms": plan.latency_ms_after,
-        "dense_ms": before.median_ms,
-        "compact_ms": after.median_ms,
-        "repeats": after.repeats,
-        "met": after.median_ms <= limit,
-        "table_error": table.error,
-        "nets_timed": len(table.nets),
-    }
+    limit = budget.limits(0, 0, before.median_ms).latency_ms
+    found = Target(
+        asked_ms=budget.latency_ms,
+        asked_share=budget.latency,
+        limit_ms=limit,
+        runtime=table.runtime,
+        batch=table.batch,
+        threads=table.threads,
+        predicted_ms=plan.latency_ms_predicted,
+        planned_ms=plan.latency_ms_after,
+        dense_ms=before.median_ms,
+        compact_ms=after.median_ms,
+        repeats=after.repeats,
+        met=after.median_ms <= limit,
+        table_error=table.error,
+        nets_timed=len(table.nets),
+    )
     text = (
         f"Target: at most {limit:.3g} ms in {table.runtime}; the net takes {after.median_ms:.3g} ms"
     )
-    if found["met"]:
+    if found.met:
         run.say(f"{text}.")
     else:
         run.warn(
@@ -118,37 +115,25 @@ def measure(run: Run) -> None:
     if (run.folder / "model.onnx").is_file():
         runners |= _onnx_runners(run, dense)
     timings = time_together(runners, repeats=50, warmup=5)
-    latency: dict[str, dict[str, float]] = {}
-    for name, timing in timings.items():
-        runtime, which = name.split("/")
-        latency.setdefault(runtime, {})[f"{which}_ms"] = timing.median_ms
-    for found in latency.values():
-        found["ratio"] = found["compact_ms"] / found["dense_ms"]
-    memory = {"dense": peak_memory(dense, example), "compact": peak_memory(compact, example)}
+    latency = {}
+    for runtime in dict.fromkeys(name.split("/")[0] for name in timings):
+        before, after = (timings[f"{runtime}/{w}"].median_ms for w in ("dense", "compact"))
+        latency[runtime] = Times(before, after, after / before)
     run.folder.add_metrics(
         latency=latency,
-        peak_memory_bytes=memory,
-        measured={
-            "batch": 1,
-            "threads": torch.get_num_threads(),
-            "repeats": 50,
-            "image_size": run.data.image_size,
-        },
+        peak_memory_bytes=Memory(peak_memory(dense, example), peak_memory(compact, example)),
+        measured=Measured(1, torch.get_num_threads(), 50, run.data.image_size),
     )
     if config.budget().times:
         run.folder.add_metrics(latency_target=_against_target(run, dense, compact))
-    text = ", ".join(
-        f"{k} {v['dense_ms']:.2f} -> {v['compact_ms']:.2f} ms" for k, v in latency.items()
-    )
+    text = ", ".join(f"{k} {v.dense_ms:.2f} -> {v.compact_ms:.2f} ms" for k, v in latency.items())
     run.say(f"Latency (batch 1, medians, interleaved): {text}.")
 
 
-def _optional(run: Run, name: str, what: str, kind: type[T]) -> T | None:
+def _optional(run: Run, what: str, read: Callable[[], T]) -> T | None:
     """Return what a file holds that the report can do without, or say what it lacks."""
     try:
-        if name == LATENCY:
-            LatencyTable.load(run.folder / name)
-        return run.folder.read_json(name, kind)
+        return read()
     except (RunError, PlanError) as error:
         run.say(f"The report has no {what}: {error}")
         return None
@@ -156,21 +141,22 @@ def _optional(run: Run, name: str, what: str, kind: type[T]) -> T | None:
 
 def report(run: Run) -> None:
     run.folder.add_metrics(machine=machine(), date=datetime.now(UTC).strftime("%Y-%m-%d"))
-    if "verify" not in run.folder.metrics():
+    if run.folder.metrics().verify is None:
         raise RunError(
             f"{run.folder / 'metrics.json'} lacks what pruning found. Make it anew: resconv prune "
             f"{run.folder.path}."
         )
-    if "removed_units" not in run.folder.metrics():  # a run of an older version
+    if run.folder.metrics().removed_units is None:  # a run of an older version
         run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
+    table = run.folder / LATENCY
     try:
         path = write_report(
             run.folder / "report.html",
             run.config,
             run.folder.metrics(),
-            asdict(run.plan()),
-            _optional(run, "scales.json", "plot of the scales", list[Row]) or [],
-            _optional(run, LATENCY, "latency of single units", dict[str, Any])
+            run.plan(),
+            _optional(run, "plot of the scales", run.folder.history) or History(()),
+            _optional(run, "latency of single units", lambda: LatencyTable.load(table))
             if run.config.budget().times
             else None,
         )

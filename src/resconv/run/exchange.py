@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TypedDict
+
+from msgspec import Struct
 
 from resconv.errors import RunError
 from resconv.files import OURS, sync_folder, write_text
@@ -23,7 +24,7 @@ _NEW = f"{OURS}new"
 _NOTE = f"{OURS}exchange.json"
 
 
-class _Note(TypedDict):
+class _Note(Struct):
     to: str
 
 
@@ -76,7 +77,7 @@ def go_on(path: Path) -> None:
 
 def _carry_out(path: Path) -> Path:
     try:
-        name = read_json(path / _NOTE, _Note, RunError)["to"]
+        name = read_json(path / _NOTE, _Note, RunError).to
         if Path(name).name != name or not name.startswith("earlier-"):
             raise RunError(f"{path / _NOTE} does not name a folder of an earlier run.")
     except RunError as error:

@@ -7,22 +7,25 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resconv.errors import RunError
+import msgspec
+
+from resconv.errors import ResConvError, RunError
 from resconv.files import OURS, digest, sweep, write_text
-from resconv.json_files import read_json
+from resconv.json_files import Upgrades, read_json, to_json, to_plain
 from resconv.train.checkpoints import CHECKPOINT_FILES
 
 from . import exchange
 from .config import Config
 from .lock import locked
 from .mark import MARK, Mark, Record
-from .metrics import Metrics
+from .metrics import HISTORY_UPGRADES, METRICS_VERSION, History, Metrics
 
 __all__ = ["RunFolder", "from_prune", "log_files"]
 
 _STAGES = "stages.json"
 _CONFIG = "config.json"
 _METRICS = "metrics.json"
+_SCALES = "scales.json"
 _LATENCY = "latency.json"
 # Written before anything was trained.
 _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
@@ -30,6 +33,9 @@ _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 _COMMON = {"seconds", "warnings"}
 _TRAINED = ("dense", "sparse", "finetune")
 T = TypeVar("T")
+# Settings by their names, in groups; without those in older versions.
+_Value = bool | int | float | str | list[float] | None
+_Content = dict[str, _Value | dict[str, _Value]]
 
 
 class RunFolder:
@@ -138,9 +144,9 @@ class RunFolder:
 
     def _start(self, config: Config) -> None:
         if not self.is_marked():
-            Mark().write(self.path)
+            Mark.new().write(self.path)
         self.claim((_CONFIG, _STAGES, _METRICS, *(n for s in _TRAINED for n in log_files(s))))
-        self.write_json(_CONFIG, config.to_dict())
+        self.write_json(_CONFIG, config.content())
 
     def _refuse_foreign(self) -> None:
         path = self.path
@@ -215,9 +221,13 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def config(self) -> Config:
-        return self.read_json(_CONFIG, Config)
+        content = self.read_json(_CONFIG, _Content)
+        try:
+            return Config.from_content(content)
+        except ResConvError as error:
+            raise RunError(f"{self.path / _CONFIG}: {error}") from error
 
-    def read_json(self, name: str, kind: type[T]) -> T:
+    def read_json(self, name: str, kind: type[T], upgrades: Upgrades | None = None) -> T:
         """Return what a file of the run holds, checked to be a ``kind``.
 
         Raises:
@@ -225,16 +235,22 @@ class RunFolder:
         """
         if not os.path.lexists(self.path / name):
             raise RunError(f"{self.path} has no {name}. Run the stage before it first.")
-        return read_json(self.path / name, kind, RunError)
+        return read_json(self.path / name, kind, RunError, upgrades)
 
     def write_json(self, name: str, content: Any) -> None:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def metrics(self) -> dict[str, Any]:
+    def history(self) -> History:
+        return self.read_json(_SCALES, History, HISTORY_UPGRADES)
+
+    def write_history(self, history: History) -> None:
+        write_text(self.path / _SCALES, to_json(history, len(HISTORY_UPGRADES) + 1))
+
+    def metrics(self) -> Metrics:
         if not os.path.lexists(self.path / _METRICS):
-            return {}
+            return Metrics()
         try:
-            return dict(self.read_json(_METRICS, Metrics))
+            return self.read_json(_METRICS, Metrics, upgrades=())
         except RunError as error:
             raise RunError(
                 f"{error} Mend it, or delete the file: it holds figures alone, and `resconv prune "
@@ -243,7 +259,11 @@ class RunFolder:
 
     def add_metrics(self, **values: Any) -> None:
         self.added |= values.keys()
-        self.write_json(_METRICS, {**self.metrics(), **values})
+        self._write_metrics({**to_plain(self.metrics()), **values})
+
+    def _write_metrics(self, values: dict[str, Any]) -> None:
+        metrics = msgspec.convert(to_plain(values), Metrics)
+        write_text(self.path / _METRICS, to_json(metrics, METRICS_VERSION))
 
     def done(self) -> list[str]:
         return list(self.mark().stages) if self.is_marked() else []
@@ -262,7 +282,7 @@ class RunFolder:
 
     def forget_warnings(self, stages: Iterable[str]) -> None:
         """Drop what was said of stages that are about to be run."""
-        gone, said = set(stages), self.metrics().get("warnings", {})
+        gone, said = set(stages), self.metrics().warnings
         if gone & said.keys():
             self.add_metrics(warnings={s: texts for s, texts in said.items() if s not in gone})
 
@@ -282,7 +302,8 @@ class RunFolder:
         self.remove(n for r in gone for n in r.wrote if n not in kept)
         counted = _COMMON.union(*(r.metrics for r in left))
         struck = {k for r in gone for k in r.metrics} - counted
-        self.write_json(_METRICS, {k: v for k, v in self.metrics().items() if k not in struck})
+        known = to_plain(self.metrics())
+        self._write_metrics({k: v for k, v in known.items() if k not in struck})
 
 
 def from_prune(done: list[str]) -> list[str]:

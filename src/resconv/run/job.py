@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resconv
 from resconv import data as datasets
 from resconv import nets
-from resconv.data import BatchLoader, ImageData
+from resconv.data import Augment, BatchLoader, ImageData, choose_augment
 from resconv.errors import ModelError, RunError, printable
 from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
@@ -72,19 +72,34 @@ class Run:
     @property
     def data(self) -> ImageData:
         if self._data is None:
-            config = self.config
+            asked = self.config.data
             self._data = datasets.load(
-                config.data,
-                image_size=config.image_size,
-                channels=config.channels,
-                holdout=config.holdout,
-                limit=config.limit,
+                asked.source,
+                holdout=asked.holdout,
+                limit=asked.limit,
+                channels=asked.channels,
+                image_size=asked.image_size,
+                crop_fraction=asked.crop_fraction,
+                interpolation=asked.interpolation,
+                mean=asked.mean,
+                std=asked.std,
             )
         return self._data
 
+    @property
+    def augment(self) -> Augment:
+        """How training images are changed at random."""
+        asked = self.config.data
+        return choose_augment(self.data, asked.augment, asked.mirror)
+
+    @property
+    def devices(self) -> int | str:
+        asked = self.config.training.devices
+        return "auto" if asked is None else asked
+
     @cached_property
     def precision(self) -> Precision:
-        return choose_precision(self.config.precision)
+        return choose_precision(self.config.training.precision)
 
     def keep_latency(self, table: LatencyTable) -> None:
         """Write the measured latency into the folder, or hold it until there is one."""
@@ -99,7 +114,7 @@ class Run:
         """Say what the user should know of the stage, and keep it for the report."""
         self.say(f"Warning: {text}")
         if self.ranks.leads:
-            said = self.folder.metrics().get("warnings", {})
+            said = self.folder.metrics().warnings
             texts = list(dict.fromkeys([*said.get(stage, []), text]))
             self.folder.add_metrics(warnings={**said, stage: texts})
 
@@ -110,9 +125,11 @@ class Run:
             TrustError: the run's folder alone names code of the user's own to build it with.
             DataError: its inputs or outputs do not fit the data.
         """
-        nets.require_trusted_source(self.config.model, self.folder.path, trusted=self.trust_source)
-        torch.manual_seed(self.config.seed)
-        return build(self.config.model, self.data)
+        nets.require_trusted_source(
+            self.config.net.model, self.folder.path, trusted=self.trust_source
+        )
+        torch.manual_seed(self.config.training.seed)
+        return build(self.config.net.model, self.data)
 
     def example(self, size: int = 1) -> Tensor:
         data = self.data
@@ -130,20 +147,12 @@ class Run:
 
         Convs in the place of segments start fitted to some training images, the same ones every time.
         """
-        units = self.config.units
+        units = self.config.target.units
         batches = None
         if units == "all" or "segments" in units:
-            data = self.data
+            data, seed = self.data, self.config.training.seed
             batches = islice(
-                BatchLoader(
-                    data.train,
-                    64,
-                    shuffle=True,
-                    seed=self.config.seed,
-                    augment=None,
-                    mean=data.mean,
-                    std=data.std,
-                ),
+                BatchLoader(data.train, 64, data.preprocessing, shuffle=True, seed=seed),
                 _BATCHES_TO_FIT,
             )
         return resconv.convert(net, self.example(2), units=units, start=start, batches=batches)
@@ -158,14 +167,15 @@ class Run:
         return Plan.load(self.folder / "plan.json")
 
     def recipe(self, epochs: int, lr: float) -> Recipe:
-        config = self.config
+        training = self.config.training
         return Recipe(
             epochs,
             lr=lr,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            distill=config.distill_share,
-            mix=config.mix,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            distill=training.distill_share,
+            mix=training.mix,
+            augment=self.augment,
         )
 
 
@@ -190,7 +200,7 @@ def build(name: str, data: ImageData) -> nn.Module:
             out = model(torch.zeros(1, data.channels, side, side))
     except resconv.ResConvError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a zoo's or the user's forward
         if is_out_of_memory(error):
             raise
         raise RunError(
@@ -220,7 +230,7 @@ def load_state(model: nn.Module, path: Path) -> None:
         raise RunError(f"{path} is missing: the stage before was not finished.")
     try:
         model.load_state_dict(load_file(path))
-    except Exception as error:
+    except Exception as error:  # safetensors' and torch's, for a damaged file
         raise RunError(
             f"{path} cannot be used ({type(error).__name__}: {str(error)[:160]}). Start anew with "
             "--fresh."

@@ -1,38 +1,47 @@
 """What ``metrics.json`` and ``scales.json`` hold."""
 
-from typing import TypedDict
+from typing import Any
 
-__all__ = ["Metrics", "Row"]
+from msgspec import Struct
 
-# A snapshot of the scales as it stands in scales.json: step, scales, controls, MACs, latency.
-Row = tuple[int, dict[str, float], dict[str, float], float, float | None]
+from resconv.selection.outcome import Snapshot
+
+__all__ = ["HISTORY_UPGRADES", "METRICS_VERSION", "History", "Metrics"]
+
+METRICS_VERSION = 1  # a file without a number is of this version, too
 
 
-class Times(TypedDict):
+class _Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """A group of figures."""
+
+
+class Times(_Part, frozen=True):
     dense_ms: float
     compact_ms: float
     ratio: float
 
 
-class Memory(TypedDict):
+class Memory(_Part, frozen=True):
     dense: int
     compact: int
 
 
-class Measured(TypedDict):
+class Measured(_Part, frozen=True):
     batch: int
     threads: int
     repeats: int
     image_size: int
 
 
-class Verified(TypedDict):
+class Verified(_Part, frozen=True):
     max_abs_error: float
     max_rel_error: float
     tolerance: float
 
 
-class Target(TypedDict):
+class Target(_Part, frozen=True):
+    """The latency that was asked for, and what came of it."""
+
     asked_ms: float | None
     asked_share: float | None
     limit_ms: float
@@ -49,45 +58,89 @@ class Target(TypedDict):
     nets_timed: int
 
 
-class Exported(TypedDict):
+class Exported(_Part, frozen=True):
     opset: int | None
     num_bytes: int
     dynamic_batch: bool
     max_rel_error: float
 
 
-class Metrics(TypedDict, total=False):
-    """The figures of a run, each there once its stage has run; others may stand beside them."""
+class Preprocessed(_Part, frozen=True):
+    """How images become inputs (see resconv.preprocessing)."""
 
-    top1_dense: float | None
-    top1_gated: float
-    top1_pruned: float
-    top1_recalibrated: float | None
-    top1_finetuned: float | None
-    top1_compact: float
-    finetuned_kept: bool | None
-    epochs_dense: int | None
-    epochs_sparse: int
-    epochs_finetune: int
-    macs_dense: int
-    macs_compact: int
-    num_params_dense: int
-    num_params_compact: int
-    num_units: int
-    num_zero: int
-    num_convs_dense: int
-    num_convs_compact: int
-    removed_units: list[str]
-    removed_with_nonzero_scale: list[str]
-    leftover_factors: dict[str, float]
-    verify: Verified
-    verify_finetuned: float
-    onnx: Exported | None
-    warnings: dict[str, list[str]]
-    latency: dict[str, Times]
-    latency_target: Target
-    peak_memory_bytes: Memory
-    measured: Measured
-    seconds: dict[str, float]
-    machine: str
-    date: str
+    size: int
+    crop_fraction: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channel_order: str | None
+    class_names: tuple[str, ...]
+
+
+class Augmented(_Part, frozen=True):
+    """How training images were changed at random (see resconv.data)."""
+
+    kind: str
+    pad: int
+    least_area: float
+    mirror: bool
+
+
+class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
+    """The figures of a run; None until its stage has run."""
+
+    preprocessing: Preprocessed | None = None
+    augment: Augmented | None = None
+    top1_dense: float | None = None
+    top1_gated: float | None = None
+    top1_pruned: float | None = None
+    top1_recalibrated: float | None = None
+    top1_finetuned: float | None = None
+    top1_compact: float | None = None
+    finetuned_kept: bool | None = None
+    epochs_dense: int | None = None
+    epochs_sparse: int | None = None
+    epochs_finetune: int = 0
+    macs_dense: int | None = None
+    macs_compact: int | None = None
+    num_params_dense: int | None = None
+    num_params_compact: int | None = None
+    num_units: int | None = None
+    num_zero: int | None = None
+    num_convs_dense: int | None = None
+    num_convs_compact: int | None = None
+    removed_units: tuple[str, ...] | None = None
+    removed_with_nonzero_scale: tuple[str, ...] | None = None
+    leftover_factors: dict[str, float] | None = None
+    verify: Verified | None = None
+    verify_finetuned: float | None = None
+    onnx: Exported | None = None
+    warnings: dict[str, list[str]] = {}
+    latency: dict[str, Times] = {}
+    latency_target: Target | None = None
+    peak_memory_bytes: Memory | None = None
+    measured: Measured | None = None
+    seconds: dict[str, float] = {}
+    machine: str = ""
+    date: str = ""
+
+
+class History(Struct, frozen=True, forbid_unknown_fields=True):
+    """The scales over sparse training."""
+
+    steps: tuple[Snapshot, ...]
+
+
+def _named(rows: Any) -> Any:
+    """Version 1 was a list of rows without names."""
+    names = Snapshot.__struct_fields__
+    if not isinstance(rows, list):
+        return rows
+    return {
+        "steps": [
+            dict(zip(names, row, strict=False)) if isinstance(row, list) else row for row in rows
+        ]
+    }
+
+
+HISTORY_UPGRADES = (_named,)

@@ -20,7 +20,7 @@ from .config import Config
 from .folder import RunFolder, log_files
 from .job import Run, Say
 from .lock import locked
-from .metrics import Row
+from .metrics import Metrics
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
 
@@ -106,13 +106,13 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             return
         run.bound = bound
         seed_all(
-            run.config.seed
+            run.config.training.seed
         )  # a stage's draws do not depend on what ran before in this process
         start = time.perf_counter()
         with _told(run, stage):
             STAGES[stage](run)
         if run.ranks.leads:
-            seconds = run.folder.metrics().get("seconds", {})
+            seconds = run.folder.metrics().seconds
             run.folder.add_metrics(
                 seconds={**seconds, stage: round(time.perf_counter() - start, 1)}
             )
@@ -135,7 +135,7 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
             f"`resconv compress` with the same settings does all that is missing."
         )
     # Before anything is undone: what is refused leaves the run as it was.
-    nets.require_trusted_source(run.config.model, run.folder.path, trusted=run.trust_source)
+    nets.require_trusted_source(run.config.net.model, run.folder.path, trusted=run.trust_source)
     stages.check(run, stage)
     run.folder.undo(order[order.index(stage) :], keep=stages.WRITES[stage])
     run.folder.claim(stages.WRITES[stage])
@@ -195,17 +195,17 @@ def use_plan(run: Run, path: Path) -> None:
         run.folder.finish("plan", stages.record(run, "plan"))
 
 
-def compress(run: Run) -> dict[str, Any]:
-    """Run every stage that is not done, and return the metrics (on the leading process)."""
+def compress(run: Run) -> Metrics | None:
+    """Run every stage that is not done, and return the metrics (None but on the leading process)."""
     run.config.budget()
     with _owned(run):
         if not run.is_checked:
             run.ranks.by_first(lambda: check(run, run.folder.done()))
         for stage in STAGES:
             run_stage(run, stage)
-    return run.folder.metrics() if run.ranks.leads else {}
+    return run.folder.metrics() if run.ranks.leads else None
 
 
 def history(folder: RunFolder) -> list[Snapshot]:
     """Return the scales over sparse training."""
-    return [Snapshot(*row) for row in folder.read_json("scales.json", list[Row])]
+    return list(folder.history().steps)

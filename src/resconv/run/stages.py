@@ -11,6 +11,7 @@ from resconv.files import digest
 from .fingerprint import differing_parts
 from .job import LATENCY, Run
 from .mark import Record
+from .settings import settings as all_settings
 
 __all__ = ["READS", "WRITES", "bind", "check", "record"]
 
@@ -50,40 +51,41 @@ def check(run: Run, stage: str) -> None:
     order = list(READS)
     before = {s: mark.stages[s] for s in order[: order.index(stage)] if s in mark.stages}
     settings = run.config.bearing()
+    # A run of an older version was without those that came later.
+    defaults = {s.name: s.default for s in all_settings()}
     for name, found in before.items():
-        if differing := [k for k in settings if found.settings.get(k) != settings[k]]:
-            words = "; ".join(
-                f"{k}: {found.settings.get(k)!r} there, {settings[k]!r} now" for k in differing
-            )
+        there = {k: found.settings.get(k, defaults[k]) for k in settings}
+        if differing := [k for k in settings if there[k] != settings[k]]:
+            words = "; ".join(f"{k}: {there[k]!r} there, {settings[k]!r} now" for k in differing)
             raise RunError(
                 f"{run.folder / 'config.json'} is not what the stage {name!r} ran with ({words}). Put "
                 "that back, or start anew with --fresh."
             )
         if parts := differing_parts(found.data, run.fingerprint):
             raise RunError(
-                f"{run.config.data} changed since the stage {name!r}: other {', '.join(parts)}. What was "
+                f"{run.config.data.source} changed since the stage {name!r}: other {', '.join(parts)}. What was "
                 "trained on the old data says nothing about the new. Put it back, or start anew with "
                 "--fresh."
             )
-        for outside, there in found.read.items():
+        for outside, sealed in found.read.items():
             source = Path(outside)
-            if source.is_absolute() and source.is_file() and digest(source) != there:
+            if source.is_absolute() and source.is_file() and digest(source) != sealed:
                 raise RunError(
                     f"{outside} changed since the stage {name!r} read it. Put it back, or start anew "
                     "with --fresh."
                 )
-    wrote = {f: (name, there) for name, found in before.items() for f, there in found.wrote.items()}
+    wrote = {f: (name, seal) for name, found in before.items() for f, seal in found.wrote.items()}
     for file in READS[stage]:
-        name, there = wrote.get(file, ("", ""))
+        name, seal = wrote.get(file, ("", ""))
         path = run.folder / file
         if name and not path.is_file():
             raise RunError(
                 f"{path} is missing, which the stage {name!r} wrote. Put it back, or {_again(name, run)}."
             )
-        if name and digest(path) != there:
+        if name and digest(path) != seal:
             raise RunError(
                 f"{path} is not what the stage {name!r} wrote: it was damaged, changed or comes from "
-                f"another run (SHA-256 {there[:12]}... there, {digest(path)[:12]}... now). Put it back, "
+                f"another run (SHA-256 {seal[:12]}... there, {digest(path)[:12]}... now). Put it back, "
                 f"or {_again(name, run)}."
             )
 
@@ -112,7 +114,7 @@ def bind(run: Run, stage: str) -> str:
 
 def _read(run: Run, stage: str) -> dict[str, str]:
     read = run.folder.digests(READS[stage])
-    weights = run.config.weights
+    weights = run.config.net.weights
     if stage == "dense" and weights is not None and Path(weights).is_file():
         read[str(Path(weights).resolve())] = digest(Path(weights))
     return read

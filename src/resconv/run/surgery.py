@@ -1,6 +1,5 @@
 """The stages between training and deployment: which units go, and the net without them."""
 
-import math
 from itertools import islice
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 import resconv
 from resconv.data import BatchLoader
 from resconv.nn.gates import BranchGate, Segment
-from resconv.planning.costs import excess, cost_model
+from resconv.planning.costs import cost_model, excess
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
 from resconv.surgery.pruning import leftovers
@@ -17,6 +16,7 @@ from resconv.surgery.verification import Verification
 from resconv.train import evaluate
 
 from .job import LATENCY, Run
+from .metrics import Metrics, Verified
 from .timing import latency_table
 
 __all__ = ["compact_of", "in_convs", "plan", "prune", "removed_units", "save_compact", "try_plan"]
@@ -62,10 +62,10 @@ def _carry_out(gated: nn.Module, plan: Plan, example: Tensor) -> tuple[nn.Module
 def _warn_of_target(run: Run, gated: nn.Module, plan: Plan) -> None:
     """Warn where a plan, written by hand perhaps, leaves more than the run was asked for."""
     costs = cost_model(gated, run.example())
-    macs, num_params, _ = run.config.budget().limits(costs.macs, costs.num_params)
+    limits = run.config.budget().limits(costs.macs, costs.num_params)
     # Milliseconds are not predicted but measured, at the end.
     left = costs.left(removed_units(run, gated, plan))
-    over = excess(left, costs.whole, (macs, num_params, math.inf))
+    over = excess(left, costs.whole, limits.without_latency())
     if over:
         run.warn("prune", f"The plan misses the target of the run: it leaves {over}.")
 
@@ -92,8 +92,8 @@ def prune(run: Run) -> None:
         "num_convs_dense": resconv.profile(run.dense(), run.example()).num_convs,
         "num_convs_compact": resconv.profile(compact, run.example()).num_convs,
     }
-    run.say(in_convs({**run.folder.metrics(), **metrics}) + ".")
-    asked = run.config.recalibrate
+    run.say(in_convs(Metrics(**metrics)) + ".")
+    asked = run.config.target.recalibrate
     if asked or (asked is None and nonzero):
         compact = _recalibrated(run, gated, plan)
         metrics["top1_recalibrated"] = metrics["top1_compact"] = evaluate(compact, run.data)
@@ -101,11 +101,7 @@ def prune(run: Run) -> None:
     save_compact(run, compact, plan)
     run.folder.add_metrics(
         **metrics,
-        verify={
-            "max_abs_error": check.max_abs_error,
-            "max_rel_error": check.max_rel_error,
-            "tolerance": check.tolerance,
-        },
+        verify=Verified(check.max_abs_error, check.max_rel_error, check.tolerance),
         removed_with_nonzero_scale=nonzero,
         leftover_factors=leftovers(compact),
     )
@@ -130,14 +126,14 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
     return [n for n in resconv.gates(gated) if n in gone]
 
 
-def in_convs(metrics: dict[str, Any]) -> str:
+def in_convs(metrics: Metrics) -> str:
     """Say what the removed units are in convolutions; empty in a run of an older version."""
-    if "num_convs_compact" not in metrics:
+    if metrics.num_convs_compact is None:
         return ""
-    gone, before = len(metrics["removed_units"]), metrics["num_convs_dense"]
+    gone, before = len(metrics.removed_units or ()), metrics.num_convs_dense
     return (
-        f"{gone} of {metrics['num_units']} units are removed, those inside of others counted: {before} "
-        f"convolution{'s' * (before != 1)} became {metrics['num_convs_compact']}"
+        f"{gone} of {metrics.num_units} units are removed, those inside of others counted: {before} "
+        f"convolution{'s' * (before != 1)} became {metrics.num_convs_compact}"
     )
 
 
@@ -146,13 +142,7 @@ def _recalibrated(run: Run, gated: nn.Module, plan: Plan) -> nn.Module:
     data = run.data
     net = resconv.prune(gated, plan, fuse=False)
     loader = BatchLoader(
-        data.train,
-        256,
-        shuffle=True,
-        seed=run.config.seed,
-        augment=None,
-        mean=data.mean,
-        std=data.std,
+        data.train, 256, data.preprocessing, shuffle=True, seed=run.config.training.seed
     )
     resconv.recalibrate(net, islice(loader, 50))
     return resconv.fuse(net.eval(), run.example(4), fold_norms=True)

@@ -2,6 +2,8 @@
 
 import math
 
+import msgspec
+
 import resconv
 from resconv import nets
 from resconv.errors import RunError
@@ -9,6 +11,7 @@ from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
+from .metrics import History
 from .surgery import compact_of, removed_units, save_compact
 from .timing import latency_table
 
@@ -17,33 +20,34 @@ __all__ = ["dense", "finetune", "sparse"]
 
 def dense(run: Run) -> None:
     config = run.config
+    weights, training = config.net.weights, config.training
     model = run.create()
-    if config.weights is not None and config.epochs:
+    if weights is not None and training.epochs:
         run.warn(
             "dense",
-            f"epochs={config.epochs} is not used: weights={config.weights!r} is the dense net, and is not "
+            f"epochs={training.epochs} is not used: weights={weights!r} is the dense net, and is not "
             "trained on before sparse training.",
         )
-    if config.weights is not None:
-        nets.load_weights(model, config.weights)
-        run.say(f"Weights of {config.weights} loaded.")
+    if weights is not None:
+        nets.load_weights(model, weights)
+        run.say(f"Weights of {weights} loaded.")
     elif config.from_random:
         run.say("No dense training: sparse training starts from random weights.")
     else:
         epochs = config.stage_epochs()[0]
         run.say(
-            f"Training {config.model} on {config.data} for {_epochs(epochs)} "
+            f"Training {config.net.model} on {config.data.source} for {_epochs(epochs)} "
             f"({len(run.data.train):,} images, {run.precision.name}: {run.precision.reason})."
         )
         fit(
             model,
             run.data,
-            run.recipe(epochs, config.lr),
+            run.recipe(epochs, training.lr),
             run.folder.logs / "dense",
             precision=run.precision,
-            progress=config.progress,
-            devices=config.devices,
-            cuda_graphs=config.cuda_graphs,
+            progress=config.training.progress,
+            devices=run.devices,
+            cuda_graphs=config.training.cuda_graphs,
             bound=run.bound,
             say=run.say,
         )
@@ -54,18 +58,18 @@ def dense(run: Run) -> None:
     save_state(model, run.folder / "dense.safetensors")
     epochs = config.stage_epochs()[0]
     run.folder.add_metrics(
+        preprocessing=msgspec.to_builtins(run.data.preprocessing),
+        augment=msgspec.to_builtins(run.augment),
         top1_dense=top1,
         macs_dense=size.macs,
         num_params_dense=size.num_params,
-        epochs_dense=epochs if config.weights is None else None,  # None: not trained here
+        epochs_dense=epochs if weights is None else None,  # None: not trained here
     )
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
     if top1 is not None:
-        origin = f"{config.weights} may be of other classes, or of images prepared in another way"
-        advice = (
-            origin if config.weights is not None else "train for more epochs, or with another lr"
-        )
+        origin = f"{weights} may be of other classes, or of images prepared in another way"
+        advice = origin if weights is not None else "train for more epochs, or with another lr"
         warn_of_chance(run, "dense", "The dense net", top1, advice)
 
 
@@ -75,10 +79,10 @@ def sparse(run: Run) -> None:
     start = "identity" if config.from_random else "keep"
     example = run.example(2)
     model = run.converted(run.dense(), start)
-    hints = resconv.recovery.hint_layers(model, example) if config.hints else ()
-    if config.hints and not hints:
+    hints = resconv.recovery.hint_layers(model, example) if config.training.hints else ()
+    if config.training.hints and not hints:
         raise RunError(
-            f"--hints: {config.model} has no layer, called as a module, between its units. Train "
+            f"--hints: {config.net.model} has no layer, called as a module, between its units. Train "
             "without --hints."
         )
     table = run.ranks.by_first(lambda: latency_table(run, model))
@@ -88,7 +92,7 @@ def sparse(run: Run) -> None:
         f"{_words(config)}."
     )
     model.train()
-    teacher = run.dense() if config.distill else None
+    teacher = run.dense() if config.training.distill else None
     result = fit(
         model,
         run.data,
@@ -99,9 +103,9 @@ def sparse(run: Run) -> None:
         teacher=teacher,
         hints=hints,
         precision=run.precision,
-        progress=config.progress,
-        devices=config.devices,
-        cuda_graphs=config.cuda_graphs,
+        progress=config.training.progress,
+        devices=run.devices,
+        cuda_graphs=config.training.cuda_graphs,
         bound=run.bound,
         say=run.say,
     )
@@ -109,10 +113,7 @@ def sparse(run: Run) -> None:
         return
     top1 = evaluate(model, run.data)
     save_state(model, run.folder / "gated.safetensors")
-    run.folder.write_json(
-        "scales.json",
-        [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in result.history],
-    )
+    run.folder.write_history(History(tuple(result.history)))
     if result.latency is not None:
         result.latency.save(run.folder / LATENCY)
     zero = [n for n, g in resconv.gates(model).items() if g.scale.item() == 0]
@@ -151,16 +152,16 @@ def _epochs(number: int) -> str:
 
 
 def _words(config: Config) -> str:
-    parts = []
-    for value, what in ((config.macs, "MACs"), (config.num_params, "parameters")):
+    parts, target, runtime = [], config.target, config.deployment.runtime
+    for value, what in ((target.macs, "MACs"), (target.num_params, "parameters")):
         if value is not None:
             parts.append(
                 f"{value:.0%} of the {what}" if isinstance(value, float) else f"{value:,} {what}"
             )
-    if config.latency_ms is not None:
-        parts.append(f"{config.latency_ms:g} ms in {config.runtime}")
-    if config.latency is not None:
-        parts.append(f"{config.latency:.0%} of the latency in {config.runtime}")
+    if target.latency_ms is not None:
+        parts.append(f"{target.latency_ms:g} ms in {runtime}")
+    if target.latency is not None:
+        parts.append(f"{target.latency:.0%} of the latency in {runtime}")
     return " and ".join(parts)
 
 
@@ -177,11 +178,11 @@ def finetune(run: Run) -> None:
         run.data,
         run.recipe(epochs, config.finetune_rate()),
         run.folder.logs / "finetune",
-        teacher=run.dense() if config.distill else None,
+        teacher=run.dense() if config.training.distill else None,
         precision=run.precision,
-        progress=config.progress,
-        devices=config.devices,
-        cuda_graphs=config.cuda_graphs,
+        progress=config.training.progress,
+        devices=run.devices,
+        cuda_graphs=config.training.cuda_graphs,
         bound=run.bound,
         say=run.say,
     )
@@ -191,7 +192,7 @@ def finetune(run: Run) -> None:
     compact = resconv.fuse(model, example, fold_norms=True)
     check = resconv.verify(model, compact, example)
     top1 = evaluate(compact, run.data)
-    before = run.folder.metrics().get("top1_compact")
+    before = run.folder.metrics().top1_compact
     if before is None:  # the user may delete metrics.json
         before = evaluate(compact_of(run), run.data)
     better = top1 >= before

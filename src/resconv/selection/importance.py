@@ -18,7 +18,7 @@ class Importance:
     """A running mean of ``(s dL/ds - (1 - p) dL/dp)^2`` for each unit.
 
     A removed layer does not vanish, it becomes the identity: as ``s`` goes to 0, ``p`` goes to 1. A
-    branch has no ``p``. The importance stay on the device until they are read.
+    branch has no ``p``. It stays on the device until it is read.
     """
 
     def __init__(self, gates: Mapping[str, Gate], scalars: Mapping[str, Tensor]) -> None:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 __all__ = ["Outcome", "Snapshot"]
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True, forbid_unknown_fields=True):
     """The scales (and controls) after a step, and the share of MACs that the zeros leave.
 
     ``latency_ms`` is what the zeros are predicted to leave, where latency was measured.

@@ -1,6 +1,5 @@
 """The verb: from scales and a budget to a plan."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, overload
 
@@ -19,8 +18,8 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import gates
-from ..planning.budget import Budget, require_budget
-from ..planning.costs import CostModel, excess, cost_model
+from ..planning.budget import Budget, Limits, require_budget
+from ..planning.costs import CostModel, cost_model, excess
 from ..planning.plan import Plan, why_not_now
 
 __all__ = ["plan", "plan_measured"]
@@ -75,12 +74,12 @@ def plan(
         MACs        15,564  10,380  -33.3%
         parameters     483     327  -32.3%
     """
-    from ..surgery.state import example_inputs_of, state_of
+    from ..surgery.provenance import converted, example_inputs_of
 
     if budget is None:
         example_inputs, budget = None, example_inputs
     require_budget(budget, "budget")
-    state_of(model)
+    converted(model)
     example_inputs = example_inputs_of(example_inputs, model)
     return plan_measured(model, example_inputs, budget, latency)[0]
 
@@ -89,12 +88,13 @@ def plan_measured(
     model: nn.Module, example_inputs: Any, budget: Budget | None, table: LatencyTable | None
 ) -> tuple[Plan, LatencyTable | None]:
     """Return the plan, and the latency table with the timings of finished nets added."""
-    from ..surgery.state import require_finite, state_of
+    from ..surgery.provenance import converted
+    from ..surgery.state import require_finite
 
     require_budget(budget, "budget")
     assert budget is not None
     model = unwrap(model)
-    state_of(model)
+    converted(model)
     require_finite(model, PlanError)
     costs = cost_model(model, example_inputs)
     if budget.times:
@@ -128,9 +128,10 @@ def plan_measured(
                 break
             if last or len(chosen) == len(costs.compatible(free)):
                 _refuse(costs, free, blocked, limits, _too_slow(budget, timed))
-            limits = (*limits[:2], min(limits[2], corrected_limit(budget, table, timed)))
+            least = min(limits.latency_ms, corrected_limit(budget, table, timed))
+            limits = limits._replace(latency_ms=least)
             chosen = _fill(costs, surely, ranked, limits)
-    if chosen is None or not _within(costs, chosen, (*limits[:2], math.inf)):
+    if chosen is None or not _within(costs, chosen, limits.without_latency()):
         _refuse(costs, free, blocked, limits, "")
     assert chosen is not None
     left = costs.left(chosen)
@@ -149,7 +150,7 @@ def plan_measured(
 
 
 def _fill(
-    costs: CostModel, surely: Iterable[str], ranked: list[str], limits: tuple[float, float, float]
+    costs: CostModel, surely: Iterable[str], ranked: list[str], limits: Limits
 ) -> list[str] | None:
     """Return the units to remove, or None where all of them are not enough."""
     chosen, rest, added = list(surely), list(ranked), []
@@ -167,13 +168,11 @@ def _fill(
     return chosen
 
 
-def _within(costs: CostModel, chosen: list[str], limits: tuple[float, float, float]) -> bool:
+def _within(costs: CostModel, chosen: list[str], limits: Limits) -> bool:
     return all(s <= lim for s, lim in zip(costs.left(chosen), limits, strict=True))
 
 
-def _next(
-    costs: CostModel, ranked: list[str], chosen: list[str], limits: tuple[float, float, float]
-) -> str | None:
+def _next(costs: CostModel, ranked: list[str], chosen: list[str], limits: Limits) -> str | None:
     """Return the first unit that saves what is over a limit; whole branches before their last layer."""
     now = costs.left(chosen)
     emptying = None
@@ -201,11 +200,11 @@ def _refuse(
     costs: CostModel,
     free: list[str],
     blocked: dict[str, str],
-    limits: tuple[float, float, float],
+    limits: Limits,
     too_slow: str,
 ) -> None:
     going = costs.compatible(free)
-    size = excess(costs.left(going), costs.whole, (*limits[:2], math.inf))
+    size = excess(costs.left(going), costs.whole, limits.without_latency())
     too_much = " and ".join(t for t in (size, too_slow) if t)
     why = "; ".join(f"{n}: {r}" for n, r in list(blocked.items())[:5])
     raise BudgetError(

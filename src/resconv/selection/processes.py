@@ -47,7 +47,7 @@ def by_first(call: Callable[[], T], shared: bool) -> T:
     if distributed.get_rank() == 0:
         try:
             found = (call(), None)
-        except Exception as error:
+        except Exception as error:  # raised again, on every process
             found = (None, error)
     value, failure = from_first(found)
     if failure is not None:

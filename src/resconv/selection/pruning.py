@@ -9,7 +9,7 @@ from ..planning.budget import Budget, require_budget
 from ..planning.costs import cost_model
 from ..planning.plan import Plan
 from ..surgery import pruning as surgery
-from ..surgery.state import state_of
+from ..surgery.provenance import converted, example_inputs_of
 from .planner import plan as plan_units
 
 __all__ = ["prune"]
@@ -52,7 +52,7 @@ def prune(model: nn.Module, plan: Plan | Budget | None = None, *, fuse: bool = T
 def _arrived(model: nn.Module) -> Plan:
     """Return the plan that removes the units whose scale is exactly 0."""
     model = unwrap(model)
-    state = state_of(model)
+    converted(model)
     scales = {name: gate.scale.item() for name, gate in gates(model).items()}
     names = tuple(name for name, scale in scales.items() if scale == 0)
     if not names:
@@ -63,6 +63,6 @@ def _arrived(model: nn.Module) -> Plan:
             "resconv.Sparsifier(model, optimizer, macs=0.5, total_steps=...) until some are; or say "
             "what to remove: resconv.prune(model, resconv.Budget(macs=0.5)), or a resconv.Plan."
         )
-    costs = cost_model(model, state.example_inputs)
+    costs = cost_model(model, example_inputs_of(None, model))
     left = costs.left(names)
     return Plan(names, costs.macs, left.macs, costs.num_params, left.num_params, scales)

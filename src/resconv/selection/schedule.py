@@ -4,8 +4,8 @@ After a share of the run that only collects importance, the net that the schedul
 from the whole to the target. Whenever the planned zeros leave more than that, the unit that costs
 least for what it brings nearer to the limits is put under a penalty that grows until its scale is 0.
 
-A unit that goes leaves its work to its like (units of the same shapes, the blocks of one stage). Scores
-show that late, and in training at a high rate hardly for the last stages, so by importance alone nearly all
+A unit that goes leaves its work to its like (units of the same shapes, the blocks of one stage). Importance
+shows that late, and in training at a high rate hardly for the last stages, so by importance alone nearly all
 of one stage goes. So every kind of unit is held to the share of all importance that it had in the whole net:
 the less of it is left, the more each of those that stay counts.
 """
@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..planning.budget import Budget
-from ..planning.costs import CostModel, Cost
+from ..planning.budget import Budget, Limits
+from ..planning.costs import Cost, CostModel
 
 __all__ = ["DONE", "Fade", "Schedule"]
 
@@ -60,9 +60,9 @@ class Schedule:
         return [*self.zero, *self.fading]
 
     @property
-    def limits(self) -> tuple[float, float, float]:
-        macs, num_params, ms = self.target.limits(*self.costs.whole)
-        return macs, num_params, min(ms, self.limit_ms)
+    def limits(self) -> Limits:
+        limits = self.target.limits(*self.costs.whole)
+        return limits._replace(latency_ms=min(limits.latency_ms, self.limit_ms))
 
     def due(self, step: int) -> bool:
         """Whether units may be chosen after this step."""

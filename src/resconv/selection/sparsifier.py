@@ -34,6 +34,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,6 +48,7 @@ from ..errors import (
     ResConvWarning,
     RunError,
 )
+from ..json_files import to_plain
 from ..latency.table import (
     LatencyTable,
     check_latency,
@@ -56,8 +58,8 @@ from ..latency.table import (
     measure_latency,
 )
 from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, gates
-from ..planning.budget import Budget, require_budget
-from ..planning.costs import CostModel, excess, cost_model
+from ..planning.budget import Budget, Limits, require_budget
+from ..planning.costs import CostModel, cost_model, excess
 from ..tables import html_table, text_table
 from .controls import Controls
 from .importance import Importance
@@ -139,7 +141,7 @@ class Sparsifier:
         learning_rate: float = 0.1,
         shared: bool | None = None,
     ) -> None:
-        from ..surgery.state import state_of
+        from ..surgery.provenance import converted, example_inputs_of
 
         if mode not in ("proximal", "subgradient"):
             raise BudgetError(f"mode={mode!r}; choose 'proximal' or 'subgradient'.")
@@ -169,7 +171,8 @@ class Sparsifier:
                 "The model has no gates. Call resconv.convert(model, example_inputs) first."
             )
         if example_inputs is None:
-            example_inputs = state_of(self.model).example_inputs
+            converted(self.model)
+            example_inputs = example_inputs_of(None, self.model)
         self.strength, self.mode, self.target = strength, mode, target
         self.total_steps = total_steps
         self.history: list[Snapshot] = []
@@ -247,7 +250,7 @@ class Sparsifier:
         of = "" if self.total_steps is None else f" of {self.total_steps:,}"
         title = f"Sparsifier of {type(self.model).__name__}, after {self._step:,}{of} steps"
         whole, now = self.costs.whole, self.costs.left(self.removed)
-        limits = (math.inf,) * 3 if self.target is None else self.target.limits(*whole)
+        limits = Limits() if self.target is None else self.target.limits(*whole)
         names = ("MACs", "parameters", "latency (ms)")
         rows: list[list[object]] = [
             [name, before, after, "" if math.isinf(limit) else f"{limit:,.6g}"]
@@ -512,7 +515,7 @@ class Sparsifier:
             "weights": dict(self._weights),
             "scalars": self._scalars.state_dict(),
             "held": list(self._controls.held),
-            "history": [[s.step, s.scales, s.controls, s.macs, s.latency_ms] for s in self.history],
+            "history": to_plain(self.history),
         }
         if self.latency is not None:
             state["latency"] = self.latency.to_json()
@@ -528,7 +531,7 @@ class Sparsifier:
         if "scalars" in state:
             self._scalars.load_state_dict(state["scalars"])
         self._controls.held = list(state.get("held", ()))
-        self.history = [Snapshot(*s) for s in state["history"]]
+        self.history = msgspec.convert(state["history"], list[Snapshot])
         if "latency" in state:
             # A resumed run goes on from what the first one measured.
             self.latency = LatencyTable.from_json(state["latency"])

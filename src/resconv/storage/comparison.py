@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
-from ..analysis.input_spec import make_inputs
+from ..analysis.input_spec import InputSpec, make_inputs
 from ..analysis.inputs import as_call
 from ..errors import LoadError, VerificationError
 from ..surgery.verification import Verification, compare_outputs, require_examples
@@ -39,7 +40,10 @@ def compare(
     opened = [_open(Path(p), trust_source) for p in (a, b)]
     known = [o.inputs for o in opened if o.inputs is not None]
     shapes = [shape] if isinstance(shape, str) else list(shape or [])
-    signature = _with_shapes(known[0] if known else None, [_parse(s) for s in shapes])
+    try:
+        signature = _with_shapes(known[0] if known else None, [_parse(s) for s in shapes])
+    except ValueError as error:
+        raise LoadError(f"--shape {' '.join(shapes)}: {error}. Give smaller ones.") from error
     if signature is None:
         raise LoadError("Neither file says its input's shape. Give it: --shape 1,3,224,224.")
     inputs = make_inputs(signature, torch.Generator().manual_seed(0))
@@ -50,7 +54,7 @@ def compare(
             outputs.append(one.run(inputs))
         except LoadError:
             raise
-        except Exception as error:
+        except Exception as error:  # of a runtime, or of the user's own net
             sizes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
             raise VerificationError(
                 f"{path} does not run on inputs of shape {sizes}: {first_line(error)}. Are both "
@@ -62,44 +66,40 @@ def compare(
         raise VerificationError(f"{a} and {b}: {error}") from error
 
 
-def _parse(shape: str) -> list[int]:
+def _parse(shape: str) -> tuple[int, ...]:
     try:
         numbers = [int(n) for n in shape.replace("x", ",").split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
         raise LoadError(f"--shape {shape}: give whole numbers, such as 1,3,224,224.")
-    return numbers
+    return tuple(numbers)
 
 
-def _with_shapes(signature: dict[str, Any] | None, shapes: list[list[int]]) -> Any:
+def _with_shapes(signature: InputSpec | None, shapes: list[tuple[int, ...]]) -> InputSpec | None:
     """Return the signature with other shapes, or one made of shapes alone (float tensors)."""
     if not shapes:
         return signature
     if signature is None:
-        return {"tuple": [{"shape": s, "dtype": "float32"} for s in shapes]}
-    left = list(shapes)
-
-    def replace(spec: dict[str, Any]) -> dict[str, Any]:
-        if "shape" in spec:
-            return {**spec, "shape": left.pop(0) if left else None}
-        for key in ("tuple", "list"):
-            if key in spec:
-                return {key: [replace(s) for s in spec[key]]}
-        if "dict" in spec:
-            return {"dict": {k: replace(s) for k, s in spec["dict"].items()}}
-        return spec
-
-    def count(spec: dict[str, Any]) -> int:
-        inner = spec.get("tuple") or spec.get("list") or list((spec.get("dict") or {}).values())
-        return int("shape" in spec) + sum(count(s) for s in inner)
-
-    if count(signature) != len(shapes):
+        return InputSpec(items=tuple(InputSpec(shape=s, dtype="float32") for s in shapes))
+    known = signature.tensors()
+    if len(known) != len(shapes):
         raise LoadError(
-            f"The network takes {count(signature)} tensors, --shape was given {len(shapes)} times. "
+            f"The network takes {len(known)} tensors, --shape was given {len(shapes)} times. "
             "Give it once for each, in order."
         )
-    return replace(signature)
+    left = iter(shapes)
+
+    def reshaped(spec: InputSpec) -> InputSpec:
+        return replace(
+            spec,
+            shape=None if spec.shape is None else next(left),
+            items=None if spec.items is None else tuple(map(reshaped, spec.items)),
+            listed=None if spec.listed is None else tuple(map(reshaped, spec.listed)),
+            named=None if spec.named is None else {k: reshaped(s) for k, s in spec.named.items()},
+        )
+
+    return reshaped(signature)
 
 
 def _open(path: Path, trust_source: bool) -> Opened:
@@ -113,4 +113,4 @@ def _open(path: Path, trust_source: bool) -> Opened:
         with torch.no_grad():
             return tensors_of(model(*args, **kwargs))
 
-    return Opened(run, header["inputs"])
+    return Opened(run, header.inputs)

@@ -21,10 +21,11 @@ from ..analysis.input_spec import describe_inputs
 from ..analysis.inputs import as_batch, as_call, batch_size, evaluating, to_device_of, unwrap
 from ..errors import ExportError, LoadError, MissingExtraError, SaveError, VerificationError
 from ..files import write_together
+from ..json_files import to_plain
 from ..nn.gates import Gate
 from ..planning.plan import Plan
 from ..surgery.copying import as_normal_tensors, copy_model
-from ..surgery.state import example_inputs_of, plan_of
+from ..surgery.provenance import example_inputs_of, plan_of
 from ..surgery.verification import (
     Verification,
     compare_outputs,
@@ -140,7 +141,7 @@ def export(
     inputs = _inputs_for(net, as_normal_tensors(example_inputs))
     meta = {"producer": "resconv", "resconv_version": __version__}
     with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
-        meta["inputs"] = json.dumps(describe_inputs(inputs))
+        meta["inputs"] = json.dumps(to_plain(describe_inputs(inputs)))
     if plan is not None:
         meta["plan"] = plan.to_json()
     job = _Job(net, path, inputs, meta, opset, tolerance)
@@ -165,7 +166,7 @@ def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:
     try:
         with quietly():
             program = _to_onnx(net, attempt, opset_version=_OPSET)
-    except Exception as error:
+    except Exception as error:  # torch's exporter runs the net, and has classes of its own
         raise ExportError(
             f"torch cannot write {type(net).__name__} as ONNX. {first_line(error)}"
         ) from error
@@ -216,7 +217,7 @@ def _write_first(
                 program = make(attempt)
         except ExportError:
             raise
-        except Exception as error:
+        except Exception as error:  # as above, and those of OpenVINO's converter
             kind = type(job.net).__name__
             failures.append(
                 ExportError(
@@ -236,7 +237,7 @@ def _write_first(
             try:
                 with quietly():
                     save(program, files[-1])
-            except Exception as error:
+            except Exception as error:  # of the libraries that write the formats
                 raise ExportError(f"{job.path} cannot be written: {first_line(error)}") from error
             found.append(_check(job, files[-1], attempt.dynamic, runtime))
 
@@ -265,7 +266,7 @@ def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
             result = result or checked
     except (VerificationError, MissingExtraError):
         raise
-    except Exception as error:
+    except Exception as error:  # of the runtimes
         text = str(error) if isinstance(error, LoadError) else first_line(error)
         raise VerificationError(
             f"{runtime} cannot run the file it was given: {text} Nothing was written."
@@ -334,7 +335,7 @@ def _to_onnx(net: nn.Module, attempt: _Attempt, **options: Any) -> Any:
     options |= {"kwargs": attempt.kwargs or None, "dynamo": True, "verbose": False}
     try:
         program = torch.onnx.export(net, attempt.args, dynamic_shapes=attempt.shapes, **options)
-    except Exception as error:
+    except Exception as error:  # torch.onnx does not export its classes
         if type(error).__name__ != "ConversionError":  # torch.onnx's, of the translation
             raise
         traced = _exported(net, attempt)

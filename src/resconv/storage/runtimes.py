@@ -4,7 +4,6 @@ What resconv writes into a file beside the network, where the format has room fo
 version, the plan, and the signature of the inputs.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..analysis.input_spec import check_signature, describe_inputs
+from ..analysis.input_spec import InputSpec, describe_inputs
 from ..analysis.inputs import as_call
 from ..errors import LoadError, MissingExtraError, SaveError
+from ..json_files import parse_json
 from ..nets import require_trust
 
 __all__ = ["SUFFIXES", "Opened", "first_line", "open_file", "quietly", "run_onnx", "tensors_of"]
@@ -33,7 +34,7 @@ class Opened:
     """A file that can be run: example inputs in, output tensors out, and its input signature."""
 
     run: Callable[[Any], list[Tensor]]
-    inputs: dict[str, Any] | None
+    inputs: InputSpec | None
 
 
 def open_file(path: Path, *, trust_source: bool = False) -> Opened:
@@ -91,15 +92,12 @@ def quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _signature(text: Any) -> dict[str, Any] | None:
+def _signature(text: str | None) -> InputSpec | None:
     """Return the signature that was written into a file, if it is one."""
     try:
-        found = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
+        return None if text is None else parse_json(text, InputSpec, "The signature", LoadError)
+    except LoadError:
         return None
-    if not isinstance(found, dict) or check_signature(found) is not None:
-        return None
-    return found
 
 
 def _by_name(inputs: Any, names: list[str], path: Path) -> dict[str, Tensor]:
@@ -132,7 +130,7 @@ def _open_onnx(path: Path) -> Opened:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's own classes
         raise LoadError(f"ONNX Runtime cannot read {path}: {first_line(error)}") from error
     names = [i.name for i in session.get_inputs()]
 
@@ -166,7 +164,7 @@ def _onnx_inputs(session: Any) -> list[tuple[list[Any], str | None]]:
     return [(i.shape, _ONNX_TYPES.get(i.type)) for i in session.get_inputs()]
 
 
-def _from_shapes(found: list[tuple[list[Any], str | None]]) -> dict[str, Any] | None:
+def _from_shapes(found: list[tuple[list[Any], str | None]]) -> InputSpec | None:
     """Make a signature of shapes in which only the batch is open, else None."""
     specs = []
     for shape, dtype in found:
@@ -174,8 +172,17 @@ def _from_shapes(found: list[tuple[list[Any], str | None]]) -> dict[str, Any] | 
             shape = [1, *shape[1:]]
         if dtype is None or not all(isinstance(n, int) and n > 0 for n in shape):
             return None
-        specs.append({"shape": list(shape), "dtype": dtype})
-    return {"tuple": specs} if specs else None
+        try:
+            specs.append(InputSpec(shape=tuple(shape), dtype=dtype))
+        except ValueError:  # sizes beyond any example
+            return None
+    return InputSpec(items=tuple(specs)) if specs else None
+
+
+class _Extra(Struct):
+    """What of the metadata in a .pt2 is read again."""
+
+    inputs: InputSpec | None = None
 
 
 def _open_pt2(path: Path) -> Opened:
@@ -184,7 +191,7 @@ def _open_pt2(path: Path) -> Opened:
         with quietly():
             program = torch.export.load(path, extra_files=extra)
             module = program.module()
-    except Exception as error:
+    except Exception as error:  # it unpickles, and runs what it finds
         raise LoadError(f"{path} is not a readable .pt2: {first_line(error)}") from error
 
     def run(inputs: Any) -> list[Tensor]:
@@ -193,10 +200,9 @@ def _open_pt2(path: Path) -> Opened:
             return tensors_of(module(*args, **kwargs))
 
     try:
-        written: Any = json.loads(extra["resconv.json"]).get("inputs")
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        written = None
-    signature = _signature(json.dumps(written))
+        signature = parse_json(extra["resconv.json"], _Extra, str(path), LoadError).inputs
+    except LoadError:
+        signature = None
     if signature is None and program.example_inputs is not None:
         args, kwargs = program.example_inputs
         try:
@@ -218,7 +224,7 @@ def _open_openvino(path: Path) -> Opened:
         model = core.read_model(path)
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(model, "CPU", hints)
-    except Exception as error:
+    except Exception as error:  # OpenVINO's own classes
         raise LoadError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
     names = [_ov_name(p, i) for i, p in enumerate(compiled.inputs)]
 

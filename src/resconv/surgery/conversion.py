@@ -14,7 +14,6 @@
                       seed.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +25,9 @@ from ..analysis.branches import find_blocks
 from ..analysis.candidates import DEFAULT_KINDS, KINDS, Candidate, Unit, Units
 from ..analysis.finding import find_units
 from ..analysis.graph import Graph
-from ..analysis.inputs import batch_size, copied, unwrap
-from ..analysis.recorder import record
+from ..analysis.input_spec import ExampleInputs
+from ..analysis.inputs import as_call, batch_size, evaluating, tensors_in, to_device_of, unwrap
+from ..analysis.recorder import record, restored
 from ..errors import ConversionError, TraceError
 from ..nn.gates import Gate, is_leaf
 from ..nn.shortcuts import SHORTCUT_KINDS
@@ -36,8 +36,9 @@ from .edits import indexed_containers
 from .fitting import fitted
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
+from .provenance import Provenance, example_inputs_of, provenance_of
 from .rehearsal import why_prune_fails
-from .state import State, example_inputs_of, require_finite
+from .state import require_finite
 from .trial import why_refused
 from .verification import relative_error
 
@@ -265,7 +266,6 @@ def _try(
 
     ``None`` where there is nothing to convert. The copy shares the tensors of ``model``.
     """
-    before = getattr(model, "resconv_record", None) or {}
     fusible = {c.unit.name for c in asked if c.conv and (c.unit.removable or c.reach is not None)}
     ends: dict[str, str] = {}
     for c in asked:
@@ -276,6 +276,7 @@ def _try(
             and (other := ends.setdefault(c.gate, c.unit.name)) != (c.unit.name)
         ):
             c.unit = _kept(c.unit, f"its branch ends in the module that ends {other}, too")
+    before = _described(model, found.graph, example_inputs)
     while True:
         chosen = [
             c
@@ -285,12 +286,7 @@ def _try(
         kept = [c.unit for c in asked if not c.unit.removable]
         if not chosen:
             return None, kept
-        state = State(
-            copied(example_inputs),  # a net that writes into its input may run on it meanwhile
-            source=before.get("source") or getattr(model, "resconv_source", None),
-            edits=copy.deepcopy(before.get("edits") or []),
-        )
-        gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, state)
+        gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, before)
         compare = start == "keep" or not is_fresh(model)
         graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
         refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen, graph)
@@ -299,6 +295,31 @@ def _try(
         for c in chosen:
             if c.unit.name in refused:
                 c.unit = _kept(c.unit, refused[c.unit.name])
+
+
+def _described(model: nn.Module, graph: Graph, example_inputs: Any) -> Provenance:
+    """Return where the model comes from, with its inputs described.
+
+    They are copied whole where it does not run on others of their kind, or computes no finite numbers
+    of the same sizes then.
+    """
+    inputs = ExampleInputs.of(example_inputs)
+    before = replace(provenance_of(model), inputs=inputs, plan=None)
+    if inputs.is_exact:
+        return before
+    args, kwargs = as_call(to_device_of(model, inputs.make()))
+    try:
+        with torch.random.fork_rng(), evaluating(model), restored(model):
+            outputs = tensors_in(model(*args, **kwargs))
+    except Exception:  # the user's forward may raise anything where it is not given what it expects
+        outputs = []
+    given = tensors_in(graph.output)
+    if [o.shape for o in outputs] == [g.shape for g in given] and all(
+        bool(o.isfinite().all()) or not bool(g.isfinite().all())
+        for o, g in zip(outputs, given, strict=True)
+    ):
+        return before
+    return replace(before, inputs=ExampleInputs.copy_of(example_inputs))
 
 
 def _kept(unit: Unit, reason: str) -> Unit:

@@ -72,7 +72,7 @@ class _Copy:
                 self._prepare(found, place)
         try:
             copied = copy.deepcopy(self.model, self.memo)
-        except Exception as reason:
+        except Exception as reason:  # copying runs methods of the user's objects
             raise self.error(f"{self._culprit()} cannot be copied: {reason}") from reason
         self._bind(copied)
         return copied
@@ -138,7 +138,7 @@ class _Copy:
             new.__defaults__ = copy.deepcopy(old.__defaults__, self.memo)
             new.__kwdefaults__ = copy.deepcopy(old.__kwdefaults__, self.memo)
             new.__dict__.update(copy.deepcopy(old.__dict__, self.memo))
-        except Exception as reason:
+        except Exception as reason:  # as above
             raise self.error(
                 f"{self._message(place, 'its closure')} What it closes over cannot be copied: {reason}"
             ) from reason
@@ -148,7 +148,7 @@ class _Copy:
         for place, value in _attributes(self.model):
             try:
                 copy.deepcopy(value, dict(self.memo))
-            except Exception:
+            except Exception:  # as above
                 return f"{place} of {type(self.model).__name__} (a {type(value).__name__})"
         return type(self.model).__name__
 

@@ -8,26 +8,36 @@ from torch import Tensor, nn
 
 from ..analysis.candidates import owner_of, why_untouchable
 from ..analysis.graph import Ref
+from ..analysis.input_spec import ExampleInputs
 from ..analysis.inputs import evaluating, unwrap
 from ..analysis.layers import norm_after
 from ..analysis.recorder import record
 from ..errors import FusionError
 from ..nn.algebra import fold_norm
 from .copying import copy_model
-from .edits import CONV_GEOMETRY, apply_edits, droppable, indexed_containers
-from .state import record_of, specified
+from .edit_kinds import Children, Conv, Drop, Edit, Geometry
+from .edits import apply_edits, droppable, indexed_containers
+from .provenance import carry_on, provenance_of
 
 __all__ = ["Fused", "conv_edit", "fill_convs", "fold_norms"]
 
 
-def conv_edit(path: str, conv: nn.Module, bias: bool) -> dict[str, Any]:
-    kinds = {nn.Conv1d: "Conv1d", nn.Conv2d: "Conv2d", nn.Conv3d: "Conv3d"}
-    name = next(n for k, n in kinds.items() if isinstance(conv, k))
-    args = {
-        key: list(value) if isinstance(value := getattr(conv, key), tuple) else value
-        for key in CONV_GEOMETRY
-    }
-    return {"op": "conv", "path": path, "type": name, "args": {**args, "bias": bias}}
+def conv_edit(path: str, conv: Any, bias: bool) -> Conv:
+    return Conv(
+        path,
+        f"Conv{len(conv.kernel_size)}d",  # type: ignore[arg-type]
+        Geometry(
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            kernel_size=conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            bias=bias,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
     model = copy_model(unwrap(model), FusionError)
     with indexed_containers() as indexed:
         graph = record(model, example_inputs)
-    edits: list[dict[str, Any]] = []
+    edits: list[Edit] = []
     kernels: dict[str, Fused] = {}
     for node in graph.nodes:
         if node.op != "convolution" or node.args[6] or not isinstance(node.args[1], Ref):
@@ -88,17 +98,13 @@ def fold_norms(model: nn.Module, example_inputs: Any) -> nn.Module:
         with evaluating(bn):
             kernels[path] = Fused(*fold_norm(conv.weight, conv.bias, bn), conv, bn)
         edits.append(conv_edit(path, conv, True))
-        edits.append({"op": "children", "path": norm, "names": list(children)})
+        edits.append(Children(norm, tuple(children)))
         left = [n for n in children if not isinstance(bn.get_submodule(n), nn.Identity)]
         if not left and droppable(model, graph, norm, indexed):
-            edits.append({"op": "drop", "path": norm})
+            edits.append(Drop(norm))
     model = apply_edits(model, edits)
     fill_convs(model, kernels)
-    before = record_of(model)
-    model.resconv_record = {  # type: ignore[assignment]
-        "source": before.get("source") or getattr(model, "resconv_source", None),
-        "edits": [*(before.get("edits") or []), *edits],
-        "inputs": before.get("inputs") or specified(example_inputs),
-        "plan": before.get("plan"),
-    }
+    before = provenance_of(model)
+    inputs = None if before.inputs is not None else ExampleInputs.of(example_inputs)
+    carry_on(model, before, edits=edits, inputs=inputs)
     return model

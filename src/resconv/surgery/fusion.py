@@ -4,12 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from ..analysis.inputs import unwrap
 from ..errors import FusionError
 from ..nn.gates import ResConv, gates
 from . import folding
+from .provenance import example_inputs_of, is_converted
 from .pruning import operate
-from .state import example_inputs_of
 
 __all__ = ["fuse"]
 
@@ -38,8 +37,8 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, fold_norms: bool = Fal
         >>> sum(isinstance(layer, nn.BatchNorm2d) for layer in resconv.fuse(model))
         0
     """
-    # An open net whose units are all gone has no gates either, but still its edits to hand over.
-    if gates(model) or getattr(unwrap(model), "resconv_state", None) is not None:
+    # A training form whose units are all gone has no gates either.
+    if gates(model) or is_converted(model):
         for name, gate in gates(model, fixed=True).items():
             if isinstance(gate, ResConv) and gate.norm is not None and gate.norm.training:
                 raise FusionError(

@@ -13,7 +13,7 @@ removed unit memory is shared as it was before, so the model's own writes stay a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,12 +22,16 @@ from ..analysis.inputs import as_call, evaluating, to_device_of
 from ..analysis.saved import kept_for_backward
 from ..nn.gates import Multiply
 from .decisions import Surgery
+from .provenance import provenance_of
 from .verification import relative_error
 
-__all__ = ["Writes", "same_flow", "unsafe_writes"]
+__all__ = ["Kind", "Writes", "same_flow", "unsafe_writes"]
 
 # Autograd allows no write into one of several views that one operation made.
 _SEVERAL_VIEWS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+
+
+Kind = Literal["clone", "copy"]
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Writes:
     """What makes every write safe: modules put out of place, and copies, by passed-by operation."""
 
     outplace: list[str] = field(default_factory=list)
-    copies: dict[int, str] = field(default_factory=dict)  # "clone", or "copy": for backward alone
+    copies: dict[int, Kind] = field(default_factory=dict)  # "copy": for backward alone
 
 
 def unsafe_writes(model: nn.Module, todo: Surgery, covered: set[int]) -> Writes:
@@ -91,22 +95,28 @@ def _relied_on(model: nn.Module, todo: Surgery, paths: list[str]) -> set[str]:
     ``act(x); return x`` is such a net. The record shows one tensor in both places, so the modules
     are tried out of place: all at once, and one by one if that changes the outputs.
     """
-    state = getattr(model, "resconv_state", None)
-    if not paths or state is None:
+    inputs = provenance_of(model).inputs
+    if not paths or inputs is None:
         return set()
+
+    def run() -> Any:
+        args, kwargs = as_call(to_device_of(model, inputs.make()))
+        with evaluating(model):
+            return model(*args, **kwargs)
+
+    # The record may be one of other inputs.
+    before = run()
 
     def differs(some: list[str]) -> bool:
         modules: list[Any] = [model.get_submodule(path) for path in some]
-        args, kwargs = as_call(to_device_of(model, state.example_inputs))
         try:
             for module in modules:
                 module.inplace = False
-            with evaluating(model):
-                out = model(*args, **kwargs)
+            out = run()
         finally:
             for module in modules:
                 module.inplace = True
-        return relative_error(out, todo.graph.output) > 1e-6
+        return relative_error(out, before) > 1e-6
 
     return {path for path in paths if differs([path])} if differs(paths) else set()
 
@@ -140,7 +150,7 @@ def _settle(
                 continue
             touched.add(home)
             place = hazards[0][0]
-            kind = "clone" if (place, "clone") in hazards else "copy"
+            kind: Kind = "clone" if (place, "clone") in hazards else "copy"
             module, path = write.call.module, write.call.path
             modal = getattr(module, "inplace", None) is True and path not in fixed
             if modal and not _seen_elsewhere(todo, module):

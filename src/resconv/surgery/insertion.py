@@ -16,8 +16,10 @@ from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, is_plain_
 from ..nn.geometry import tap
 from ..nn.shortcuts import built
 from .copying import copy_model
+from .edit_kinds import Children, Drop, Edit
 from .edits import apply_edit, droppable
-from .state import State, set_submodule
+from .provenance import Provenance, carry_on
+from .state import set_submodule
 
 __all__ = ["is_fresh", "sharing_copy", "with_gates"]
 
@@ -38,12 +40,13 @@ def with_gates(
     chosen: list[Candidate],
     branches: list[Candidate],
     start: str,
-    state: State,
+    provenance: Provenance,
 ) -> nn.Module:
     """Return a copy of ``model`` with gates, which shares its tensors; ``model`` is left unchanged.
 
     ``graph`` and ``indexed`` are of a record of the model, ``branches`` all its residual branches.
-    ``state.edits`` gets what was changed in the tree. Kernels that ``start`` changes are new ones.
+    The copy carries ``provenance``, with the edits that were made. Kernels that ``start`` changes are
+    new ones.
     """
     fresh = is_fresh(model)
     # A norm that goes into a ResConv leaves its place; a branch may have ended there.
@@ -53,14 +56,15 @@ def with_gates(
     ]
     in_branch = set().union(*(c.nodes for c in branches)) if fresh else set()
     model = sharing_copy(model)
+    edits: list[Edit] = []
     for candidate in chosen:
         if candidate.unit.kind == "layer":
             identity = start == "identity" and not candidate.nodes & in_branch
-            _insert_layer(model, candidate, state, identity, fresh)
+            edits += _insert_layer(model, candidate, identity, fresh)
     for path in empty:
         if isinstance(model.get_submodule(path), nn.Identity):
-            state.edits.append({"op": "drop", "path": path})
-            apply_edit(model, state.edits[-1])
+            edits.append(Drop(path))
+            apply_edit(model, edits[-1])
     places = [
         (c.gate if _is_whole(c) else moved.get(c.gate, c.gate), c)
         for c in chosen
@@ -81,7 +85,7 @@ def with_gates(
     if start == "identity" and fresh:
         ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
         _start_small(model, graph, chosen, ends)
-    model.resconv_state = state  # type: ignore[assignment]
+    carry_on(model, provenance, edits=edits, training_form=True)
     return model
 
 
@@ -174,16 +178,17 @@ def plain_norm(norm: nn.Module) -> nn.Module:
 
 
 def _insert_layer(
-    model: nn.Module, candidate: Candidate, state: State, identity: bool, fresh: bool
-) -> None:
+    model: nn.Module, candidate: Candidate, identity: bool, fresh: bool
+) -> list[Edit]:
+    """Put a ResConv in the place of the conv, in place, and return how the tree was changed for it."""
+    edits: list[Edit] = []
     conv = model.get_submodule(candidate.conv)
     norm = None
     if candidate.norm is not None:
         whole = model.get_submodule(candidate.norm)
         norm = plain_norm(whole)
-        edit = {"op": "children", "path": candidate.norm, "names": list(candidate.norm_children)}
-        state.edits.append(edit)
-        apply_edit(model, edit)
+        edits.append(Children(candidate.norm, tuple(candidate.norm_children)))
+        apply_edit(model, edits[-1])
     control = 0.0
     where = tap(conv) if candidate.reach is None else candidate.reach.tap
     if identity and where is not None and (fresh or take_out_identity(conv, norm, where)):
@@ -192,6 +197,7 @@ def _insert_layer(
     gate.unit, gate.reason = candidate.conv, candidate.unit.reason
     gate.scale.requires_grad_(gate.reason is None)
     set_submodule(model, candidate.conv, gate)
+    return edits
 
 
 def take_out_identity(conv: nn.Module, norm: nn.Module | None, where: tuple[int, ...]) -> bool:

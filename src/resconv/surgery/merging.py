@@ -9,6 +9,8 @@ from ..analysis.graph import Graph
 from ..analysis.merging import find_merging, merge_method
 from ..analysis.recorder import record
 from ..errors import ConversionError, PruneError
+from .edit_kinds import Merge
+from .provenance import carry_on, provenance_of
 from .state import set_submodule
 from .verification import relative_error
 
@@ -52,11 +54,7 @@ def merge_branches(model: nn.Module, graph: Graph, example_inputs: Any) -> nn.Mo
             "(relative): the modules' own methods are wrong here. Convert without "
             "reparameterize=True."
         )
-    before = getattr(model, "resconv_record", None) or {}
-    model.resconv_record = {  # type: ignore[assignment]
-        "source": before.get("source") or getattr(model, "resconv_source", None),
-        "edits": [*(before.get("edits") or []), *({"op": "merge", "path": p} for p in found)],
-    }
+    carry_on(model, provenance_of(model), edits=map(Merge, found))
     return model
 
 
@@ -73,7 +71,7 @@ def merged(module: nn.Module, path: str) -> nn.Module:
     module.eval()
     try:
         new = getattr(module, method)()
-    except Exception as error:
+    except Exception as error:  # the module's own method
         raise PruneError(
             f"{path}.{method}() fails with {type(error).__name__}: {error}."
         ) from error

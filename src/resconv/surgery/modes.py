@@ -10,13 +10,14 @@ from typing import Any
 from torch import fx
 
 from ..errors import PruneError
+from .edit_kinds import PassedBy, TrainingForward
 from .tracing import Trace, digest, pass_by, used
 
 __all__ = ["both_modes", "called"]
 
 
 def both_modes(
-    running: Trace, training: Trace, nodes: list[list[Any]], optional: set[str]
+    running: Trace, training: Trace, nodes: list[PassedBy], optional: set[str]
 ) -> dict[str, Any]:
     """Return the fields of the edit that passes the named operations by; the traces are used up.
 
@@ -25,29 +26,30 @@ def both_modes(
     Raises:
         PruneError: the training path cannot be kept.
     """
-    edit: dict[str, Any] = {"code": digest(running.graph)}
-    if running.decisions:
-        edit["branches"] = running.decisions
-    form: dict[str, Any] = {"nodes": [], "code": digest(training.graph)}
-    if training.decisions:
-        form["branches"] = training.decisions
-    for name, argument, *copied in nodes:
-        found = _counterpart(running, training, name, argument)
+    code, code_in_training = digest(running.graph), digest(training.graph)
+    nodes_in_training: list[PassedBy] = []
+    for passed in nodes:
+        found = _counterpart(running, training, passed.name, passed.argument)
         if found is not None:
-            form["nodes"].append([*found, *copied])
-        elif name not in optional:
-            raise PruneError(f"{name} is not done the same way there")
+            name, argument = found
+            nodes_in_training.append(PassedBy(name, argument, passed.copy))
+        elif passed.name not in optional:
+            raise PruneError(f"{passed.name} is not done the same way there")
     before = used(running.graph, training.graph)
     before_called = called(running.graph)
     pass_by(running.graph, nodes, "eval mode")
-    pass_by(training.graph, form["nodes"], "training mode")
+    pass_by(training.graph, nodes_in_training, "training mode")
     still = (before_called - called(running.graph)) & called(training.graph)
     if still:
         raise PruneError(f"it still runs {', '.join(sorted(still)[:3])} there")
-    if _text(running.graph) != _text(training.graph):
-        edit["training"] = form
-    edit["removed"] = sorted(before - used(running.graph, training.graph))
-    return edit
+    form = TrainingForward(tuple(nodes_in_training), code_in_training, tuple(training.decisions))
+    return {
+        "nodes": tuple(nodes),
+        "code": code,
+        "branches": tuple(running.decisions),
+        "training": None if _text(running.graph) == _text(training.graph) else form,
+        "removed": sorted(before - used(running.graph, training.graph)),
+    }
 
 
 def _text(graph: fx.Graph) -> str:

@@ -144,7 +144,7 @@ class Witness:
         try:
             with evaluating(made), restored(made), noting_modes(note):
                 evaluated = _run(made, self.example_inputs)
-        except Exception as error:
+        except Exception as error:  # of the user's forward
             raise VerificationError(
                 "The net without these units does not run on its example inputs "
                 f"({type(error).__name__}: {error}). Some code of the model reaches into what was "
@@ -167,7 +167,7 @@ class Witness:
             with _as_in_training(made), restored(made):
                 random.seed(0)
                 after = _run(made, self.example_inputs) if asks else evaluated
-        except Exception as error:
+        except Exception as error:  # of the user's forward
             raise TrainingDiffersError(
                 "In training mode the net without these units does not run "
                 f"({type(error).__name__}: {error}), and the gated net does. Leave what was removed "
@@ -210,7 +210,7 @@ def trains_as_identity(module: nn.Module, like: Tensor) -> bool:
             settled = _is_multiple(trial(like.clone()), like)
         with _as_in_training(trial):
             return not settled or _is_multiple(trial(like.clone()), like)
-    except Exception:
+    except Exception:  # of the user's forward, which may want more than a tensor
         return True
 
 

@@ -7,12 +7,11 @@ edited: a module that only passes its input on becomes an identity, and where a 
 has to change (two branches in one block, a functional activation) that forward is rewritten.
 """
 
-import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from ..analysis.graph import Graph, Node
@@ -23,12 +22,14 @@ from ..nn.gates import BranchGate, Gate, Segment, gates, is_leaf
 from ..planning.plan import Plan
 from .copying import copy_model
 from .decisions import original_path
+from .edit_kinds import Append, Blend, Conv, Edit, Multiply, Soften
 from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
+from .provenance import carry_on, converted, example_inputs_of, provenance_of
 from .replacing import Replaced, put, replacements
-from .state import State, record_of, require_finite, set_submodule, specified, state_of
+from .state import require_finite, set_submodule
 from .trial import FAITHFUL, decisions
 
 __all__ = ["leftovers", "operate", "prune"]
@@ -82,7 +83,8 @@ def operate(
     ``matched`` is what an earlier record of the same net found out; see ``Graph``.
     """
     model = unwrap(model)
-    state = copy.copy(state_of(model))
+    before = converted(model)
+    example_inputs = example_inputs_of(None, model)
     require_finite(model, PruneError)
     idle: tuple[str, ...] = ()
     if fuse:
@@ -101,9 +103,9 @@ def operate(
         copied = start()
         with torch.random.fork_rng(devices=[]):  # modules are made, and tried on random numbers
             with indexed_containers() as indexed:
-                graph = record(copied, state.example_inputs, leaf=is_leaf)
+                graph = record(copied, example_inputs, leaf=is_leaf)
             graph.matched = {} if matched is None else matched
-            witness = witness or Witness(start, state.example_inputs, graph)
+            witness = witness or Witness(start, example_inputs, graph)
             made, edits = _operated(copied, graph, indexed, remove, idle, fuse, faithful)
         try:
             witness.require_same(made)
@@ -112,9 +114,7 @@ def operate(
             if faithful == len(FAITHFUL) - 1:
                 raise
             faithful += 1
-    state.edits = [*state.edits, *edits]
-    state.plan = plan or state.plan
-    _label(made, state, fuse)
+    carry_on(made, before, edits=edits, plan=plan, training_form=not fuse)
     return made
 
 
@@ -139,7 +139,7 @@ def _operated(
     idle: tuple[str, ...],
     fuse: bool,
     faithful: int,
-) -> tuple[nn.Module, list[dict[str, Any]]]:
+) -> tuple[nn.Module, list[Edit]]:
     """Carry the surgery out on ``model``, and return the net with the edits that made it.
 
     ``graph`` and ``indexed`` are of a record of ``model`` itself. ``idle`` units go, too, as far as
@@ -156,7 +156,7 @@ def _operated(
     )
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
-    convs: list[dict[str, Any]] = []
+    convs: list[Conv] = []
     kernels: dict[str, Fused] = {}
     for path, (weight, bias, like) in kept.items():
         original = original_path(model, path)
@@ -165,36 +165,20 @@ def _operated(
         kernels[original] = Fused(weight, bias, like, layer.norm)
     replaced = replacements(model, todo, fuse)
     model = _without_gates(model, everything=fuse, removed=remove)
-    if not fuse:
-        structure = [_gated_path(model, e) for e in structure]
-        replaced = [replace(r, edit=_gated_path(model, r.edit)) for r in replaced]
+    # Each as it is written down, and as it is carried out here: where gates stay, paths are longer.
+    written = [*(r.edit for r in replaced), *structure]
+    numbers = [*(r.numbers for r in replaced), *({} for _ in structure)]
+    here = written if fuse else [_gated(model, e) for e in written]
+    steps = [(e, Replaced(h, n)) for e, h, n in zip(written, here, numbers, strict=True)]
     # What is put around or behind a module comes last, as it gives all within another path.
-    around = [r for r in replaced if r.edit["op"] in ("blend", "soften")]
-    around += [Replaced(e, {}) for e in structure if e["op"] == "append"]
-    around.sort(key=lambda r: -r.edit["path"].count("."))
-    first = [r for r in replaced if r.edit["op"] == "replace"]
-    structure = [e for e in structure if e["op"] != "append"]
+    around = [s for s in steps if isinstance(s[0], Append | Blend | Soften)]
+    around.sort(key=lambda s: -s[1].edit.path.count("."))
+    steps = [s for s in steps if not isinstance(s[0], Append | Blend | Soften)] + around
     # Kernels first: what is put behind a conv later gives it another path.
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
-    model = put(model, first)
-    model = apply_edits(model, structure)
-    model = put(model, around)
-    edits = [*convs, *(r.edit for r in first), *structure, *(r.edit for r in around)]
-    return model, [_original_edit(e) for e in edits]
-
-
-def _label(model: nn.Module, state: State, fuse: bool) -> None:
-    if fuse:
-        model.__dict__.pop("resconv_state", None)
-        model.resconv_record = {  # type: ignore[assignment]
-            "source": state.source,
-            "edits": state.edits,
-            "inputs": specified(state.example_inputs),
-            "plan": state.plan,
-        }
-    else:
-        model.resconv_state = state  # type: ignore[assignment]
+    model = put(model, [s[1] for s in steps])
+    return model, [*convs, *(s[0] for s in steps)]
 
 
 def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:
@@ -208,11 +192,11 @@ def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ..
     return model
 
 
-def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
+def _gated(model: nn.Module, edit: Edit) -> Edit:
     """Point an edit at the same module of a model that keeps some gates."""
     module: nn.Module = model
     path = []
-    for part in edit["path"].split(".") if edit["path"] else []:
+    for part in edit.path.split(".") if edit.path else []:
         if isinstance(module, BranchGate | Segment):
             path.append("module")
             module = module.module
@@ -222,13 +206,7 @@ def _gated_path(model: nn.Module, edit: dict[str, Any]) -> dict[str, Any]:
     while isinstance(module, BranchGate | Segment):
         path.append("module")
         module = module.module
-    return {**edit, "path": ".".join(path), "_original": edit["path"]}
-
-
-def _original_edit(edit: dict[str, Any]) -> dict[str, Any]:
-    edit = dict(edit)
-    edit["path"] = edit.pop("_original", edit["path"])
-    return edit
+    return replace(edit, path=".".join(path))
 
 
 def leftovers(compact: nn.Module) -> dict[str, float]:
@@ -241,9 +219,6 @@ def leftovers(compact: nn.Module) -> dict[str, float]:
         >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
         {}
     """
-    edits = record_of(compact).get("edits", [])
-    return {
-        e["path"]: e["factor"]
-        for e in edits
-        if e["op"] in ("multiply", "append", "blend", "soften")
-    }
+    edits = provenance_of(compact).edits
+    kinds = Multiply | Append | Blend | Soften
+    return {e.path: e.factor for e in edits if isinstance(e, kinds)}

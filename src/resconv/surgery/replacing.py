@@ -10,6 +10,7 @@ from ..nn.algebra import fold_norm
 from ..nn.gates import FactorGate, Segment
 from ..nn.shortcuts import describe
 from .decisions import Surgery, original_path
+from .edit_kinds import Blend, Edit, Replace, Soften
 from .edits import apply_edit
 
 __all__ = ["Replaced", "put", "replacements"]
@@ -17,9 +18,9 @@ __all__ = ["Replaced", "put", "replacements"]
 
 @dataclass(frozen=True)
 class Replaced:
-    """An edit that puts layers in a segment's place, and their numbers."""
+    """An edit, such as one that puts layers in a segment's place, and their numbers."""
 
-    edit: dict[str, Any]
+    edit: Edit
     numbers: dict[str, Tensor]
 
 
@@ -33,8 +34,8 @@ def replacements(model: nn.Module, todo: Surgery, fuse: bool) -> list[Replaced]:
     for path, segment in model.named_modules():
         if isinstance(segment, FactorGate) and fuse:
             if _softens(todo, path):
-                at = {"path": original_path(model, path), "factor": segment.scale.item()}
-                found.append(Replaced({"op": "soften", **at}, {}))
+                at = original_path(model, path)
+                found.append(Replaced(Soften(at, segment.scale.item()), {}))
             continue
         if not isinstance(segment, Segment):
             continue
@@ -45,13 +46,16 @@ def replacements(model: nn.Module, todo: Surgery, fuse: bool) -> list[Replaced]:
         if not alive or not (gone or blends):
             continue
         layers, numbers = _ordinary(segment.left, fuse)
-        edit: dict[str, Any] = {"op": "replace", "path": original_path(model, path)}
+        at = original_path(model, path)
+        edit: Edit
         if not gone:
-            edit |= {"op": "blend", "factor": segment.scale.item()}
+            edit = Blend(at, tuple(layers), segment.scale.item())
             numbers = {f"left.{k}": v for k, v in numbers.items()}
-        elif len(layers) == 1:  # no sequence of one
-            numbers = {k.partition(".")[2]: v for k, v in numbers.items()}
-        found.append(Replaced(edit | {"layers": layers}, numbers))
+        else:
+            edit = Replace(at, tuple(layers))
+            if len(layers) == 1:  # no sequence of one
+                numbers = {k.partition(".")[2]: v for k, v in numbers.items()}
+        found.append(Replaced(edit, numbers))
     return found[::-1]
 
 
@@ -87,7 +91,9 @@ def put(model: nn.Module, replaced: list[Replaced]) -> nn.Module:
     """Carry the edits out in place, with their numbers, and return the model."""
     for each in replaced:
         model = apply_edit(model, each.edit)
-        state = model.get_submodule(each.edit["path"]).state_dict()
+        if not each.numbers:
+            continue
+        state = model.get_submodule(each.edit.path).state_dict()
         with torch.no_grad():
             for name, value in each.numbers.items():
                 state[name].copy_(value.to(state[name].dtype))

@@ -14,12 +14,25 @@ from torch import nn
 
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
+from ..failures import is_own
 from ..nn.gates import Blend, BranchGate, ResConv, Soften
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
+from .edit_kinds import (
+    Append,
+    Bypass,
+    Clone,
+    Copy,
+    Drop,
+    Edit,
+    Identity,
+    Multiply,
+    Outplace,
+    PassedBy,
+)
 from .edits import droppable
 from .forms import Form, device_of, fill, signature
-from .inplace import same_flow, unsafe_writes
+from .inplace import Kind, same_flow, unsafe_writes
 from .modes import both_modes, called
 from .proof import trains_as_identity
 from .rewritten import of_user
@@ -27,7 +40,7 @@ from .rewritten import of_user
 __all__ = ["tree_edits"]
 
 
-def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
+def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
     """Return the edits of the module tree that carry out what the values say."""
     graph = todo.graph
     identities: list[str] = []
@@ -59,17 +72,19 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
         for i in writes.copies
         if call.start <= i < call.end
     }
-    edits: list[dict[str, Any]] = [
-        {"op": cloned.get(p, "identity"), "path": original_path(model, p)} for p in identities
+    silent: dict[str, type[Clone] | type[Copy]] = {"clone": Clone, "copy": Copy}
+    edits: list[Edit] = [
+        silent[cloned[p]](path) if p in cloned else Identity(path)
+        for p, path in ((p, original_path(model, p)) for p in identities)
     ]
-    edits += [{"op": "outplace", "path": original_path(model, p)} for p in writes.outplace]
+    edits += [Outplace(original_path(model, p)) for p in writes.outplace]
     edits += [
-        {"op": "multiply", "path": original_path(model, p), "factor": factor}
+        Multiply(original_path(model, p), factor)
         for p, factor in todo.multiply.items()
         if isinstance(model.get_submodule(p), ResConv)
     ]
-    appended: list[dict[str, Any]] = [
-        {"op": "append", "path": original_path(model, p), "factor": factor}
+    appended = [
+        Append(original_path(model, p), factor)
         for p, factor in todo.multiply.items()
         if isinstance(model.get_submodule(p), BranchGate)
     ]
@@ -98,15 +113,17 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[dict[str, Any]]:
     # Taken out before a forward is rewritten: the new one holds only what it calls.
     stay_put = {*cloned, *todo.multiply}
     edits += [
-        {"op": "drop", "path": original_path(model, p)}
+        Drop(original_path(model, p))
         for p in identities
         if p not in stay_put
         and p.rpartition(".")[0] not in rest
         and droppable(model, graph, p, todo.indexed)
     ]
-    # Inner forwards first, so that an outer rewrite holds the rewritten inner one.
-    rewritten.sort(key=lambda e: -e["path"].count("."))
-    return edits + rewritten + appended
+    # Inner forwards first, so that an outer rewrite holds the rewritten inner one. What is put
+    # behind a module comes last, as it gives all within another path.
+    rewritten.sort(key=lambda e: -e.path.count("."))
+    appended.sort(key=lambda e: -e.path.count("."))
+    return [*edits, *rewritten, *appended]
 
 
 def _around(graph: Graph, nodes: Iterable[int]) -> list[Call]:
@@ -151,8 +168,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _rewrite(
-    model: nn.Module, todo: Surgery, path: str, indices: list[int], copies: dict[int, str]
-) -> dict[str, Any]:
+    model: nn.Module, todo: Surgery, path: str, indices: list[int], copies: dict[int, Kind]
+) -> Bypass:
     """Return the edit that passes the operations by in the forward of the module at ``path``.
 
     Raises:
@@ -175,7 +192,7 @@ def _rewrite(
         raise refuse(found)
     form, tags = found
     call = graph.calls_of(path)[0]
-    nodes: list[list[Any]] = []
+    nodes: list[PassedBy] = []
     optional: set[str] = set()
     for index in indices:
         name = tags[index - call.start].tag
@@ -185,31 +202,25 @@ def _rewrite(
         together = [call.start + i for i, n in enumerate(tags) if n.tag == name]
         if any(graph.nodes[i].op != "empty" and i not in indices for i in together):
             raise refuse(f"{name} does more than the operation that goes")
-        nodes.append([name, todo.bypassed[index]])
-        if index in copies:
-            nodes[-1].append(copies[index])
+        nodes.append(PassedBy(name, todo.bypassed[index], copies.get(index)))
         if index in todo.optional:
             optional.add(name)
-    edit: dict[str, Any] = {
-        "op": "bypass",
-        "path": original_path(model, path),
-        "constants": form.constants,
-        "nodes": nodes,
-    }
     running = form.trace.copy()
     try:
-        edit |= both_modes(running, form.in_training.copy(), nodes, optional)
-    except Exception as error:
+        edit = both_modes(running, form.in_training.copy(), nodes, optional)
+    except Exception as error:  # torch.fx has many for a graph that does not hold together
+        if is_own(error):
+            raise
         line = str(error).partition(chr(10))[0][:160]
         raise refuse(
             "what it does in training mode cannot be kept "
             f"({'' if isinstance(error, TraceError) else type(error).__name__ + ': '}{line})"
         ) from error
-    edit["removed"] = _outermost(module, graph, call, edit["removed"])
+    edit["removed"] = tuple(_outermost(module, graph, call, edit["removed"]))
     still = called(running.graph)
     if left := [n for n in _all_dead(todo, call) if n in still]:
         raise refuse(f"{left[0]} would still run, since other code uses more than its output")
-    return edit
+    return Bypass(original_path(model, path), form.constants, **edit)
 
 
 def _all_dead(todo: Surgery, call: Call) -> list[str]:
@@ -253,7 +264,9 @@ def _traced_as_recorded(
             if (seen := graph.matched.get(key)) is not None:
                 return form, seen
             ran = form.ran()
-        except Exception as error:
+        except Exception as error:  # whatever the user's forward raises when it is traced
+            if is_own(error):
+                raise
             if not fake:
                 why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             continue

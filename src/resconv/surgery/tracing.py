@@ -11,7 +11,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -24,6 +24,7 @@ from torch import fx, nn
 from ..analysis.asking import hides_its_mode, noting_modes
 from ..errors import PruneError, TraceError
 from .arguments import FREE, filled, leaves, template
+from .edit_kinds import PassedBy
 
 __all__ = ["OTHER_BRANCH", "Trace", "digest", "pass_by", "trace_forward", "used"]
 
@@ -267,10 +268,8 @@ def digest(graph: fx.Graph) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
+def pass_by(graph: fx.Graph, nodes: Sequence[PassedBy], place: str) -> None:
     """Let each named operation return one of its arguments, and drop what nobody reads any more.
-
-    An entry is (name, position of the argument) or, where a copy of it is returned, with the kind of copy.
 
     Raises:
         PruneError: there is no such operation, or it passes no value on.
@@ -278,17 +277,18 @@ def pass_by(graph: fx.Graph, nodes: list[Any], place: str) -> None:
     by_name = {n.name: n for n in graph.nodes}
     # What nobody read from the start and is more than a look at a value acts by itself.
     acting = {n for n in graph.nodes if not n.users and n.target not in _LOOKS}
-    for name, argument, *copied in nodes:
+    for passed in nodes:
+        name, argument = passed.name, passed.argument
         node = by_name.get(name)
         operands = [] if node is None else [*node.args, *node.kwargs.values()]
-        if node is None or not isinstance(argument, int) or len(operands) <= argument:
+        if node is None or len(operands) <= argument:
             raise PruneError(f"The forward of {place!r} has no operation {name!r} to pass by.")
         replacement = operands[argument]
         if not isinstance(replacement, fx.Node):
             raise PruneError(f"Operation {name!r} of {place!r} does not pass a value on.")
-        if copied:
+        if passed.copy is not None:
             with graph.inserting_before(node):
-                replacement = _copy(graph, replacement, copied[0], place)
+                replacement = _copy(graph, replacement, passed.copy)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     # It writes in place, or checks something, and stays. Only how many parts a value has no longer
@@ -326,11 +326,9 @@ def _needed(roots: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _copy(graph: fx.Graph, x: fx.Node, kind: Any, place: str) -> fx.Node:
+def _copy(graph: fx.Graph, x: fx.Node, kind: str) -> fx.Node:
     if kind == "clone":
         return graph.call_method("clone", (x,))
-    if kind != "copy":
-        raise PruneError(f"Not a copy of a value in the forward of {place!r}: {str(kind)[:100]}")
     dtype = graph.call_function(getattr, (x, "dtype"))
     needed = graph.call_function(getattr, (x, "requires_grad"))
     return graph.call_method("to", (x, dtype), {"copy": needed})

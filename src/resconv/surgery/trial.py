@@ -9,7 +9,6 @@ training will choose, so they are tried with several: below 1, at 1 and above.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import Gate, gates
 from .decisions import MustStayError, Surgery
+from .edit_kinds import Edit
 from .factors import tie_factors
 from .proof import values_in_training_code
 from .removal import decide
@@ -44,7 +44,7 @@ def decisions(
     blocks: list[Candidate] | None = None,
     faithful: int = 0,
     idle: frozenset[str] = frozenset(),
-) -> tuple[Surgery, list[dict[str, Any]]]:
+) -> tuple[Surgery, list[Edit]]:
     """Return what becomes of every value once the units are gone, and the edits of the tree.
 
     ``faithful`` is an index into FAITHFUL; ``idle`` as for ``decide``.

@@ -21,7 +21,7 @@ from ..errors import PlanError, TraceError, VerificationError
 from ..nn.gates import gates, zeroed
 from ..planning.plan import Plan
 from ..tables import html_table, text_table
-from .state import example_inputs_of
+from .provenance import example_inputs_of
 
 __all__ = [
     "Verification",
@@ -209,7 +209,7 @@ def _outputs(model: nn.Module, example_inputs: Any, which: str) -> Any:
             )
         except TraceError:
             raise
-        except Exception as error:
+        except Exception as error:  # of the user's forward
             shapes = [tuple(t.shape) for t in tensors_in((args, kwargs))]
             raise VerificationError(
                 f"The {which} net ({type(model).__name__}) does not run on inputs of shape "
@@ -279,7 +279,7 @@ def _compare_plain(place: str, x: Any, y: Any) -> None:
         if hasattr(x, "tolist") and hasattr(y, "tolist"):  # arrays of texts
             x, y = x.tolist(), y.tolist()
         same = type(x) is type(y) and bool(x == y)
-    except Exception as error:
+    except Exception as error:  # of the comparison of a class of the user's
         raise VerificationError(
             f"Output {place} is a {type(x).__name__}, which cannot be compared: {error}"
         ) from error

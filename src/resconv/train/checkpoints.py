@@ -121,7 +121,7 @@ def _fault(path: Path, bound: str, seals: list[str]) -> str | None:
     try:
         found = _load(path)["callbacks"]
         written = next(state for name, state in found.items() if name.startswith(Bound.__name__))
-    except Exception as error:
+    except Exception as error:  # whatever a damaged file sets off
         return f"it cannot be read ({type(error).__name__}: {str(error)[:120]})"
     if written["bound"] != bound:
         return "it belongs to another run, or to other settings, data or weights"

@@ -17,16 +17,7 @@ def evaluate(model: nn.Module, data: ImageData, *, batch_size: int = 500) -> flo
     """
     home = next(model.parameters()).device
     device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-    loader = BatchLoader(
-        data.val,
-        batch_size,
-        shuffle=False,
-        seed=0,
-        augment=None,
-        mean=data.mean,
-        std=data.std,
-        device=device,
-    )
+    loader = BatchLoader(data.val, batch_size, data.preprocessing, device=device)
     # One process evaluates, while others may be waiting for it.
     metric = MulticlassAccuracy(data.num_classes, average="micro", sync_on_compute=False)
     metric = metric.to(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import msgspec
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from torch import nn
@@ -19,10 +20,10 @@ from resconv.integrations.lightning import SparsityCallback
 from resconv.latency.table import LatencyTable
 from resconv.nn.gates import gates
 from resconv.planning.budget import Budget
-from resconv.planning.costs import excess, cost_model
+from resconv.planning.costs import cost_model, excess
 from resconv.selection import processes
 from resconv.selection.outcome import Snapshot
-from resconv.surgery.state import state_of
+from resconv.surgery.provenance import example_inputs_of
 
 from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
@@ -147,7 +148,7 @@ def fit(
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None
             raise
-        except Exception as error:
+        except Exception as error:  # raised again below
             inside = raised_inside(error)
             if inside is not None:
                 raise inside from error
@@ -165,7 +166,7 @@ def fit(
     if target is not None:
         if spawns:
             state = _stored_state(last)
-            history = [Snapshot(*row) for row in state["history"]]
+            history = msgspec.convert(state["history"], list[Snapshot])
             if "latency" in state:
                 latency = LatencyTable.from_json(state["latency"])
         elif (sparsifier := sparsity[0].sparsifier) is not None:
@@ -180,7 +181,7 @@ def _missed(model: nn.Module, target: Budget, latency: LatencyTable | None) -> s
 
     It is worked out from the trained net: other processes may have trained it, or an earlier call.
     """
-    costs = cost_model(model, state_of(model).example_inputs)
+    costs = cost_model(model, example_inputs_of(None, model))
     if latency is not None:
         costs = costs.with_latency(latency.latency_ms, latency.unit_ms)
     zero = [n for n, gate in gates(model).items() if gate.scale.item() == 0]

@@ -9,33 +9,27 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, MixUp
 
-from resconv.data.loader import seed_of
+from resconv.data.augmentation import seed_of
 from resconv.errors import RunError
 
-__all__ = ["Mixing", "check_mix"]
+__all__ = ["MIXES", "Mixing"]
 
-_KINDS = {"mixup": MixUp, "cutmix": CutMix}
-
-
-def check_mix(kind: str) -> None:
-    """Refuse what is no way to blend images.
-
-    Raises:
-        RunError: it is none.
-    """
-    if kind not in _KINDS:
-        raise RunError(f"mix={kind!r}: choose one of {', '.join(_KINDS)}.")
+MIXES = {"mixup": MixUp, "cutmix": CutMix}
 
 
 class Mixing:
     """Blends the images of a batch, and their labels alike, by shares that are drawn uniformly, one a batch.
 
     What is drawn depends on ``seed`` and the step alone, so a run that was stopped goes on as it would have.
+
+    Raises:
+        RunError: ``kind`` is none of :data:`MIXES`.
     """
 
     def __init__(self, kind: str, num_classes: int, seed: int) -> None:
-        check_mix(kind)
-        self._blend: nn.Module = _KINDS[kind](alpha=1.0, num_classes=num_classes)
+        if kind not in MIXES:
+            raise RunError(f"mix={kind!r}: choose one of {', '.join(MIXES)}.")
+        self._blend: nn.Module = MIXES[kind](alpha=1.0, num_classes=num_classes)
         self._seed = seed
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from resconv.data import BatchLoader, ImageData, default_augment
+from resconv.data import BatchLoader, ImageData, choose_augment
 from resconv.errors import RunError
 from resconv.recovery.distillation import distillation_loss, hint_loss
 from resconv.recovery.hints import FeatureTap
@@ -72,11 +72,10 @@ class Classifier(lightning.LightningModule):
         return BatchLoader(
             data.train,
             size,
+            data.preprocessing,
             shuffle=True,
             seed=recipe.seed,
-            augment=default_augment(data.name, data.image_size, data.class_names),
-            mean=data.mean,
-            std=data.std,
+            augment=recipe.augment or choose_augment(data),
             drop_last=True,
             device=self.device,
             channels_last=self.channels_last,
@@ -88,11 +87,7 @@ class Classifier(lightning.LightningModule):
         return BatchLoader(
             self.data.val,
             500,
-            shuffle=False,
-            seed=0,
-            augment=None,
-            mean=self.data.mean,
-            std=self.data.std,
+            self.data.preprocessing,
             device=self.device,
             channels_last=self.channels_last,
             rank=self.trainer.global_rank,

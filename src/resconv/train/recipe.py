@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from resconv.data import Augment
+
 __all__ = ["Recipe"]
 
 
@@ -12,6 +14,7 @@ class Recipe:
     ``weight_decay`` leaves norms, biases and gates alone. ``distill`` is the share of the loss
     that follows the teacher, where there is one; ``hints`` weighs what layers read against logits in it.
     ``mix`` ("mixup", "cutmix") trains on images, and labels, blended two by two (see mixing.py).
+    ``augment`` is how images are changed at random; None is what is usual for their size.
     """
 
     epochs: int
@@ -23,6 +26,7 @@ class Recipe:
     distill: float = 0.5
     hints: float = 100.0
     mix: str | None = None
+    augment: Augment | None = None
 
     def batch_on(self, num_images: int) -> int:
         """Return the images of a step, on all ranks together, where there are ``num_images``."""

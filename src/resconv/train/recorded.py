@@ -91,7 +91,7 @@ class RecordedNet:
                 cache_enabled=False,
             ):
                 torch.cuda.make_graphed_callables(net, (images.clone(),), allow_unused_input=True)
-        except Exception as error:
+        except Exception as error:  # of CUDA, or of the user's forward
             raise RunError(
                 "The net cannot be recorded as CUDA graphs, most likely because its forward reads a value "
                 f"back from the GPU ({type(error).__name__}: {str(error)[:160]}). Train without "

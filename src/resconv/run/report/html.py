@@ -2,13 +2,18 @@
 
 import io
 import math
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from resconv.errors import MissingExtraError
 from resconv.files import write_text
+from resconv.latency.table import LatencyTable
+from resconv.planning.plan import Plan
+from resconv.preprocessing import resized_side
 
+from ..metrics import History, Metrics
 from .table import rows
 
 __all__ = ["write_report"]
@@ -17,14 +22,14 @@ __all__ = ["write_report"]
 def write_report(
     path: Path,
     config: Any,
-    metrics: dict[str, Any],
-    plan: dict[str, Any],
-    history: list[Any],
-    latency: dict[str, Any] | None = None,
+    metrics: Metrics,
+    plan: Plan,
+    history: History,
+    latency: LatencyTable | None = None,
 ) -> Path:
     """Write the page about a run to ``path``, and return it.
 
-    ``latency`` is the content of the run's ``latency.json``, where its target limits the latency.
+    ``latency`` is the run's table, where its target limits the latency.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
@@ -39,28 +44,31 @@ def write_report(
     template = environment.from_string(
         files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
     )
-    units = _units(plan, metrics["removed_units"], history, latency)
+    removed = metrics.removed_units or ()
+    inputs = metrics.preprocessing
+    units = _units(plan, removed, history, latency)
     page = template.render(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
+        resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
         units=units,
-        num_removed=len(metrics["removed_units"]),
-        warnings=[text for texts in metrics.get("warnings", {}).values() for text in texts],
-        target=metrics.get("latency_target"),
-        plot=_plot(history, metrics["removed_units"], latency),
+        num_removed=len(removed),
+        warnings=[text for texts in metrics.warnings.values() for text in texts],
+        target=metrics.latency_target,
+        plot=_plot(history, removed, latency),
     )
     write_text(path, page)
     return path
 
 
 def _units(
-    plan: dict[str, Any], gone: list[str], history: list[Any], latency: dict[str, Any] | None
+    plan: Plan, gone: Sequence[str], history: History, latency: LatencyTable | None
 ) -> list[dict[str, Any]]:
     """Return the rows of the units; those inside of a removed one are removed, too."""
-    removed, named = set(gone), set(plan["remove"])
-    controls = history[-1][2] if history else {}
-    times = (latency or {}).get("unit_ms", {})
+    removed, named = set(gone), set(plan.remove)
+    controls = history.steps[-1].controls if history.steps else {}
+    times = {} if latency is None else latency.unit_ms
     return [
         {
             "name": n,
@@ -70,7 +78,7 @@ def _units(
             "removed": n in removed,
             "inside": n in removed and n not in named,
         }
-        for n, s in plan["scales"].items()
+        for n, s in plan.scales.items()
     ]
 
 
@@ -84,30 +92,28 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _plot(history: list[Any], removed: list[str], latency: dict[str, Any] | None) -> str:
+def _plot(history: History, removed: Sequence[str], latency: LatencyTable | None) -> str:
     """Draw the scales over training and, on the same steps below, what the zeros leave."""
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(9, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
-    steps = [row[0] for row in history]
+    steps = [s.step for s in history.steps]
     gone = set(removed)
-    for name in history[-1][1] if history else []:
-        values = [row[1].get(name, math.nan) for row in history]
+    for name in history.steps[-1].scales if history.steps else ():
+        values = [s.scales.get(name, math.nan) for s in history.steps]
         color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
         above.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
     above.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
     above.plot([], [], color="#7f8c8d", label="kept")
     above.set(ylabel="layer scaling factor s")
     above.set_ylim(bottom=0)
-    below.step(steps, [100 * r[3] for r in history], where="post", color="#2c3e50", label="MACs")
-    if (
-        latency
-        and latency["latency_ms"] > 0
-        and all(len(r) > 4 and r[4] is not None for r in history)
-    ):
-        shares = [100 * r[4] / latency["latency_ms"] for r in history]
+    macs = [100 * s.macs for s in history.steps]
+    below.step(steps, macs, where="post", color="#2c3e50", label="MACs")
+    times = [s.latency_ms for s in history.steps if s.latency_ms is not None]
+    if latency is not None and latency.latency_ms > 0 and len(times) == len(steps):
+        shares = [100 * t / latency.latency_ms for t in times]
         below.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
     below.set(xlabel="optimizer step", ylabel="left by the zeros (%)")
     below.set_ylim(0, 105)

@@ -1,64 +1,65 @@
 """The before/after table, for the terminal, the page and the docs."""
 
-from typing import Any
+from ..metrics import Metrics
 
 __all__ = ["rows"]
 
 
-def rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
     """Return (what, dense, compact, change) of everything a run has measured so far."""
     table: list[tuple[str, str, str, str]] = []
-    dense = metrics.get("top1_dense")
+    dense = metrics.top1_dense
     for key, label in (
         ("top1_gated", "top-1 after sparse training (%)"),
         ("top1_pruned", "top-1 pruned, no retraining (%)"),
         ("top1_recalibrated", "top-1 with new BatchNorm statistics (%)"),
         ("top1_finetuned", "top-1 finetuned (%)"),
     ):
-        value = metrics.get(key)
-        if key == "top1_finetuned" and metrics.get("finetuned_kept") is False:
+        value = getattr(metrics, key)
+        if key == "top1_finetuned" and metrics.finetuned_kept is False:
             label = "top-1 finetuned, worse and not kept (%)"
         if value is not None and dense is None:
             table.append((label, "", f"{value:.2f}", ""))
         elif value is not None:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
-    if "epochs_sparse" in metrics:
+    if metrics.epochs_sparse is not None:
         # A short dense training flatters the compact net, which was trained for longer.
-        before = metrics.get("epochs_dense")
-        after = metrics["epochs_sparse"] + metrics.get("epochs_finetune", 0)
-        here = before is not None
-        cells = (f"{before}", f"{before + after}") if here else ("as given", f"{after} more")
+        before = metrics.epochs_dense
+        after = metrics.epochs_sparse + metrics.epochs_finetune
+        cells = ("as given", f"{after} more")
+        if before is not None:
+            cells = (f"{before}", f"{before + after}")
         table.append(("epochs of training", *cells, ""))
     for key, label in (
         ("num_convs", "convolutions"),
         ("macs", "MACs"),
         ("num_params", "parameters"),
     ):
-        before, after = metrics.get(f"{key}_dense"), metrics.get(f"{key}_compact")
+        before, after = getattr(metrics, f"{key}_dense"), getattr(metrics, f"{key}_compact")
         if before is not None and after is not None:
             table.append((label, f"{before:,}", f"{after:,}", _change(before, after)))
-    for runtime, found in metrics.get("latency", {}).items():
+    for runtime, found in metrics.latency.items():
         table.append(
             (
                 f"latency, {runtime} (ms)",
-                f"{found['dense_ms']:.3g}",
-                f"{found['compact_ms']:.3g}",
-                f"{found['ratio']:.2f}x",
+                f"{found.dense_ms:.3g}",
+                f"{found.compact_ms:.3g}",
+                f"{found.ratio:.2f}x",
             )
         )
-    target = metrics.get("latency_target")
-    if target:
+    target = metrics.latency_target
+    if target is not None:
         table.append(
             (
-                f"latency of the target, {target['runtime']}, batch {target['batch']} (ms)",
-                f"{target['dense_ms']:.3g}",
-                f"{target['compact_ms']:.3g}",
-                f"{target['compact_ms'] / target['dense_ms']:.2f}x" if target["dense_ms"] else "",
+                f"latency of the target, {target.runtime}, batch {target.batch} (ms)",
+                f"{target.dense_ms:.3g}",
+                f"{target.compact_ms:.3g}",
+                f"{target.compact_ms / target.dense_ms:.2f}x" if target.dense_ms else "",
             )
         )
-    memory = metrics.get("peak_memory_bytes")
-    if memory:
-        before, after = memory["dense"], memory["compact"]
+    memory = metrics.peak_memory_bytes
+    if memory is not None:
+        before, after = memory.dense, memory.compact
         table.append(
             (
                 "peak memory (KiB)",
