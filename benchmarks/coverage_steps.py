@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map
 import resconv
 from resconv.analysis.inputs import as_call, tensors_in
 from resconv.nn.gates import zeroed
+from resconv.planning.costs import cost_model
 from resconv.surgery.verification import relative_error
 from tests.helpers import randomise, randomise_gates, settle, some_plan
 
@@ -223,7 +224,8 @@ def _each_unit(
     """
     names = list(resconv.gates(gated))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    _try_plan(gated, tuple(names), example, faults, "all")
+    together = cost_model(gated, copied(example)).compatible(names)
+    _try_plan(gated, together, example, faults, "all")
     end = time.process_time() + EACH_SECONDS
     went, tried = [], 0
     for i in order[:SINGLES]:

@@ -190,7 +190,7 @@ _X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def _compact() -> Any:
-    gated = resconv.convert(_net(), _X, units="all")
+    gated = resconv.convert(_net(), _X)
     chosen = list(resconv.gates(gated))[2:5]
     with torch.no_grad():
         for name in chosen:

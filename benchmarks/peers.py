@@ -79,7 +79,7 @@ def blocks_kept(net: str, remove: list[str]) -> list[str]:
 
 def without_units(model: nn.Module, example: Tensor, remove: list[str]) -> nn.Module:
     """Return the architecture that is left without these units, with the weights of ``model``."""
-    gated = resconv.convert(model, example, units="all", filter=lambda name, module: name in remove)
+    gated = resconv.convert(model, example, filter=lambda name, module: name in remove)
     for gate in resconv.gates(gated).values():
         if gate.control is not None:
             nn.init.ones_(gate.control)  # a removed conv passes its input on as it is

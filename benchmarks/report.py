@@ -322,7 +322,7 @@ MADE = (
     headline,
 )
 TABLES: dict[str, Callable[[], str]] = {f.__name__.replace("_", "-"): f for f in MADE}
-COSTS = "fused by-hand training-step throughput surgery-time gpu-latency whole-run followed"
+COSTS = "fused by-hand training-step throughput surgery-time gpu-latency reach whole-run followed"
 TABLES |= {name: costs_of(name) for name in COSTS.split()}
 
 

@@ -227,7 +227,8 @@ def _layout(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
 
 
 def _ranked(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
-    gated = resconv.convert(_started(arm, data, weights), example, units=arm.get("units", "all"))
+    kinds = arm.get("units", "layers,blocks")
+    gated = resconv.convert(_started(arm, data, weights), example, units=kinds)
     asked = arm.get("ranking"), arm.get("macs")
     chosen = peers.lowest(gated.eval(), *asked, example, data, arm.seed)
     compact = resconv.prune(gated, resconv.Plan(tuple(chosen)))

@@ -214,7 +214,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.inside_leaf is module:
             self.inside_leaf = None
             value = self._new(output)
-            self._node("gate", call.args, {}, (call.args[0].value,), (value,), call, self.leaf_macs)
+            read = [a.value for a in call.args if isinstance(a, Ref)]
+            read = [read[0], *(v for v in read[1:] if not self.graph.values[v].constant)]
+            self._node("gate", call.args, {}, tuple(read), (value,), call, self.leaf_macs)
         call.end = len(self.graph.nodes)
         call.output = self._refs(output)
 

@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Training",
     "amount",
+    "kinds",
     "settings",
 ]
 
@@ -56,6 +57,19 @@ class Limits:
 def about(text: str, **limits: Any) -> msgspec.Meta:
     """Describe a setting: its help, and its :class:`Limits`."""
     return msgspec.Meta(description=text, extra={"limits": Limits(**limits)})
+
+
+_KINDS = ("layers", "blocks", "summands", "segments", "gates")
+
+
+def kinds(text: str, option: str) -> str:
+    """Read kinds of units, with commas between them, or "all"."""
+    asked = [name.strip() for name in text.split(",")]
+    if text != "all" and not set(asked) <= set(_KINDS):
+        raise RunError(
+            f"{option}={text!r}: choose among {', '.join(_KINDS)} (several with commas between), or all."
+        )
+    return text
 
 
 def amount(text: str, option: str) -> float | int:
@@ -191,8 +205,13 @@ class Target(_Group, frozen=True, kw_only=True):
         float | None, about("The same as a share of the dense net's: 0.5 or 50%.", read=share)
     ] = None
     units: Annotated[
-        Literal["layers", "blocks", "all"], about("What may go: layers, blocks or all.")
-    ] = "all"
+        str,
+        about(
+            "What may go: layers, blocks, summands, segments, gates (several with commas between), or "
+            "all.",
+            read=kinds,
+        ),
+    ] = "layers,blocks"
     recalibrate: Annotated[
         bool | None,
         about(

@@ -17,11 +17,12 @@ from torch import fx, nn
 from ..analysis.graph import Graph
 from ..errors import PruneError
 from ..failures import is_own
+from ..nn.shortcuts import built
 from . import edit_kinds as kinds
 from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
-from .rewritten import Clone, Factor, rewrite_forward, stand_in
+from .rewritten import Blended, Clone, Factor, Softened, rewrite_forward, stand_in
 from .state import set_submodule
 from .tracing import digest, pass_by, trace_forward
 
@@ -180,6 +181,10 @@ def _edited(module: nn.Module, edit: kinds.Edit) -> nn.Module:
             return Factor(edit.factor)
         case kinds.Append():
             return nn.Sequential(module, Factor(edit.factor))
+        case kinds.Replace() | kinds.Blend():
+            return _with_layers(module, edit)
+        case kinds.Soften():
+            return nn.Sequential(module, Softened(edit.factor))
         case kinds.Bypass():
             return _bypassed(module, edit)
 
@@ -195,6 +200,19 @@ def _conv(module: nn.Module, edit: kinds.Conv) -> nn.Module:
     for parameter in made.parameters():
         parameter.requires_grad_(like.requires_grad or not like.numel())
     return made
+
+
+def _with_layers(module: nn.Module, edit: kinds.Replace | kinds.Blend) -> nn.Module:
+    own = next((p for p in module.parameters() if p.is_floating_point()), None)
+    try:
+        made = built(edit.layers, own)
+    except (ValueError, TypeError) as error:
+        raise PruneError(f"Not the layers of a segment at {edit.path!r}: {error}") from error
+    if own is not None:
+        made.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    if isinstance(edit, kinds.Blend):
+        return Blended(module, made if len(made) else nn.Identity(), edit.factor)
+    return made[0] if len(made) == 1 else made
 
 
 def _children(module: nn.Module, edit: kinds.Children) -> nn.Module:

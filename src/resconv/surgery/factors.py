@@ -10,7 +10,7 @@ from ..analysis.candidates import params_behind
 from ..analysis.graph import Graph, Node, Ref, data_of
 from ..analysis.ops import NORMS, kind, weight_values
 from ..nn.algebra import fused_kernel
-from ..nn.gates import BranchGate, Multiply, ResConv
+from ..nn.gates import Blend, BranchGate, Multiply, ResConv, Soften
 from .concat import Slices, by_input
 from .decisions import MustStayError, Surgery
 
@@ -44,7 +44,13 @@ def tie_factors(todo: Surgery, fuse: bool) -> None:
             else:
                 ties.tie(node.outputs[0], read)
         elif node.op == "gate":
-            if isinstance(node.call.module, Multiply):
+            if isinstance(node.call.module, Soften):
+                for v in (*node.inputs, *node.outputs):
+                    ties.pin(v)
+            elif isinstance(node.call.module, Blend):
+                for v in node.inputs:
+                    ties.tie(v, node.outputs[0])
+            elif isinstance(node.call.module, Multiply):
                 parent = node.call.parent
                 assert parent is not None
                 assert isinstance(parent.module, BranchGate)

@@ -15,7 +15,7 @@ from torch import nn
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
 from ..failures import is_own
-from ..nn.gates import BranchGate, ResConv
+from ..nn.gates import Blend, BranchGate, ResConv, Soften
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edit_kinds import (
@@ -51,6 +51,8 @@ def _passing_on(todo: Surgery) -> tuple[list[str], set[int]]:
         if any(call.path == p for p in identities):
             continue
         module = call.module
+        if isinstance(module, Blend | Soften):
+            continue  # its gate goes, and with it the node
         read = _passed_on(call)
         if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
@@ -88,6 +90,8 @@ def _by_forward(todo: Surgery, covered: set[int]) -> dict[str, list[int]]:
     rest: dict[str, list[int]] = {}
     for index in todo.bypassed:
         if index in covered or (index in todo.dead):
+            continue
+        if isinstance(graph.nodes[index].call.module, Blend | Soften):
             continue
         owner = graph.nodes[index].call
         # A shared or childless activation is passed by where it is called.
