@@ -90,6 +90,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """
         if "net" not in content and "model" in content:  # of version 1
             old = {k: v for k, v in content.items() if (k, v) != ("devices", "auto")}
+            if old.get("units") == "all":
+                old["units"] = "layers,blocks"  # there were no other kinds
             return cls.of(**old)
         version = content.get("version", _VERSION)
         if isinstance(version, int) and version > _VERSION:

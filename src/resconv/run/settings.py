@@ -67,7 +67,7 @@ def kinds(text: str, option: str) -> str:
     asked = [name.strip() for name in text.split(",")]
     if text != "all" and not set(asked) <= set(_KINDS):
         raise RunError(
-            f"{option}={text!r}: choose among {', '.join(_KINDS)} (several with commas between), or all."
+            f"{option} {text}: choose among {', '.join(_KINDS)} (several with commas between), or all."
         )
     return text
 
