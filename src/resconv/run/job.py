@@ -18,6 +18,7 @@ from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
 from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
+from resconv.surgery.provenance import carry_on, provenance_of
 from resconv.train import Ranks, Recipe, choose_precision
 from resconv.train.precision import Precision
 
@@ -127,7 +128,11 @@ class Run:
             self.config.net.model, self.folder.path, trusted=self.trust_source
         )
         torch.manual_seed(self.config.training.seed)
-        return build(self.config.net.model, self.data)
+        data = self.data
+        model = build(self.config.net.model, data)
+        known = {"preprocessing": data.preprocessing, "class_names": data.class_names}
+        carry_on(model, provenance_of(model), **known)
+        return model
 
     def example(self, size: int = 1) -> Tensor:
         data = self.data
