@@ -22,6 +22,7 @@ LEAST = {"model": "resnet20", "data": "digits"}
 OTHERS = {
     "model": ("vgg16_bn", "vgg16_bn"),
     "weights": ("w.pt", "w.pt"),
+    "pretrained": (None, True),
     "data": ("cifar10", "cifar10"),
     "image_size": ("40", 40),
     "crop_fraction": ("0.9", 0.9),
@@ -29,6 +30,7 @@ OTHERS = {
     "mean": ("0.5,0.25,0.125", (0.5, 0.25, 0.125)),
     "std": ("1,2,3", (1.0, 2.0, 3.0)),
     "channels": ("3", 3),
+    "num_classes": ("12", 12),
     "augment": ("none", "none"),
     "mirror": (None, True),
     "holdout": ("0.2", 0.2),
@@ -49,6 +51,7 @@ OTHERS = {
     "distill_share": ("0.3", 0.3),
     "hints": (None, True),
     "mix": ("cutmix", "cutmix"),
+    "recipe": ("transfer", "transfer"),
     "lr": ("0.2", 0.2),
     "sparse_lr": ("0.2", 0.2),
     "finetune_lr": ("0.2", 0.2),

@@ -44,6 +44,7 @@ def load(
     interpolation: Interpolation | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    num_classes: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> ImageData:
     """Load an image set; the same arguments always give the same images in the same order.
@@ -69,6 +70,7 @@ def load(
         interpolation: "bilinear" by default.
         mean: of each channel, pixels in 0..1. Default: measured on train.
         std: standard deviation, in the same way.
+        num_classes: how many there are, where the set does not name them: its labels may lack the last.
         preprocessing: the net's own.
 
     Raises:
@@ -78,6 +80,7 @@ def load(
     _check_arguments(name, image_size, holdout, limit, channels)
     try:
         train, val, class_names = _find(name, root, needs_val=holdout == 0.0)
+        class_names = _with_all_classes(name, class_names, num_classes)
         train_rows = torch.arange(len(train.labels))
         if val is None:
             train_rows, val_rows = split_stratified(train.labels, holdout)
@@ -128,6 +131,19 @@ def _find(name: str, root: str | Path | None, *, needs_val: bool) -> _Found:
     close = difflib.get_close_matches(name, _NAMES, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise DataError(f"There is no dataset {name!r}.{hint} There are: {', '.join(_NAMES)}.")
+
+
+def _with_all_classes(name: str, names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """Return the names of as many classes as are asked for, where they are only numbered."""
+    if count is None or count == len(names):
+        return names
+    if count < len(names) or names != tuple(map(str, range(len(names)))):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(
+            f"num_classes={count}: {name} has {len(names)} classes ({shown}). Leave num_classes out: it is for "
+            "data that does not name its classes."
+        )
+    return tuple(map(str, range(count)))
 
 
 def _choose_form(

@@ -19,7 +19,7 @@ from resconv.files import write_atomic
 from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
 from resconv.surgery.provenance import carry_on, provenance_of
-from resconv.train import Ranks, Recipe, choose_precision
+from resconv.train import RECIPES, Ranks, Recipe, choose_precision
 from resconv.train.precision import Precision
 
 from .config import Config
@@ -71,7 +71,8 @@ class Run:
     @property
     def data(self) -> ImageData:
         if self._data is None:
-            asked = self.config.data
+            asked, net = self.config.data, self.config.net
+            own = nets.own_preprocessing(net.model) if net.is_pretrained else None
             self._data = datasets.load(
                 asked.source,
                 holdout=asked.holdout,
@@ -82,6 +83,8 @@ class Run:
                 interpolation=asked.interpolation,
                 mean=asked.mean,
                 std=asked.std,
+                num_classes=asked.num_classes,
+                preprocessing=own,
             )
         return self._data
 
@@ -99,6 +102,11 @@ class Run:
     @cached_property
     def precision(self) -> Precision:
         return choose_precision(self.config.training.precision)
+
+    def use(self, config: Config) -> None:
+        """Go on with other settings, before anything was made with these."""
+        if config != self.config:
+            self.config, self._data, self._fingerprint = config, None, None
 
     def keep_latency(self, table: LatencyTable) -> None:
         """Write the measured latency into the folder, or hold it until there is one."""
@@ -130,8 +138,12 @@ class Run:
         torch.manual_seed(self.config.training.seed)
         data = self.data
         model = build(self.config.net.model, data)
-        known = {"preprocessing": data.preprocessing, "class_names": data.class_names}
-        carry_on(model, provenance_of(model), **known)
+        carry_on(
+            model,
+            provenance_of(model),
+            preprocessing=data.preprocessing,
+            class_names=data.class_names,
+        )
         return model
 
     def example(self, size: int = 1) -> Tensor:
@@ -160,6 +172,7 @@ class Run:
         training = self.config.training
         return Recipe(
             epochs,
+            **RECIPES[self.config.recipe],
             lr=lr,
             batch_size=training.batch_size,
             seed=training.seed,

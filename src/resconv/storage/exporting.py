@@ -103,8 +103,9 @@ def export(
     The ending chooses the format: ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO, with a ``.bin``). The
     batch is open where the network allows it; then the file is run at another batch size too. The
     plan, the version, the signature of the inputs and how images become inputs (the keys of
-    :func:`resconv.preprocessing.to_metadata`) are written into the file. It is moved into place only when its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB
-    has its weights beside it, in ``NAME.onnx.data``.
+    :func:`resconv.preprocessing.to_metadata`) are written into the file. It is moved into place only when
+    its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB has its weights beside
+    it, in ``NAME.onnx.data``.
 
     Args:
         model: a pruned, fused or dense network, in any mode, on any device.
