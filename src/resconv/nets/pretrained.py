@@ -4,6 +4,7 @@ They come through the zoo's own loader, or from a file in its place. Nothing is 
 A head of other classes is left out, and said (see weights.py).
 """
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resconv.errors import DataError, ModelError
+from resconv.errors import DataError, MissingExtraError, ModelError
 from resconv.nets.hub import hub_config
 from resconv.nets.sources import create, split_weights_name
 from resconv.nets.weights import copy_weights, load_weights, read_weights
@@ -98,28 +99,36 @@ def fits_own_head(name: str, path: str | Path) -> bool:
 def _timm_config(zoo: str, rest: str) -> dict[str, Any]:
     if zoo == "hf-hub":
         return hub_config(rest)[0]
-    import timm
-
-    # Whether there is such a net or tag, the zoo's own builder says best.
-    found = (
-        timm.models.get_pretrained_cfg(rest, allow_unregistered=True)
-        if timm.is_model(rest)
-        else None
-    )
+    timm = _zoo("timm", rest)
+    if not timm.is_model(rest):
+        create(f"timm:{rest}")  # which says what there is
+    try:
+        found = timm.models.get_pretrained_cfg(rest, allow_unregistered=True)
+    except RuntimeError as error:
+        net, tag = split_weights_name("timm", rest)
+        names = timm.list_pretrained(f"{net}.*")
+        raise ModelError(
+            f"timm {timm.__version__} has no weights {tag!r} of {net}. There are: "
+            f"{', '.join(f'timm:{n}' for n in names) or 'none'}."
+        ) from error
     if found is None:
-        with torch.device("meta"):
-            create(f"timm:{rest}")
         raise ModelError(f"timm says nothing of pretrained weights of {rest!r}.")
     return dict(vars(found))
+
+
+def _zoo(package: str, rest: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        what = f"The net '{package}:{rest}'"
+        raise MissingExtraError(error.name or package, "train", what) from error
 
 
 def _timm_state(
     zoo: str, rest: str, model: nn.Module, state: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """Return the pretrained weights in the names of timm's present net, with their own head."""
-    import timm
-
-    config = _timm_config(zoo, rest)
+    timm, config = _zoo("timm", rest), _timm_config(zoo, rest)
     kwargs: dict[str, Any] = {}
     source = f"hf-hub:{rest}" if zoo == "hf-hub" else rest
     if zoo == "hf-hub":
@@ -162,12 +171,10 @@ def _timm_place(config: Mapping[str, Any]) -> str:
 
 
 def _torchvision_weights(rest: str) -> Any:
-    import torchvision
-
+    torchvision = _zoo("torchvision", rest)
     net, tag = split_weights_name("torchvision", rest)
     if net not in torchvision.models.list_models():
-        with torch.device("meta"):
-            create(f"torchvision:{net}")  # which says so
+        create(f"torchvision:{net}")  # which says what there is
     every = torchvision.models.get_model_weights(net)
     found = every.__members__.get(tag or "DEFAULT")
     if found is None:
