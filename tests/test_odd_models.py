@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 from collections import namedtuple
 
 import pytest
@@ -585,3 +586,31 @@ def test_the_argument_is_never_changed(small):
     assert repr(gated) == form
     for before, after in ((state, model.state_dict()), (numbers, gated.state_dict())):
         assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+class Noisy(nn.Module):
+    """Adds noise in eval mode, too, as pooling of statistics does in nets of speech."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x):
+        return self.layers(x) + torch.rand_like(x) + random.random()
+
+
+def test_a_net_that_draws_random_numbers_in_eval_mode_is_compared_on_the_same_ones():
+    torch.manual_seed(0)
+    net, x = Noisy().double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    before = torch.get_rng_state(), random.getstate()
+    gated = randomise_gates(resconv.convert(net, x))
+    plan = resconv.Plan(("layers.1",))
+    compact = resconv.prune(gated, plan)
+    assert resconv.verify(gated, compact, x, plan=plan).max_rel_error < 1e-12
+    assert torch.equal(torch.get_rng_state(), before[0])  # the user's own draws go on
+    assert random.getstate() == before[1]
+    with torch.no_grad():
+        assert not torch.allclose(net(x), net(x))  # negative control: it does draw
+        compact.layers[0].weight.mul_(1.01)
+    with pytest.raises(resconv.errors.VerificationError):
+        resconv.verify(gated, compact, x, plan=plan)

@@ -385,7 +385,7 @@ def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
         gated, target=resconv.Budget(macs=0.5), total_steps=steps
     ).attach(optimizer)
     if not rest:
-        sparsifier._rest = lambda: None
+        sparsifier._skip = lambda: None
     ran = set()
     for name, module in gated.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -1,5 +1,6 @@
 """The user's model and example inputs, taken as they come: wrappers, arguments, devices, batch size."""
 
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,13 +90,24 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, without gradients, and restore each one's own mode after."""
+    """Put every module in eval mode, without gradients, and restore each one's own mode after.
+
+    A forward that draws random numbers in eval mode (noise on a variance, say) gets the same ones every
+    time, so that two nets can be compared; the generators are left as they were.
+    """
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    state = random.getstate()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(0)
+            for index in devices:
+                torch.cuda.default_generators[index].manual_seed(0)
+            random.seed(0)
             yield
     finally:
+        random.setstate(state)
         for module, mode in modes:
             module.training = mode
 
