@@ -7,8 +7,10 @@ The packages ship the net and its ImageNet weights (Apache-2.0):
     resconv predict runs/photos/model.onnx photos/val
     resconv evaluate runs/photos
 
-``photos`` has train/ and val/ with a folder for each class. With a net of timm it is one command, which knows how
-its images were prepared: ``resconv compress --model timm:NAME --pretrained --data folder:photos --macs 0.6 --out runs/photos``.
+``photos`` has train/ and val/ with a folder for each class. With a net of timm it is one command, which knows how its
+images were prepared:
+
+    resconv compress --model timm:NAME --pretrained --data folder:photos --macs 0.6 --out runs/photos
 """
 
 import sys

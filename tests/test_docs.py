@@ -99,7 +99,7 @@ def commands(page):
                 yield words[words.index("resconv") + 1 :]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md", "docs/pretrained.md"])
 def test_command_lines_are_understood(page):
     group = typer.main.get_command(app)
     lines = list(commands(page))

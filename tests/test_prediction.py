@@ -79,7 +79,12 @@ def test_metadata_say_what_preprocessing_says(order):
     assert (texts["image_size"], texts["resize_to"]) == ("16", "20")
     assert from_metadata(texts) == own(order)
     assert from_metadata({"producer": "others"}) is None
-    for wrong in ({"mean": "[1, 2, 3, 4]"}, {"std": "no"}, {"interpolation": "magic"}, {"image_size": "-1"}):
+    for wrong in (
+        {"mean": "[1, 2, 3, 4]"},
+        {"std": "no"},
+        {"interpolation": "magic"},
+        {"image_size": "-1"},
+    ):
         with pytest.raises(DataError):
             from_metadata({**texts, **wrong})
 
