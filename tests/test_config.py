@@ -178,7 +178,7 @@ def test_a_run_of_the_first_version_goes_on(tmp_path):
         ({"version": "x"}, "version: expected `int`"),
         ({"more": 1}, "unknown field `more`"),
         ({"data": {}}, "data: object missing required field `source`"),
-        ({"training": {"lr": True}}, r"training\.lr: expected `float`, got `bool`"),
+        ({"training": {"lr": True}}, r"training\.lr: expected `float \| null`, got `bool`"),
         ({"training": {"epoch": 3}}, "training: object contains unknown field `epoch`"),
         ({"training": {"precision": "fp8"}}, "precision='fp8': choose one of auto"),
         ({"training": [3]}, "training: expected `object`, got `array`"),
@@ -197,10 +197,10 @@ def test_a_file_that_holds_something_else_is_named(change, message, tmp_path):
     [
         (lambda: Config.of(**LEAST, epoch=3), "no setting 'epoch'"),
         (lambda: Config.of(model="resnet20"), "data: .* missing required field `source`"),
-        (lambda: Config.of(**LEAST, lr="0.1"), r"training\.lr: expected `float`, got `str`"),
+        (lambda: Config.of(**LEAST, lr="0.1"), r"training\.lr: expected `float \| null`, got `str`"),
         (
             lambda: Config(net=Net(model="x"), data=Data(source="y"), training=Training(lr="0.1")),
-            r"training\.lr: expected `float`, got `str`",
+            r"training\.lr: expected `float \| null`, got `str`",
         ),
         (
             lambda: Config(net=Net(model="x"), data=Data(source="y", holdout=float("nan"))),
