@@ -197,7 +197,10 @@ def test_a_file_that_holds_something_else_is_named(change, message, tmp_path):
     [
         (lambda: Config.of(**LEAST, epoch=3), "no setting 'epoch'"),
         (lambda: Config.of(model="resnet20"), "data: .* missing required field `source`"),
-        (lambda: Config.of(**LEAST, lr="0.1"), r"training\.lr: expected `float \| null`, got `str`"),
+        (
+            lambda: Config.of(**LEAST, lr="0.1"),
+            r"training\.lr: expected `float \| null`, got `str`",
+        ),
         (
             lambda: Config(net=Net(model="x"), data=Data(source="y"), training=Training(lr="0.1")),
             r"training\.lr: expected `float \| null`, got `str`",

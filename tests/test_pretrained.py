@@ -18,7 +18,7 @@ from resconv.run.config import Config
 from resconv.run.job import Run
 from resconv.run.start import load_start, settled
 from resconv.surgery.provenance import provenance_of
-from resconv.train import RECIPES, Recipe, fit
+from resconv.train import RECIPES, Recipe, evaluate, fit
 
 from .helpers import randomise
 
@@ -384,18 +384,16 @@ def lite(monkeypatch):
 
 def test_a_real_pretrained_net_learns_new_classes_in_a_few_steps(lite, tmp_path):
     """From random weights it would stay at chance; that is the control."""
-    given = {"limit": 160, "image_size": 64, "epochs": 4, "batch_size": 16, "progress": False}
+    given = {"limit": 96, "image_size": 64, "epochs": 3, "batch_size": 8, "progress": False}
     config = lite.config("digits", **given)
     job = run.begin(tmp_path / "x", config, say=lambda text: None, dense_only=True)
     run.run_stage(job, "dense")
     top1 = job.folder.metrics().top1_dense
     random = lite.efficientnet_lite0(10)
-    recipe = job.recipe(4, config.dense_rate())
+    recipe = job.recipe(3, config.dense_rate())
     fit(random, job.data, recipe, tmp_path / "r", progress=False, say=lambda text: None)
-    from resconv.train import evaluate
-
-    assert top1 > 60
-    assert evaluate(random, job.data) < top1 - 25
+    assert top1 > 25
+    assert evaluate(random, job.data) < top1 - 15
 
 
 def test_trust_is_asked_for_a_factory_of_ones_own(lite, tmp_path):
