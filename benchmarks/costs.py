@@ -1,6 +1,6 @@
 """What the method itself costs: a fused layer, a training step, the surgery.
 
-    python -m benchmarks.costs fused|by-hand|training-step|throughput|surgery-time
+    python -m benchmarks.costs fused|by-hand|training-step|throughput|surgery-time|reach
 
 Everything is timed in interleaved rounds; medians, as ratios to the plain net. Appends rows to ``results.jsonl``.
 """
@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import resconv
 from resconv import nets
 from resconv.latency.timing import onnx_runner, time_together, torch_runner, torch_threads
 from resconv.nets.resnet import ResidualBlock, ResNet
+from resconv.nn.gates import Segment, zeroed
+from resconv.planning.costs import cost_model
 from resconv.train import RecordedNet
 from tests.helpers import randomise, randomise_gates
 
@@ -218,16 +221,124 @@ def surgery_time() -> Iterator[Row]:
     }
 
 
+_REACH = (
+    ("torchvision:resnet18", 224),
+    ("torchvision:resnet50", 224),
+    ("torchvision:mobilenet_v2", 224),
+    ("torchvision:mobilenet_v3_small", 224),
+    ("timm:mobilenetv3_large_100", 224),
+    ("timm:efficientnet_lite0", 224),
+    ("timm:tf_efficientnetv2_b0", 192),
+    ("torchvision:efficientnet_b0", 224),
+    ("torchvision:regnet_y_400mf", 224),
+    ("torchvision:densenet121", 224),
+    ("torchvision:vgg16_bn", 224),
+    ("torchvision:squeezenet1_1", 224),
+    ("torchvision:googlenet", 224),
+    ("torchvision:shufflenet_v2_x1_0", 224),
+    ("timm:convnext_atto", 224),
+    ("benchmarks.costs:unet", 96),
+)
+
+
+class _DoubleConv(nn.Sequential):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+        )
+
+
+class _UNet(nn.Module):
+    """Four levels, concatenations, as in Ronneberger et al. 2015 with padded convs."""
+
+    def __init__(self, width: int = 32, levels: int = 4) -> None:
+        super().__init__()
+        widths = [width << i for i in range(levels)]
+        self.down = nn.ModuleList(
+            _DoubleConv(a, b) for a, b in zip([3, *widths], widths, strict=False)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
+        self.merge = nn.ModuleList(_DoubleConv(2 * w, w) for w in widths[:-1])
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for i, level in enumerate(self.down):
+            x = level(x if i == 0 else self.pool(x))
+            kept.append(x)
+        for level, up, merge in zip(
+            kept[-2::-1], reversed(self.up), reversed(self.merge), strict=True
+        ):
+            x = merge(torch.cat([level, up(x)], 1))
+        return self.head(x)
+
+
+def unet() -> nn.Module:
+    return _UNet()
+
+
+def reach(*only: str) -> Iterator[Row]:
+    """Count the units of each net and what is left with all of them gone: identities alone, and all kinds.
+
+    Each smallest net is made, and its outputs are compared with those of the gated net.
+    """
+    for name, side in _REACH:
+        if only and name.partition(":")[2] not in only:
+            continue
+        torch.manual_seed(0)
+        net = unet() if name.endswith(":unet") else nets.create(name)
+        x = torch.randn(2, 3, side, side)
+        net = randomise(net.eval(), 0, x)
+        row: Row = {"net": name.partition(":")[2], "side": side}
+        x = x[:1]
+        row["MACs (M)"] = round(resconv.profile(net, x).macs / 1e6)
+        for how, units in (("before", ("layers", "blocks")), ("after", "all")):
+            try:
+                gated = resconv.convert(net, x, units=units, start="identity")
+            except resconv.ResConvError:
+                row |= {f"units {how}": 0, f"left {how}": 1.0}
+                continue
+            costs = cost_model(gated, x)
+            going = costs.compatible(costs.names)
+            with torch.no_grad():
+                for gate in resconv.gates(gated).values():
+                    if gate.control is not None:
+                        gate.control.fill_(1.0)
+                    if isinstance(gate, Segment):  # a start at zero would prove nothing
+                        for layer in gate.left.modules():
+                            getattr(layer, "reset_parameters", lambda: None)()
+            compact = resconv.prune(gated, resconv.Plan(going))
+            with zeroed(gated, going):
+                error = resconv.verify(gated, compact, x).max_rel_error
+            macs = resconv.profile(compact, x).macs
+            row |= {
+                f"units {how}": len(costs.names),
+                f"left {how}": round(macs / costs.macs, 4),
+                f"error {how}": f"{error:.0e}",
+            }
+        kinds = Counter(kind.partition(":")[0] for kind in costs.kinds.values())
+        yield row | {"kinds after": dict(kinds)}
+
+
 QUESTIONS = {f.__name__.replace("_", "-"): f for f in (fused, by_hand, training_step, throughput)}
-QUESTIONS["surgery-time"] = surgery_time
+QUESTIONS |= {"surgery-time": surgery_time, "reach": reach}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.costs")
     parser.add_argument("question", choices=QUESTIONS)
-    question = parser.parse_args().question
-    for row in QUESTIONS[question]():
-        add_row({"experiment": question, "command": f"python -m benchmarks.costs {question}"} | row)
+    parser.add_argument("--nets", nargs="*", default=(), help="reach: only nets of these names")
+    asked = parser.parse_args()
+    question, calls = asked.question, QUESTIONS | {"reach": lambda: reach(*asked.nets)}
+    command = f"python -m benchmarks.costs {question}"
+    for row in calls[question]():
+        add_row({"experiment": question, "command": command} | row)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.coverage [others] [SECONDS] [onnx] [MODEL ...]
 
 One small variant of every family of timm and all of torchvision; with ``others``, the nets of
-benchmarks/zoo_others.py. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes
+benchmarks/zoo.yaml. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes
 on where it stopped (SECONDS bounds one call; named models or packages are done again), and writes
 docs/coverage.md from the logs. A first pass does all but the ONNX files, a second one (with ``onnx`` the only
 one) writes these, which takes ten times as long. benchmarks/coverage_steps.py says what is tried.
@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -25,22 +24,15 @@ from pathlib import Path
 from tests.helpers import VARIANCES
 
 from . import coverage_page
-from .coverage_steps import Build, Row, one
+from .coverage_steps import Row, one
 from .coverage_torch_pruning import torch_pruning
-from .zoo import build, timm_families, torchvision_sizes
-from .zoo_others import OTHERS, build_other
+from .run import commit
+from .zoo import OTHERS, timm_families, torchvision_sizes
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = {False: RESULTS / "coverage.jsonl", True: RESULTS / "coverage_others.jsonl"}
 FIRST_PASS = ("faults", "reached", "total_seconds")
 MEMORY_BYTES, SECONDS, TORCH_PRUNING_SECONDS = 10 * 2**30, 300, 60
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
 
 
 def zoo_jobs() -> list[tuple[str, list[str]]]:
@@ -59,12 +51,11 @@ def other_jobs() -> list[tuple[str, list[str]]]:
     return [(name, [name]) for _, name in sorted(found, key=lambda f: f[0])]
 
 
-def apart(name: str, build: Build, onnx: bool) -> Row:
+def apart(name: str, onnx: bool) -> Row:
     """Return the row of one net from a process of its own, what it had sent if that ends early."""
     receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(
-        target=_child, args=(send, name, build, onnx)
-    )
+    forked = multiprocessing.get_context("fork")
+    process = forked.Process(target=_child, args=(send, name, onnx))
     process.start()
     send.close()
     row: Row = {}
@@ -88,14 +79,14 @@ def apart(name: str, build: Build, onnx: bool) -> Row:
     return row
 
 
-def _child(pipe: Connection, name: str, build: Build, onnx: bool) -> None:
+def _child(pipe: Connection, name: str, onnx: bool) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    row = one(name, build, onnx, pipe.send)
+    row = one(name, onnx, pipe.send)
     if not onnx:
         pipe.send(row | {"step": "torch-pruning"})
         signal.setitimer(signal.ITIMER_VIRTUAL, TORCH_PRUNING_SECONDS)
-        row |= torch_pruning(name, build)
+        row |= torch_pruning(name)
     pipe.send(row | {"step": "ended"})
 
 
@@ -109,7 +100,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     wanted = set(sys.argv[1:])
     others = "others" in wanted
-    jobs, build_net = (other_jobs(), build_other) if others else (zoo_jobs(), build)
+    jobs = other_jobs() if others else zoo_jobs()
     limit = next((float(a) for a in wanted if a.replace(".", "").isdigit()), float("inf"))
     again = {a for a in wanted if ":" in a or a in OTHERS}
     log = LOGS[others]
@@ -127,7 +118,7 @@ def main() -> None:
             if time.monotonic() - begun > limit:
                 break
             for name in names[:4]:
-                found = apart(name, build_net, onnx)
+                found = apart(name, onnx)
                 found |= {"job": label, "commit": at, "variances": VARIANCES}
                 if not found.pop("nothing", False):
                     break
@@ -136,14 +127,8 @@ def main() -> None:
             last[label] = found
             with log.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            print(
-                found["outcome"],
-                found["model"],
-                found.get("reason", ""),
-                found["faults"],
-                found.get("tp", ""),
-                flush=True,
-            )
+            shown = (found.get(k, "") for k in ("outcome", "model", "reason", "faults", "tp"))
+            print(*shown, flush=True)
     write = coverage_page.write_others if others else coverage_page.write
     write(list(last.values()), [label for label, _ in jobs])
 

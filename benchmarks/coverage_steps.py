@@ -7,7 +7,7 @@ each norm's own input (tests/helpers.py says why):
     prune     a random half of the units, every scale and control random in [0.5, 1.5]; the compact
               net against the gated one with those scales at 0
     units     all of them in one plan, then one after the other (SINGLES at most, EACH_SECONDS long)
-    backward  one pass in training mode of the gated, the open and the compact net; every parameter
+    backward  one pass in training mode of the gated net, of the compact one and of its training form; every parameter
               that the dense net's pass reaches gets a finite gradient
     pickle    gated, open and compact net, where the dense one can: torch.save, torch.load in a new
               process, same outputs
@@ -35,10 +35,13 @@ from torch.utils._pytree import tree_map
 import resconv
 from resconv.analysis.inputs import as_call, tensors_in
 from resconv.nn.gates import zeroed
+from resconv.planning.costs import cost_model
 from resconv.surgery.verification import relative_error
 from tests.helpers import randomise, randomise_gates, settle, some_plan
 
-__all__ = ["Build", "Row", "copied", "one", "one_line", "outputs"]
+from .zoo import build
+
+__all__ = ["Row", "copied", "one", "one_line", "outputs"]
 
 TOLERANCE = 1e-4
 SINGLES, EACH_SECONDS = 64, 10
@@ -57,16 +60,15 @@ for path in sys.argv[2:]:
 """
 
 Row = dict[str, Any]
-Build = Callable[[str], tuple[nn.Module, Any]]
 
 
-def one(name: str, build: Build, onnx: bool, send: Callable[[Row], None]) -> Row:
+def one(name: str, onnx: bool, send: Callable[[Row], None]) -> Row:
     """Return the row of one net; ``send`` gets it after each step, in case the next one crashes."""
     start = time.perf_counter()
     row: Row = {"model": name, "faults": {}, "step": "build"}
     send(row)
     try:
-        for found in _steps(name, build, onnx, row["faults"]):
+        for found in _steps(name, onnx, row["faults"]):
             row |= found
             send(row)
     except resconv.errors.VerificationError as error:
@@ -89,7 +91,7 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())[:400]
 
 
-def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
+def _steps(name: str, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
     torch.manual_seed(0)
     model, example = build(name)
     model = randomise(model, 0, example)
@@ -128,8 +130,8 @@ def _steps(name: str, build: Build, onnx: bool, faults: dict[str, str]) -> Itera
     if "prune half" not in faults:
         yield {"step": "units"} | _each_unit(gated, example, faults)[0]
     nets = {"gated": gated, "compact": compact}
-    with _noting(faults, "prune open"):
-        nets["open"] = resconv.prune(gated, plan, fuse=False)
+    with _noting(faults, "prune training-form"):
+        nets["training-form"] = resconv.prune(gated, plan, fuse=False)
     yield {"step": "backward"}
     reached, trouble = _gradients(model, example)
     if trouble:  # neither does the dense net, then
@@ -222,7 +224,8 @@ def _each_unit(
     """
     names = list(resconv.gates(gated))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    _try_plan(gated, tuple(names), example, faults, "all")
+    together = cost_model(gated, copied(example)).compatible(names)
+    _try_plan(gated, together, example, faults, "all")
     end = time.process_time() + EACH_SECONDS
     went, tried = [], 0
     for i in order[:SINGLES]:

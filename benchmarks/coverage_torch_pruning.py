@@ -7,7 +7,8 @@ from torch import nn
 
 from tests.helpers import randomise
 
-from .coverage_steps import Build, Row, copied, one_line, outputs
+from .coverage_steps import Row, copied, one_line, outputs
+from .zoo import build
 
 try:
     import torch_pruning as tp
@@ -17,7 +18,7 @@ except ImportError:
 __all__ = ["torch_pruning"]
 
 
-def torch_pruning(name: str, build: Build) -> Row:
+def torch_pruning(name: str) -> Row:
     """Return what Torch-Pruning does with the same net: half of the channels, the outputs kept.
 
     Its documented way, by magnitude: the layer that ends the net keeps its channels.

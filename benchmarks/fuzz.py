@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from .mutants import CANARY, KINDS
-from .page import write_between
+from .page import table, write_between
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 GOAL = 24_000
 SECONDS, GIB = 2.0, 2**30
 _PATIENCE = 20.0  # seconds of the clock until a mutant counts as hanging
-_BAD = ("raw", "executed", "wrong", "slow", "large")
+COUNTED = ("mutants", "refused", "loaded", "raw", "executed", "wrong", "slow", "large")
 # What code hidden in a file would have to do, sooner or later; ctypes asks for a library at import.
 _EVENTS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.", "socket.connect")
 _seen: list[str] = []
@@ -135,36 +135,24 @@ def _run(name: str, first: int, count: int, until: float) -> list[dict[str, Any]
     return ends
 
 
-def fuzz(seconds: float, goal: int, only: str | None = None) -> dict[str, Any]:
-    """Go on where the last call stopped, for so long or until there are so many mutants."""
+def fuzz(seconds: float) -> dict[str, Any]:
+    """Go on where the last call stopped, for so long or until there are ``GOAL`` mutants."""
     state: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     until, shares = time.monotonic() + seconds, sum(k.share for k in KINDS.values())
-    names = [n for n in KINDS if only in (None, n)]
+    zeros = {**dict.fromkeys(COUNTED, 0), "most_seconds": 0.0, "most_mib": 0.0}
     while time.monotonic() < until:
-        left = {
-            n: goal * KINDS[n].share / shares - state.get(n, {}).get("mutants", 0) for n in names
-        }
-        name = max(names, key=lambda n: left[n] / KINDS[n].share)
+        have = {n: state.get(n, zeros)["mutants"] for n in KINDS}
+        left = {n: GOAL * k.share / shares - have[n] for n, k in KINDS.items()}
+        name = max(KINDS, key=lambda n: left[n] / KINDS[n].share)
         if left[name] <= 0:
             break
-        row = state.setdefault(
-            name,
-            {
-                **dict.fromkeys(("mutants", "refused", "loaded", *_BAD), 0),
-                "most_seconds": 0.0,
-                "most_mib": 0.0,
-                "faults": {},
-            },
-        )
+        row = state.setdefault(name, {**zeros, "faults": {}})
         for end in _run(name, row["mutants"], int(min(3000, left[name] + 1)), until):
-            number = row["mutants"]
-            row["mutants"] += 1
-            if end["end"] != "raw":
-                row[end["end"]] += 1
-            for bad in end["bad"]:
-                row[bad] += 1
+            for key in {"mutants", end["end"], *end["bad"]}:
+                row[key] += 1
             if end["bad"]:
-                row["faults"][str(number)] = f"{', '.join(end['bad'])}: {end.get('what', '')}"
+                what = f"{', '.join(end['bad'])}: {end.get('what', '')}"
+                row["faults"][str(row["mutants"] - 1)] = what
             if end["end"] == "refused":
                 row["most_seconds"] = max(row["most_seconds"], round(end["seconds"], 2))
                 row["most_mib"] = max(row["most_mib"], round(end["bytes"] / 2**20))
@@ -172,38 +160,25 @@ def fuzz(seconds: float, goal: int, only: str | None = None) -> dict[str, Any]:
     return state
 
 
-def table(state: dict[str, Any]) -> str:
-    """Return the counts as a table of Markdown."""
-    header = ("file", "mutants", "refused", "loaded", *_BAD, "most s", "most MiB")
-    lines = [f"| {' | '.join(header)} |", f"|---{'|---:' * (len(header) - 1)}|"]
-    for name, row in state.items():
-        cells = [f"{row[k]:,}" for k in ("mutants", "refused", "loaded", *_BAD)]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {row['most_seconds']:.2f} | {row['most_mib']:.0f} |"
-        )
-    sums = [
-        f"{sum(row[k] for row in state.values()):,}"
-        for k in ("mutants", "refused", "loaded", *_BAD)
-    ]
-    lines.append(f"| all | {' | '.join(sums)} | | |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0)
-    parser.add_argument("--mutants", type=int, default=GOAL, help="in all, over all kinds")
-    parser.add_argument("--only", choices=KINDS, help="one kind of file")
-    parser.add_argument("--fresh", action="store_true", help="count from 0")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
         work(given.work[0], int(given.work[1]), int(given.work[2]))
         return
-    if given.fresh:
-        RESULTS.unlink(missing_ok=True)
-    state = fuzz(given.seconds, given.mutants, given.only)
-    write_between("fuzz", table(state), "reliability.md")
+    state = fuzz(given.seconds)
+    lines = [
+        [
+            *(name, *(f"{row[k]:,}" for k in COUNTED)),
+            *(f"{row['most_seconds']:.2f}", f"{row['most_mib']:.0f}"),
+        ]
+        for name, row in state.items()
+    ]
+    sums = (f"{sum(row[k] for row in state.values()):,}" for k in COUNTED)
+    lines.append(["all", *sums, "", ""])
+    write_between("fuzz", table(["file", *COUNTED, "most s", "most MiB"], lines), "reliability.md")
     for name, row in state.items():
         for number, what in row["faults"].items():
             print(f"{name} {number}: {what}")

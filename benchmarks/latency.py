@@ -1,11 +1,11 @@
 """Latency, memory and file size of pruned nets, all timed in the same rounds: fewer layers against thinner ones.
 
-    python -m benchmarks.latency EXPERIMENT SHARE [--threads N] [--device cuda] [--compiled]
+    python -m benchmarks.latency EXPERIMENT SHARE [--threads N] [--device cuda]
 
 The nets of one experiment that were pruned towards SHARE of the MACs, rebuilt from the units that their rows name
-(weights do not matter for latency), beside Torch-Pruning, uniformly thinner nets, single weights at 0 and published
-layouts. Every net has its norms folded. Appends one row a net to ``results.jsonl``; ratios are to the dense net. On a
-GPU: bf16 and channels-last, launched layer by layer and recorded as one CUDA graph.
+(weights do not matter for latency), beside Torch-Pruning, uniformly thinner nets and published layouts. Every net has
+its norms folded. Appends one row a net to ``results.jsonl``; ratios are to the dense net. On a GPU: bf16 and
+channels-last, launched layer by layer and recorded as one CUDA graph.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from resconv.nets.resnet import ResNet
 from . import peers
 from .run import add_row, rows
 
-ROUNDS = {1: 200, 32: 40, 128: 100}
+Times = dict[str, dict[str, float]]  # of each net, by runtime and batch
+ROUNDS = {1: 200, 32: 40}
 
 
 def chosen(experiment: str, share: float) -> dict[str, dict[str, Any]]:
@@ -58,10 +59,7 @@ def arms(net: str, share: float, ours: dict[str, list[str]]) -> dict[str, nn.Mod
     ):
         if made is not None:  # rounded to 8 channels, not every share can be had
             found[f"Torch-Pruning{name}"] = made
-    found |= {
-        "uniform width": peers.uniform_width(net, share, example),
-        "single weights": peers.sparse_weights(dense, share),
-    }
+    found["uniform width"] = peers.uniform_width(net, share, example)
     if net == "resnet56":
         for name, kept in peers.LAYOUTS.items():
             remove = peers.blocks_beyond(net, kept)
@@ -88,14 +86,10 @@ def recorded(net: nn.Module, x: Tensor) -> Callable[[], Any]:
     return run
 
 
-def on_gpu(found: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
+def on_gpu(found: dict[str, nn.Module]) -> Times:
     layout = {"memory_format": torch.channels_last}
-    moved = {
-        n: copy.deepcopy(m).to("cuda", torch.bfloat16, **layout)
-        for n, m in found.items()
-        if n != "single weights"
-    }
-    ms: dict[str, dict[str, float]] = {n: {} for n in moved}
+    moved = {n: copy.deepcopy(m).to("cuda", torch.bfloat16, **layout) for n, m in found.items()}
+    ms: Times = {n: {} for n in moved}
     for batch in (1, 128):
         x = torch.randn(batch, 3, 32, 32, device="cuda", dtype=torch.bfloat16).to(**layout)
         for how, runner in (("eager", torch_runner), ("recorded", recorded)):
@@ -105,26 +99,17 @@ def on_gpu(found: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
     return ms
 
 
-def on_cpu(
-    found: dict[str, nn.Module], files: dict[str, Path], threads: int, compiled: bool
-) -> dict[str, dict[str, float]]:
-    ms: dict[str, dict[str, float]] = {n: {} for n in found}
+def on_cpu(found: dict[str, nn.Module], files: dict[str, Path], threads: int) -> Times:
+    ms: Times = {n: {} for n in found}
     for batch in (1, 32):
         x = torch.randn(batch, 3, 32, 32)
-        runners: dict[tuple[str, str], Callable[[], Any]] = {}
-        for name, net in found.items():
-            runners[name, "torch"] = torch_runner(net, x)
-            runners[name, "onnxruntime"] = onnx_runner(files[name], x, threads)
-            if compiled:
-                fast = torch.compile(copy.deepcopy(net))
-                runners[name, "torch.compile"] = torch_runner(fast, x)
-        keys = {f"{name}/{runtime}": (name, runtime) for name, runtime in runners}
-        timings = time_together(
-            {key: runners[pair] for key, pair in keys.items()}, repeats=ROUNDS[batch], warmup=5
-        )
-        for key, timing in timings.items():
-            name, runtime = keys[key]
-            ms[name][f"{runtime}, batch {batch}"] = timing.median_ms
+        for runtime, runner in (
+            ("torch", lambda n, x=x: torch_runner(found[n], x)),
+            ("onnxruntime", lambda n, x=x: onnx_runner(files[n], x, threads)),
+        ):
+            calls = {n: runner(n) for n in found}
+            for name, timing in time_together(calls, repeats=ROUNDS[batch], warmup=5).items():
+                ms[name][f"{runtime}, batch {batch}"] = timing.median_ms
     return ms
 
 
@@ -134,7 +119,6 @@ def main() -> None:
     parser.add_argument("share", type=float)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--compiled", action="store_true", help="time torch.compile, too")
     asked = parser.parse_args()
     ours = chosen(asked.experiment, asked.share)
     net = next(iter(ours.values()))["net"]
@@ -143,10 +127,7 @@ def main() -> None:
     with torch_threads(asked.threads), tempfile.TemporaryDirectory() as folder:
         files = {n: Path(folder) / f"{i}.onnx" for i, n in enumerate(found)}
         bytes_of = {n: resconv.export(m, files[n], example).num_bytes for n, m in found.items()}
-        if asked.device == "cuda":
-            ms = on_gpu(found)
-        else:
-            ms = on_cpu(found, files, asked.threads, asked.compiled)
+        ms = on_gpu(found) if asked.device == "cuda" else on_cpu(found, files, asked.threads)
     macs = {n: resconv.profile(found[n], example).macs for n in ms}
     peaks = {n: peak_memory(found[n], example) for n in ms}
     for name in ms:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune as weight_prune
 
 import resconv
 from resconv import nets
@@ -30,7 +29,6 @@ __all__ = [
     "blocks_kept",
     "lowest",
     "prune_channels",
-    "sparse_weights",
     "uniform_width",
     "without_units",
 ]
@@ -81,7 +79,7 @@ def blocks_kept(net: str, remove: list[str]) -> list[str]:
 
 def without_units(model: nn.Module, example: Tensor, remove: list[str]) -> nn.Module:
     """Return the architecture that is left without these units, with the weights of ``model``."""
-    gated = resconv.convert(model, example, units="all", filter=lambda name, module: name in remove)
+    gated = resconv.convert(model, example, filter=lambda name, module: name in remove)
     for gate in resconv.gates(gated).values():
         if gate.control is not None:
             nn.init.ones_(gate.control)  # a removed conv passes its input on as it is
@@ -145,18 +143,6 @@ def uniform_width(net: str, share: float, example: Tensor) -> nn.Module:
         if resconv.profile(thin, example).macs <= share * whole:
             return thin.eval()
     raise AssertionError(f"{net} has no width for {100 * share:g}%")
-
-
-def sparse_weights(model: nn.Module, share: float) -> nn.Module:
-    """Return a copy with the smallest weights of the convs at 0, the tensors as large as before."""
-    model = copy.deepcopy(model)
-    convs = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
-    weight_prune.global_unstructured(
-        convs, pruning_method=weight_prune.L1Unstructured, amount=1 - share
-    )
-    for module, name in convs:
-        weight_prune.remove(module, name)
-    return model
 
 
 def lowest(

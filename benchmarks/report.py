@@ -9,7 +9,8 @@ differences seed by seed, Student's t) is called that.
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from .page import table
 from .run import rows
 
 __all__ = ["PAGES", "fill"]
@@ -27,13 +29,9 @@ IMAGES = ROOT / "docs" / "images"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "tried.md")
 # Two-sided 90 % quantiles of Student's t, by degrees of freedom.
 T90 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02}
+OURS = "#c0392b"
 Rows = list[dict[str, Any]]
 COUNTS = {1: "one seed", 2: "two seeds"}
-
-
-def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    every = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in every)
 
 
 def mean(found: Rows, key: str = "top1") -> str:
@@ -67,14 +65,9 @@ def schedule(found: Rows) -> str:
     return " + ".join(map(str, found[0]["epochs"]))
 
 
-NAMES = {
-    "dense": "dense",
-    "torch-pruning": "Torch-Pruning (filters)",
-    "filters": "Torch-Pruning (filters)",
-    "scratch": "a shallow net from scratch",
-    "layout": "a published layout from scratch",
-    "train": "dense",
-}
+NAMES = {"dense": "dense", "train": "dense", "scratch": "a shallow net from scratch"}
+NAMES |= dict.fromkeys(("torch-pruning", "filters"), "Torch-Pruning (filters)")
+NAMES |= {"layout": "a published layout from scratch"}
 
 
 def words(found: Rows) -> str:
@@ -98,6 +91,10 @@ def by_arm(experiment: str, **wanted: Any) -> dict[str, Rows]:
     return found
 
 
+def sizes(found: Rows) -> list[str]:
+    return [share(found, "macs_share"), share(found, "params_share")]
+
+
 def accuracy_lines(experiment: str, starts: Rows) -> list[list[str]]:
     """Return a line an arm: what it is, its costs, its accuracy by both protocols."""
     arms = by_arm(experiment)
@@ -107,46 +104,30 @@ def accuracy_lines(experiment: str, starts: Rows) -> list[list[str]]:
         arms.items(), key=lambda a: (-a[1][0].get("target_macs", 2), len(a[1][0]["epochs"]))
     ):
         longer = [r for r in arms.get("dense", []) if sum(r["epochs"]) == sum(found[0]["epochs"])]
-        pruned = arm not in ("dense", "start")
-        lines.append(
-            [
-                words(found),
-                share(found, "macs_share"),
-                share(found, "params_share"),
-                schedule(found),
-                mean(found),
-                against(found, starts) if pruned and starts else "",
-                against(found, longer) if pruned and longer else "",
-            ]
-        )
+        judged = ["", ""]
+        if arm not in ("dense", "start"):
+            judged = [against(found, base) if base else "" for base in (starts, longer)]
+        lines.append([words(found), *sizes(found), schedule(found), mean(found), *judged])
     return lines
 
 
-ACCURACY = [
-    "net",
-    "MACs",
-    "parameters",
-    "epochs",
-    "top-1 (%)",
-    "to the dense net it started from",
-    "to a dense net of as many epochs",
-]
+ACCURACY = ["net", "MACs", "parameters", "epochs", "top-1 (%)"]
+ACCURACY += ["to the dense net it started from", "to a dense net of as many epochs"]
 
 
 def accuracy() -> str:
     """Compare nets trained to convergence, by both protocols."""
-    return table(
-        ACCURACY, accuracy_lines("resnet56-further", rows(experiment="resnet56-90", arm="dense"))
-    )
+    starts = rows(experiment="resnet56-90", arm="dense")
+    return table(ACCURACY, accuracy_lines("resnet56-further", starts))
 
 
 def c7() -> str:
-    starts = rows(experiment="resnet110-45", arm="dense")
+    """C7: the trainings of resnet110, each beside the dense net that it started from."""
     lines = accuracy_lines("resnet110-45", rows(experiment="resnet110-45", arm="start"))
+    starts = rows(experiment="resnet110-45", arm="dense")
     lines += accuracy_lines("resnet110-further", starts)
-    return table(
-        ACCURACY, lines + accuracy_lines("resnet110", rows(experiment="resnet110", arm="start"))
-    )
+    starts = rows(experiment="resnet110", arm="start")
+    return table(ACCURACY, lines + accuracy_lines("resnet110", starts))
 
 
 def schedules() -> str:
@@ -155,38 +136,18 @@ def schedules() -> str:
     for experiment in ("resnet56-12", "resnet56-24", "resnet56-90", "resnet56-onward", "held-out"):
         arms = by_arm(experiment)
         for arm, found in arms.items():
-            for epochs in dict.fromkeys(tuple(r["epochs"]) for r in found):
+            for epochs in dict.fromkeys(tuple(r["epochs"]) for r in found if arm != "start"):
                 some = [r for r in found if tuple(r["epochs"]) == epochs]
-                if arm == "start":
-                    continue
                 base = [r for r in arms.get("dense", []) if sum(r["epochs"]) == sum(epochs)]
                 judged = f", judged by {some[0]['judged_by']}" if "judged_by" in some[0] else ""
-                lines.append(
-                    [
-                        words(some) + judged,
-                        " + ".join(map(str, epochs)),
-                        share(some, "macs_share"),
-                        share(some, "params_share"),
-                        mean(some),
-                        against(some, base) if arm != "dense" else "",
-                    ]
-                )
+                cells = [words(some) + judged, schedule(some), *sizes(some), mean(some)]
+                lines.append([*cells, against(some, base) if arm != "dense" else ""])
     for row in rows(experiment="schedules"):
-        where = [words([row]), row["note"], f"`{row['commit']}`"]
-        lines.append(
-            [
-                ", ".join(where),
-                schedule([row]),
-                share([row], "macs_share"),
-                share([row], "params_share"),
-                mean([row]),
-                f"seed {row['seed']}",
-            ]
-        )
-    return table(
-        ["net", "epochs", "MACs", "parameters", "top-1 (%)", "to a dense net of as many epochs"],
-        lines,
-    )
+        where = f"{words([row])}, {row['note']}, `{row['commit']}`"
+        cells = [where, schedule([row]), *sizes([row]), mean([row])]
+        lines.append([*cells, f"seed {row['seed']}"])
+    header = ["net", "epochs", *ACCURACY[1:3], "top-1 (%)", "to a dense net of as many epochs"]
+    return table(header, lines)
 
 
 LATENCIES = ("onnxruntime, batch 1", "torch, batch 1", "onnxruntime, batch 32")
@@ -195,12 +156,8 @@ LATENCIES = ("onnxruntime, batch 1", "torch, batch 1", "onnxruntime, batch 32")
 def latency() -> str:
     """Compare costs at equal MACs: newest measurement of each net, share and arm, one thread."""
     lines = []
-    for net, target in (
-        ("resnet56", 0.5),
-        ("resnet56", 0.35),
-        ("resnet56", 0.25),
-        ("resnet110", 0.345),
-    ):
+    shares = ("resnet56", 0.5), ("resnet56", 0.35), ("resnet56", 0.25), ("resnet110", 0.345)
+    for net, target in shares:
         for row in rows(experiment="latency", net=net, target_macs=target, threads=1):
             if row["arm"] in ("dense", "single weights"):
                 continue
@@ -216,65 +173,42 @@ def with_resconv() -> str:
     for experiment in ("with-resconv", "with-resconv-3", "with-resconv-digits"):
         for net in dict.fromkeys(r["net"] for r in rows(experiment=experiment)):
             arms = by_arm(experiment, net=net)
-            plain, ours = arms["dense"], arms.get("resconv", [])
-            lines.append(
-                [
-                    net,
-                    plain[0]["data"],
-                    schedule(plain),
-                    str(len(plain)),
-                    mean(plain),
-                    mean(ours),
-                    against(ours, plain),
-                ]
-            )
-    return table(
-        ["net", "data", "epochs", "seeds", "plain (%)", "with ResConv (%)", "difference"], lines
-    )
+            base, ours = arms["dense"], arms.get("resconv", [])
+            cells = [net, base[0]["data"], schedule(base), str(len(base)), mean(base), mean(ours)]
+            lines.append([*cells, against(ours, base)])
+    header = ["net", "data", "epochs", "seeds", "plain (%)", "with ResConv (%)", "difference"]
+    return table(header, lines)
 
 
 def rankings() -> str:
-    lines = [
-        [
-            found[0]["ranking"],
-            mean([r | {"before": r.get("top1_after_removal", r["top1"])} for r in found], "before"),
-            mean(found),
-            "; ".join(" ".join(r["layout"]) for r in found),
-        ]
-        for found in by_arm("rankings").values()
-        if "ranking" in found[0]
-    ]
-    return table(
-        ["ranking", "top-1 right after the removal", "top-1 at the end", "blocks kept, by seed"],
-        lines,
-    )
+    """C4: accuracy after a removal by each ranking."""
+    lines = []
+    for found in by_arm("rankings").values():
+        if "ranking" in found[0]:
+            after = [r | {"after": r.get("top1_after_removal", r["top1"])} for r in found]
+            kept = "; ".join(" ".join(r["layout"]) for r in found)
+            lines.append([found[0]["ranking"], mean(after, "after"), mean(found), kept])
+    header = ["ranking", "top-1 right after the removal", "top-1 at the end"]
+    return table([*header, "blocks kept, by seed"], lines)
 
 
 def rates() -> str:
     """C6: accuracy right after the removal over the pruning rate, as a table and a plot."""
     arms = by_arm("rates")
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2))
     lines, points = [], []
     for arm, found in arms.items():
         if not arm.startswith("rate-"):
             continue
-        changes = [r["top1"] - r["top1_before_removal"] for r in found]
-        change = max(changes, key=abs)
-        lines.append(
-            [
-                arm.removeprefix("rate-") + " %",
-                share(found, "macs_share"),
-                mean(found),
-                f"{change:+.2f}",
-                against(found, arms["whole"]),
-            ]
-        )
+        change = max((r["top1"] - r["top1_before_removal"] for r in found), key=abs)
+        cells = [f"{arm.removeprefix('rate-')} %", share(found, "macs_share"), mean(found)]
+        lines.append([*cells, f"{change:+.2f}", against(found, arms["whole"])])
         gone = 100 * (1 - statistics.fmean(r["macs_share"] for r in found))
         points.append((gone, [r["top1"] for r in found]))
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.2))
     points.sort()
     for rate, values in points:
-        axes.plot([rate] * len(values), values, "o", color="#c0392b", markersize=4)
-    axes.plot([r for r, _ in points], [statistics.fmean(v) for _, v in points], color="#c0392b")
+        axes.plot([rate] * len(values), values, "o", color=OURS, markersize=4)
+    axes.plot([r for r, _ in points], [statistics.fmean(v) for _, v in points], color=OURS)
     whole = statistics.fmean(r["top1"] for r in arms["whole"])
     axes.axhline(whole, color="#7f8c8d", linestyle="--", linewidth=1)
     axes.text(1, whole, "dense, same epochs", va="bottom", color="#7f8c8d")
@@ -284,35 +218,38 @@ def rates() -> str:
     return table(header, lines) + "\n\n![Accuracy over the pruning rate](images/rates.svg)"
 
 
+# What an arm of resnet56-further is called where it was timed.
+TIMED = {
+    "dense": "dense",
+    "ours-macs-distilled-50": "resconv, distilled, MACs only",
+    "ours-distilled-50": "resconv, distilled",
+    "torch-pruning-distilled-50": "Torch-Pruning",
+    "ours-distilled-35": "resconv, distilled, MACs only",
+}
+
+
+def timed() -> dict[str, tuple[Rows, dict[str, Any]]]:
+    """Return the rows of each timed arm, and the last row of its costs."""
+    arms = by_arm("resnet56-further")
+    found = {}
+    for arm, label in TIMED.items():
+        target = arms[arm][0].get("target_macs", 0.5)
+        where = {"net": "resnet56", "arm": label, "target_macs": target, "threads": 1}
+        found[arm] = arms[arm], rows(experiment="latency", **where)[-1]
+    return found
+
+
 def tradeoff() -> str:
     """Plot accuracy against latency: ours beside filter pruning, both from the same dense net."""
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-    timed = {
-        "ours-macs-distilled-50": "resconv, distilled, MACs only",
-        "ours-distilled-50": "resconv, distilled",
-        "ours-distilled-35": "resconv, distilled, MACs only",
-        "torch-pruning-distilled-50": "Torch-Pruning",
-        "dense": "dense",
-    }
-    for arm, found in by_arm("resnet56-further").items():
-        target = found[0].get("target_macs", 0.5)
-        costs = rows(
-            experiment="latency", net="resnet56", target_macs=target, threads=1, arm=timed.get(arm)
-        )
-        if not costs:
-            continue
-        at = costs[-1]["latency"][LATENCIES[0]]
-        ours = found[0]["method"] in ("resconv", "compress")
-        color = "#c0392b" if ours else "#2c3e50"
+    for arm in by_arm("resnet56-further"):
+        found, cost = timed()[arm]
+        at = cost["latency"][LATENCIES[0]]
+        color = OURS if found[0]["method"] in ("resconv", "compress") else "#2c3e50"
         axes.plot([at] * len(found), [r["top1"] for r in found], "o", color=color, markersize=4)
-        axes.annotate(
-            words(found).replace(" of the MACs", ""),
-            (at, statistics.fmean(r["top1"] for r in found)),
-            xytext=(6, -3),
-            textcoords="offset points",
-            fontsize=7,
-            color=color,
-        )
+        label = words(found).replace(" of the MACs", "")
+        where = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 7, "color": color}
+        axes.annotate(label, (at, statistics.fmean(r["top1"] for r in found)), **where)
     axes.set(
         xlabel="latency, share of the dense net's (ONNX Runtime, batch 1, 1 thread)",
         ylabel="top-1 (%)",
@@ -354,58 +291,39 @@ def coverage() -> str:
     lines = []
     for name, where in (("coverage", "timm, torchvision"), ("coverage_others", "other packages")):
         log = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
-        if not log.is_file():
-            continue
-        last = {
-            r.get("job", r["model"]): r["outcome"]
-            for r in map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        }
-        counts: dict[str, int] = {}
-        for outcome in last.values():
-            counts[outcome] = counts.get(outcome, 0) + 1
-        counted = ", ".join(
-            f"{n} {outcome}" for outcome, n in sorted(counts.items(), key=lambda p: -p[1])
-        )
-        lines.append([where, str(len(last)), counted])
+        found = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        last = {r.get("job", r["model"]): r["outcome"] for r in found}
+        counts = Counter(last.values()).most_common()
+        lines.append([where, str(len(last)), ", ".join(f"{n} {outcome}" for outcome, n in counts)])
     return table(["nets of", "nets", "outcome"], lines)
 
 
 def headline() -> str:
     """Return the README's one table."""
     lines = []
-    arms = by_arm("resnet56-further")
-    timed = {
-        "dense": ("dense", 0.5),
-        "ours-macs-distilled-50": ("resconv, distilled, MACs only", 0.5),
-        "torch-pruning-distilled-50": ("Torch-Pruning", 0.5),
-        "ours-distilled-35": ("resconv, distilled, MACs only", 0.35),
-    }
-    for arm, (label, target) in timed.items():
-        found = arms[arm]
-        cost = rows(experiment="latency", net="resnet56", arm=label, target_macs=target, threads=1)[
-            -1
-        ]
-        lines.append(
-            [
-                words(found),
-                share(found, "macs_share"),
-                mean(found),
-                str(len(found)),
-                f"{cost['latency'][LATENCIES[0]]:.2f}x",
-                f"{cost['peak_memory']:.2f}x",
-            ]
-        )
+    for arm, (found, cost) in timed().items():
+        if arm != "ours-distilled-50":
+            cells = [words(found), share(found, "macs_share"), mean(found), str(len(found))]
+            ratios = cost["latency"][LATENCIES[0]], cost["peak_memory"]
+            lines.append([*cells, *(f"{r:.2f}x" for r in ratios)])
     return table(["ResNet-56", "MACs", "top-1 (%)", "seeds", "latency", "peak memory"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    f.__name__.replace("_", "-"): f
-    for f in (accuracy, c7, schedules, latency, with_resconv, rankings, rates, tradeoff, coverage)
-}
-TABLES["headline"] = headline
-for _name in ("fused", "by-hand", "training-step", "throughput", "surgery-time", "gpu-latency"):
-    TABLES[_name] = costs_of(_name)
-TABLES["whole-run"], TABLES["followed"] = costs_of("whole-run"), costs_of("followed")
+MADE = (
+    accuracy,
+    c7,
+    schedules,
+    latency,
+    with_resconv,
+    rankings,
+    rates,
+    tradeoff,
+    coverage,
+    headline,
+)
+TABLES: dict[str, Callable[[], str]] = {f.__name__.replace("_", "-"): f for f in MADE}
+COSTS = "fused by-hand training-step throughput surgery-time gpu-latency reach whole-run followed"
+TABLES |= {name: costs_of(name) for name in COSTS.split()}
 
 
 def fill(page: Path) -> None:

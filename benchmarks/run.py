@@ -16,7 +16,7 @@ Fields of an arm, besides the options of the command line (``macs``, ``params``,
         resconv-form     trained in the training form from random weights, nothing removed, then fused
         compress         ``resconv compress``: sparse training, removal, finetuning
         filters          Torch-Pruning (DepGraph), then finetuned
-        layout           the first ``blocks`` of each stage, or what ``like: ARM`` kept, from scratch
+        layout           the first ``blocks`` of each stage, from scratch
         ranked           branches by ``ranking`` (peers.RANKINGS), removed at once, then trained
 """
 
@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,14 @@ def rows(**wanted: Any) -> list[dict[str, Any]]:
     return [r for r in every if all(r.get(k) == v for k, v in wanted.items())]
 
 
+def commit() -> str:
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def add_row(row: dict[str, Any]) -> None:
     """Append a row, with when, where and by which commit it was measured."""
-    described = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
-    row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "commit": commit}
+    row |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "commit": commit()}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print({k: v for k, v in row.items() if k not in ("machine", "commit")}, flush=True)
@@ -133,13 +136,11 @@ def run(arm: Arm, arms: list[Arm]) -> None:
     by = arm.get("by", "train")
     data = datasets.load(DATA.get(arm.data, arm.data), holdout=arm.get("holdout", 0.0))
     example = torch.randn(2, data.channels, data.image_size, data.image_size)
-    model, more = MAKERS[by](arm, arms, data, example, weights)
+    model, more = MAKERS[by](arm, data, example, weights)
     size = resconv.profile(model, example)
     dense = resconv.profile(_created(arm, data), example)
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()},
-        arm.folder / "trained.safetensors",
-    )
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, arm.folder / "trained.safetensors")
     # For timing by benchmarks.latency, on this machine; never published.
     torch.save(model, arm.folder / "net.pt")
     row = {
@@ -156,7 +157,7 @@ def run(arm: Arm, arms: list[Arm]) -> None:
         "macs_share": round(size.macs / dense.macs, 4),
         "params_share": round(size.num_params / dense.num_params, 4),
     }
-    kept = (
+    kept = [
         "lr",
         "batch_size",
         "distill",
@@ -167,7 +168,7 @@ def run(arm: Arm, arms: list[Arm]) -> None:
         "units",
         "holdout",
         "note",
-    )
+    ]
     row |= {k: arm.options[k] for k in kept if arm.get(k) not in (None, False, 0.0)}
     row |= {f"target_{k}": arm.options[k] for k in ("macs", "params", "latency") if arm.get(k)}
     add_row(row | more)
@@ -187,67 +188,49 @@ def _started(arm: Arm, data: datasets.ImageData, weights: Path | None) -> nn.Mod
 
 def _fit(arm: Arm, model: nn.Module, data: datasets.ImageData, weights: Path | None) -> nn.Module:
     """Train in place as the arm says, taught by the net it starts from where it is to be."""
-    recipe = Recipe(
-        arm.get("epochs", 0),
-        lr=arm.get("lr", 0.1),
-        batch_size=arm.get("batch_size", 128),
-        seed=arm.seed,
-        distill=arm.get("distill_share", 0.5),
-    )
+    how = {"lr": arm.get("lr", 0.1), "batch_size": arm.get("batch_size", 128), "seed": arm.seed}
+    recipe = Recipe(arm.get("epochs", 0), distill=arm.get("distill_share", 0.5), **how)
     teacher = _started(arm, data, weights).eval() if arm.get("distill") else None
     graphs = torch.cuda.is_available()
-    place = arm.folder / "fit"
     if recipe.epochs:
-        fit(
-            model.train(),
-            data,
-            recipe,
-            place,
-            teacher=teacher,
-            cuda_graphs=graphs,
-            progress=False,
-        )
+        how = {"teacher": teacher, "cuda_graphs": graphs, "progress": False}
+        fit(model.train(), data, recipe, arm.folder / "fit", **how)
     return model.eval()
 
 
 Made = tuple[nn.Module, dict[str, Any]]
 
 
-def _train(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | None) -> Made:
+def _train(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
     return _fit(arm, _started(arm, data, weights), data, weights), {}
 
 
-def _resconv_form(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Any) -> Made:
+def _resconv_form(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
     model = resconv.convert(_created(arm, data), example, units="layers", start="identity")
     model = _fit(arm, model, data, weights)
     return resconv.fuse(model), {"top1_before_removal": round(evaluate(model, data), 2)}
 
 
-def _filters(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | None) -> Made:
+def _filters(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
     dense = _started(arm, data, weights).eval()
-    pruned = peers.prune_channels(
-        dense, example[:1], arm.get("macs"), **arm.get("torch_pruning", {})
-    )
+    pruned = peers.prune_channels(dense, example[:1], arm.get("macs"))
     if pruned is None:
         raise SystemExit(f"{arm.name}: Torch-Pruning has no net of {arm.get('macs'):.0%} here.")
     before = round(evaluate(pruned, data), 2)
     return _fit(arm, pruned, data, weights), {"top1_after_removal": before}
 
 
-def _layout(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Any) -> Made:
-    if like := arm.get("like"):
-        remove = replace(arm, name=like).done()[-1]["removed_units"]
-    else:
-        remove = peers.blocks_beyond(arm.net, arm.get("blocks"))
+def _layout(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
+    remove = peers.blocks_beyond(arm.net, arm.get("blocks"))
     model = peers.without_units(_created(arm, data), example, remove)
     return _fit(arm, model, data, weights), {"layout": peers.blocks_kept(arm.net, remove)}
 
 
-def _ranked(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | None) -> Made:
-    gated = resconv.convert(_started(arm, data, weights), example, units=arm.get("units", "all"))
-    chosen = peers.lowest(
-        gated.eval(), arm.get("ranking"), arm.get("macs"), example, data, arm.seed
-    )
+def _ranked(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
+    kinds = arm.get("units", "layers,blocks")
+    gated = resconv.convert(_started(arm, data, weights), example, units=kinds)
+    asked = arm.get("ranking"), arm.get("macs")
+    chosen = peers.lowest(gated.eval(), *asked, example, data, arm.seed)
     compact = resconv.prune(gated, resconv.Plan(tuple(chosen)))
     more = {
         "top1_after_removal": round(evaluate(compact, data), 2),
@@ -258,17 +241,16 @@ def _ranked(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | 
 
 
 # Settings of an arm that are no options of `resconv compress`.
-_OURS = {"by", "from", "epochs", "epochs_before", "note", "torch_pruning", "like", "blocks"}
+_OURS = {"by", "from", "epochs", "epochs_before", "note", "blocks"}
 
 
-def _compress(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path | None) -> Made:
+def _compress(arm: Arm, data: Any, example: Any, weights: Path | None) -> Made:
     """Run ``resconv compress`` itself, as a user would."""
     given = {k: v for k, v in arm.options.items() if k not in _OURS}
     given |= {"model": arm.net, "data": DATA.get(arm.data, arm.data), "seed": arm.seed}
     given |= {"weights": str(weights)} if weights else {}
     given["cuda_graphs"] = torch.cuda.is_available()  # faster there, and the same net
-    if "epochs" in arm.options:
-        given["epochs"] = arm.options["epochs"]
+    given |= {k: v for k, v in arm.options.items() if k == "epochs"}
     command = [sys.executable, "-m", "resconv", "compress", "--out", str(arm.folder / "run")]
     for key, value in given.items():
         flag = "--" + key.replace("_", "-")
@@ -291,14 +273,8 @@ def _compress(arm: Arm, arms: list[Arm], data: Any, example: Any, weights: Path 
     return resconv.load(folder.path).eval(), more
 
 
-MAKERS = {
-    "train": _train,
-    "resconv-form": _resconv_form,
-    "compress": _compress,
-    "filters": _filters,
-    "layout": _layout,
-    "ranked": _ranked,
-}
+MAKERS = {"train": _train, "resconv-form": _resconv_form, "compress": _compress}
+MAKERS |= {"filters": _filters, "layout": _layout, "ranked": _ranked}
 
 
 def missing(arms: list[Arm], names: list[str]) -> Iterator[Arm]:

@@ -1,7 +1,11 @@
-"""Kill runs, starve them and let two meet; then compare with the undisturbed run, byte by byte.
+"""Kill runs and starve them; then compare with the undisturbed run, byte by byte.
 
 ``python -m benchmarks.survival`` writes its figures into docs/reliability.md; with ``--quick`` (what the
 tests run) there are a handful of kills, and the figures go to standard output as JSON.
+
+A trial is a process forked from this one, which has imported everything but run nothing: it takes what the
+command takes, and no import. A hook that Python calls before every file operation counts those in the run
+folder, and kills the process in front of the one that was asked for. The product knows nothing of it.
 """
 
 import json
@@ -18,31 +22,119 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from .page import stamp, table, write_between
-from .trials import Trial, differences, try_command
+import resconv.run  # noqa: F401  (what the processes would import else, one by one)
+from resconv.cli.app import app, run_app
+from resconv.files import OURS
 
-__all__ = ["main"]
+from .page import stamp, table, write_between
 
 QUICK = "--quick" in sys.argv[1:]
-RUN = [
-    *(("train" if QUICK else "compress"), "--model", "benchmarks.noisy:net", "--data", "digits"),
-    *(
-        "--limit",
-        "64",
-        "--batch-size",
-        "16",
-        "--macs",
-        "0.6",
-        "--epochs",
-        "2",
-        "--sparse-epochs",
-        "5",
-    ),
-    *("--finetune-epochs", "2", "--out"),
-]
+RUN = f"{'train' if QUICK else 'compress'} --model tests.noisy:net --data digits --limit 64 "
+RUN += "--batch-size 16 --macs 0.6 --epochs 2 --sparse-epochs 5 --finetune-epochs 2 --out"
+_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+# What a run measures with a clock, or of the machine: no two runs agree in it.
+_TIMED = ("seconds", "latency", "measured", "machine", "date", "peak_memory_bytes")
+_UNEQUAL = {"resconv-run.json", "config.json", "report.html", "metrics.json", "checkpoints.json"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a process ended (a negative status: by that signal), where it was killed, what it said."""
+
+    status: int
+    place: str
+    output: str
+
+    @property
+    def is_killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the user saw an exception from inside."""
+        return "Traceback (most" in self.output or "Unexpected:" in self.output
+
+
+def try_run(
+    folder: Path,
+    *more: str,
+    at: int | str | None = None,
+    after: float = 300,
+    tmpdir: Path | None = None,
+    limits: dict[int, int] | None = None,
+) -> Trial:
+    """Run the command on a run folder, and kill it.
+
+    ``at`` is the number of the file operation in ``folder`` (or the end of the path of a move)
+    in front of which it is killed, ``after`` a time in seconds; ``limits`` are of its resources.
+    """
+    with tempfile.TemporaryDirectory() as beside:
+        said, place = Path(beside) / "said", Path(beside) / "place"
+        said.touch()
+        place.touch()
+        end = time.monotonic() + after
+        child = os.fork()
+        if child == 0:
+            try:
+                for handle in (1, 2):
+                    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), handle)
+                if tmpdir is not None:
+                    os.environ["TMPDIR"] = tempfile.tempdir = str(tmpdir)
+                if at is not None:
+                    _kill_at(at, str(folder.resolve()), os.open(place, os.O_WRONLY))
+                for kind, most in (limits or {}).items():
+                    resource.setrlimit(kind, (most, most))
+                sys.argv = ["resconv", *RUN.split(), str(folder), *more]
+                status = run_app(app)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            finally:
+                os._exit(99)
+        while not (found := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        code = os.waitstatus_to_exitcode(found[1])
+        return Trial(code, place.read_text(), said.read_text(errors="replace"))
+
+
+def _kill_at(at: int | str, root: str, place: int) -> None:
+    count = 0
+
+    def look(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event not in _CHANGES and not (event == "open" and args[2] & _WRITES):
+            return
+        path = args[1] if event == "os.rename" else args[0]
+        if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(root):
+            return
+        count += 1
+        moved = event == "os.rename" and os.fsdecode(path)
+        if count == at or (isinstance(at, str) and moved and moved.endswith(at)):
+            os.write(place, f"{event} {os.path.relpath(os.fsdecode(path), root)}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def differences(folder: Path, whole: Path) -> list[str]:
+    """Return in what a run differs from the undisturbed one, byte by byte, and what it left behind."""
+    names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in (folder, whole)]
+    found = [f"only in one: {n}" for n in names[0] ^ names[1] if "previous" not in n]
+    for name in names[0] & names[1]:
+        if Path(name).name in _UNEQUAL or name.endswith((".ckpt", ".onnx")):
+            continue
+        if (folder / name).read_bytes() != (whole / name).read_bytes():
+            found.append(name)
+    a, b = (json.loads((f / "metrics.json").read_text()) for f in (folder, whole))
+    found += [f"metrics: {k}" for k in {*a, *b} - {*_TIMED} if a.get(k) != b.get(k)]
+    return found + [str(p) for p in folder.rglob(f"{OURS}*")]
 
 
 @dataclass
@@ -52,20 +144,16 @@ class Tally:
     what: str
     kills: int = 0
     places: list[str] = field(default_factory=list)
-    runs: int = 0
     differing: list[str] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
 
-    def note(self, trial: Trial) -> None:
+    def note(self, trial: Trial) -> bool:
+        """Count the trial, and say whether it was killed."""
         self.kills += trial.is_killed
-        if trial.place:
-            self.places.append(trial.place)
+        self.places += [trial.place] if trial.place else []
         if trial.is_raw or (trial.status and not trial.is_killed):
             self.raw.append(trial.output[-400:])
-
-    def end(self, folder: Path, whole: Path) -> None:
-        self.runs += 1
-        self.differing += differences(folder, whole)
+        return trial.is_killed
 
 
 @dataclass
@@ -78,33 +166,28 @@ class Check:
     found: str = ""
 
 
-def chain(
-    what: str, work: Path, whole: Path, first: int, step: int, tmpdir: Path | None = None
-) -> Tally:
+def chain(what: str, work: Path, whole: Path, first: int, step: int, **how: Any) -> Tally:
     """Kill a run again and again, every process ``step`` file operations later than the one before it."""
     tally, at = Tally(what), first
     folder = work / f"chain-{what.replace(' ', '-')}-{first}-{step}"
-    while True:
-        trial = try_command([*RUN, str(folder)], folder, at=at, tmpdir=tmpdir)
-        tally.note(trial)
-        if not trial.is_killed:
-            tally.end(folder, whole)
-            return tally
+    while tally.note(try_run(folder, at=at, **how)):
         at += step
+    tally.differing = differences(folder, whole)
+    return tally
 
 
 def at_times(work: Path, whole: Path, count: int) -> Tally:
     """Kill a run at random times, among others inside what no hook sees: training, writing in C++."""
     tally, clock, folder = Tally("at random times"), random.Random(0), work / "times"
     for _ in range(count):
-        tally.note(try_command([*RUN, str(folder)], folder, after=clock.uniform(0.5, 6)))
-    tally.note(try_command([*RUN, str(folder)], folder))
-    tally.end(folder, whole)
+        tally.note(try_run(folder, after=clock.uniform(0.5, 6)))
+    tally.note(try_run(folder))
+    tally.differing = differences(folder, whole)
     return tally
 
 
 def _launch(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "resconv", *RUN, str(folder), "--devices", "2"]
+    command = [sys.executable, "-m", "resconv", *RUN.split(), str(folder), "--devices", "2"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -125,272 +208,108 @@ def in_two_processes(work: Path) -> tuple[Tally, list[Check]]:
         (process if victim == "launcher" else workers[-1]).send_signal(signal.SIGKILL)
         tally.kills += 1
         tally.places.append(f"{victim} in {stage}")
-        start = time.monotonic()
         output = process.communicate()[0]
         _, alive = psutil.wait_procs(workers, timeout=60)
-        passed = time.monotonic() - start
-        words = victim == "launcher" or (
-            "of the training ended" in output and process.returncode == 2
-        )
-        kept = not alive and words
-        checks.append(
-            Check(
-                f"a {victim} of two processes is killed, in the stage {stage}",
-                "the others end within a minute, with a word where one can speak",
-                kept,
-                f"{passed:.1f} s" if kept else output[-300:],
-            )
-        )
+        told = "of the training ended" in output and process.returncode == 2
+        kept = not alive and (victim == "launcher" or told)
+        what = f"a {victim} of two processes is killed, in the stage {stage}"
+        promised = "the others end within a minute, with a word where one can speak"
+        checks.append(Check(what, promised, kept, "" if kept else output[-300:]))
     output = _launch(folder).communicate()[0]
-    if "Traceback" in output or "Unexpected:" in output:
-        tally.raw.append(output[-400:])
-    tally.end(folder, whole)
+    tally.raw += [output[-400:]] if "Traceback" in output or "Unexpected:" in output else []
+    tally.differing = differences(folder, whole)
     return tally, checks
 
 
 @contextmanager
-def small_disk(place: Path, size: str) -> Iterator[bool]:
-    """Mount a file system of ``size`` where that is allowed."""
+def small_disk(place: Path) -> Iterator[Callable[[str], object] | None]:
+    """Mount a small file system where that is allowed, and return how its options are changed."""
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+
+    def mount(options: str, *what: str) -> bool:
+        command = ["mount", "-o", options, *what, str(place)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    mounted = mount("size=64m", "-t", "tmpfs", "tmpfs")
     try:
-        yield mounted
+        yield (lambda options: mount(f"remount,{options}")) if mounted else None
     finally:
         if mounted:
             subprocess.run(["umount", str(place)], check=True)
 
 
-def _refused_then(
-    what: str,
-    folder: Path,
-    whole: Path,
-    words: str,
-    ill: Callable[[], Trial],
-    mend: Callable[[], object],
-) -> Check:
+def starve(work: Path, whole: Path) -> Iterator[Check]:
     """Run under a fault, which is to be said in words; without it the same command finishes the run."""
-    trial = ill()
-    mend()
-    after = try_command([*RUN, str(folder)], folder)
-    wrong = differences(folder, whole) if after.status == 0 else [after.output[-300:]]
-    kept = trial.status == 2 and words in trial.output and not trial.is_raw and not wrong
-    found = "" if kept else f"status {trial.status}: {trial.output[-300:]} {wrong}"
-    return Check(
-        what, "said in words; the same command then gives the undisturbed run's files", kept, found
-    )
 
+    def check(what: str, folder: Path, words: str, trial: Trial) -> Check:
+        after = try_run(folder)
+        wrong = differences(folder, whole) if after.status == 0 else [after.output[-300:]]
+        kept = trial.status == 2 and words in trial.output and not trial.is_raw and not wrong
+        found = "" if kept else f"status {trial.status}: {trial.output[-300:]} {wrong}"
+        promised = "said in words; the same command then gives the undisturbed run's files"
+        return Check(what, promised, kept, found)
 
-def starve(work: Path, whole: Path) -> list[Check]:
-    """A full disk, one that cannot be written, a limit on files and on memory."""
-    checks = []
-    with small_disk(work / "disk", "400k") as mounted:
+    with small_disk(work / "disk") as remount:
         folder = work / "disk" / "run"
-        command = [*RUN, str(folder)]
-
-        def remount(options: str) -> None:
-            place = str(work / "disk")
-            subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
-
-        def unwritable() -> Trial:
+        for size in ("400k", "700k") if remount else ():
+            remount(f"size={size}")
+            trial = try_run(folder)
+            remount("size=64m")
+            yield check(f"a disk of {size} gets full", folder, "No space left", trial)
+            shutil.rmtree(folder)
+        if remount:
+            try_run(folder, at="logs/sparse/last.ckpt")
             remount("ro")
-            return try_command(command, folder)
-
-        if mounted:
-            for size in ("400k", "700k"):
-                full, more = (lambda: try_command(command, folder)), (lambda: remount("size=64m"))
-                what = f"a disk of {size} gets full"
-                remount(f"size={size}")
-                checks.append(_refused_then(what, folder, whole, "No space left", full, more))
-                shutil.rmtree(folder)
-            try_command(command, folder, at="logs/sparse/last.ckpt")
-            rw = lambda: remount("rw")  # noqa: E731
-            checks.append(
-                _refused_then(
-                    "a disk that cannot be written",
-                    folder,
-                    whole,
-                    "cannot be written",
-                    unwritable,
-                    rw,
-                )
-            )
-    folder = work / "limited"
-
-    def limited() -> Trial:
-        size = (whole / "gated.safetensors").stat().st_size
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-        return try_command([*RUN, str(folder)], folder, prepare=limit)
-
-    checks.append(
-        _refused_then("files may not grow", folder, whole, "File too large", limited, lambda: None)
-    )
-    folder = work / "memory"
-
-    def little() -> Trial:
-        most = psutil.Process().memory_info().vms + (24 << 20)
-        limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most))  # noqa: E731
-        return try_command([*RUN, str(folder)], folder, prepare=limit)
-
-    checks.append(
-        _refused_then("24 MiB of memory", folder, whole, "not enough memory", little, lambda: None)
-    )
-    return checks
-
-
-def meet(work: Path, whole: Path) -> list[Check]:
-    """The same command twice at once, and commands on folders and files that are not the run's."""
-    folder = work / "both"
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-m", "resconv", *RUN, str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [c.communicate()[0] for c in commands]
-    codes = sorted(c.returncode for c in commands)
-    wrong = differences(folder, whole)
-    kept = codes == [0, 2] and any("in use by process" in o for o in outputs) and not wrong
-    checks = [
-        Check(
-            "the same command twice at once",
-            "one runs, the other says who has the folder",
-            kept,
-            "" if kept else f"{codes} {wrong} {outputs}",
-        )
-    ]
-    foreign = work / "foreign"
-    foreign.mkdir()
-    before = {"config.json": '{"architectures": ["X"]}', "thesis.tex": "years of work"}
-    for name, text in before.items():
-        (foreign / name).write_text(text)
-    for fresh in ([], ["--fresh"]):
-        trial = try_command([*RUN, str(foreign), *fresh], foreign)
-        left = {p.name: p.read_text() for p in foreign.iterdir()}
-        checks.append(
-            Check(
-                f"a folder of someone else{' with --fresh' if fresh else ''}",
-                "refused, and not touched",
-                trial.status == 2 and left == before,
-                "" if left == before else str(sorted(left)),
-            )
-        )
-    return checks
-
-
-def damage(work: Path, whole: Path) -> list[Check]:
-    """Flip one byte of what a stopped run is to go on from."""
-    checks = []
-    start = work / "stopped"
-    try_command([*RUN, str(start)], start, at="plan.json")
-    half = work / "half"
-    try_command([*RUN, str(half)], half, at="finetune/checkpoints.json")
-    for name, origin, refused in (
-        ("logs/sparse/last.ckpt", work / "early", False),
-        ("dense.safetensors", start, True),
-        ("gated.safetensors", start, True),
-        ("plan.json", half, True),
-    ):
-        if not origin.is_dir():
-            for n in range(3):  # stopped after the third checkpoint of sparse training
-                try_command(
-                    [*RUN, str(origin)],
-                    origin,
-                    at="logs/sparse/previous.ckpt" if n else "logs/sparse/last.ckpt",
-                )
-        folder = work / f"damaged-{Path(name).name}"
-        shutil.copytree(origin, folder)
-        path = folder / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        trial = try_command([*RUN, str(folder)], folder)
-        kept = (
-            (trial.status == 2 and name in trial.output.replace("\n", ""))
-            if refused
-            else (
-                trial.status == 0
-                and "is not used" in trial.output
-                and not differences(folder, whole)
-            )
-        )
-        promised = "refused, named" if refused else "said; the one before it is used, same result"
-        checks.append(
-            Check(
-                f"one bit of {name} is flipped", promised, kept, "" if kept else trial.output[-500:]
-            )
-        )
-    return checks
+            trial = try_run(folder)
+            remount("rw")
+            yield check("a disk that cannot be written", folder, "cannot be written", trial)
+    size = (whole / "gated.safetensors").stat().st_size
+    trial = try_run(work / "limited", limits={resource.RLIMIT_FSIZE: size})
+    yield check("files may not grow", work / "limited", "File too large", trial)
+    most = psutil.Process().memory_info().vms + (24 << 20)
+    trial = try_run(work / "memory", limits={resource.RLIMIT_AS: most})
+    yield check("24 MiB of memory", work / "memory", "not enough memory", trial)
 
 
 def main() -> None:
     tallies: list[Tally] = []
     checks: list[Check] = []
-    with (
-        tempfile.TemporaryDirectory() as name,
-        tempfile.TemporaryDirectory(dir="/dev/shm") as other,
-    ):
+    places = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory(dir="/dev/shm")
+    with places[0] as name, places[1] as other:
         work = Path(name)
         whole, again = work / "whole", work / "again"
-        try_command([*RUN, str(whole)], whole)
-        try_command([*RUN, str(again), "--seed", "1"], again)
+        for trial in (try_run(whole), try_run(again, "--seed", "1")):
+            assert not trial.status, trial.output
         told = bool(differences(again, whole))
         checks.append(Check("control: another seed", "is told apart", told))
+        noisy = "dropout and stochastic depth"
         if QUICK:
-            tallies.append(chain("dropout and stochastic depth", work, whole, 20, 25))
+            tallies.append(chain(noisy, work, whole, 20, 25))
             print(json.dumps([[asdict(t) for t in tallies], [asdict(c) for c in checks]]))
             return
-        # The figures are written after every part: the whole takes a while.
-        for first, step in ((3, 5), (1, 7)):
-            tallies.append(chain("dropout and stochastic depth", work, whole, first, step))
-            _report(tallies, checks)
-        tallies.append(chain("TMPDIR on another file system", work, whole, 5, 8, Path(other)))
+        tallies += [chain(noisy, work, whole, first, step) for first, step in ((3, 5), (1, 7))]
+        beside = {"tmpdir": Path(other)}
+        tallies.append(chain("TMPDIR on another file system", work, whole, 5, 8, **beside))
         tallies.append(at_times(work, whole, 12))
-        _report(tallies, checks)
-        for part in (damage, meet, starve):
-            checks += part(work, whole)
-            _report(tallies, checks)
+        checks += starve(work, whole)
         tally, more = in_two_processes(work)
         tallies.append(tally)
         checks += more
-        _report(tallies, checks)
-    for wrong in [d for t in tallies for d in (*t.differing, *t.raw)]:
+    for wrong in [w for t in tallies for w in (*t.differing, *t.raw)]:
         print(wrong, file=sys.stderr)
     for check in checks:
-        if not check.kept:
-            print(f"{check.what}: {check.found}", file=sys.stderr)
-
-
-def _report(tallies: list[Tally], checks: list[Check]) -> None:
-    total = [t for t in tallies if t.runs]
-    rows = [
+        print("" if check.kept else f"{check.what}: {check.found}", file=sys.stderr)
+    header = ["series", "kills", "places", "ends with the undisturbed run's files"]
+    lines = [
         [
-            t.what,
-            str(t.kills),
-            str(len(set(t.places))) if t.places else "",
-            "yes" if t.runs and not t.differing else "**no**",
-            str(len(t.raw)),
+            *(t.what, str(t.kills), str(len(set(t.places)) or "")),
+            *("**no**" if t.differing else "yes", str(len(t.raw))),
         ]
         for t in tallies
     ]
-    same = sum(not t.differing for t in total)
-    all_raw = sum(len(t.raw) for t in tallies)
-    kills = sum(t.kills for t in tallies)
-    rows.append(["all", str(kills), "", f"{same} of {len(tallies)} series", str(all_raw)])
-    header = [
-        "series",
-        "kills",
-        "places",
-        "ends with the undisturbed run's files",
-        "raw exceptions",
-    ]
-    faults = [[c.what, c.promised, "yes" if c.kept else "**no**"] for c in checks]
-    first = table(header, rows)
-    second = table(["what was done", "promised", "kept"], faults)
-    write_between("survival", "\n\n".join([stamp(), first, second]), "reliability.md")
+    kept = [[c.what, c.promised, "yes" if c.kept else "**no**"] for c in checks]
+    parts = (table([*header, "raw exceptions"], lines), table(["done", "promised", "kept"], kept))
+    write_between("survival", "\n\n".join([stamp(), *parts]), "reliability.md")
 
 
 if __name__ == "__main__":

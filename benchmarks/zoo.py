@@ -1,53 +1,68 @@
-"""The models of the coverage sweep: names, the smallest input each takes, detectors without boxes."""
+"""The nets of the coverage sweep, with the smallest input each takes; zoo.yaml lists other packages'."""
 
+import builtins
+import importlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torchvision import models
 
 import resconv
 from resconv import nets
 
-__all__ = ["TORCH_PRUNING", "build", "timm_families", "torch_pruning_names", "torchvision_sizes"]
+__all__ = ["OTHERS", "TORCH_PRUNING", "build", "timm_families", "torchvision_sizes"]
 
 SIZES = Path("build/zoo_sizes.json")
-
-# The 85 models of benchmarks/prunability/readme.md in VainF/Torch-Pruning, which prunes the first 77.
-_PRUNED_THERE = """
-    alexnet vit_b_16 vit_b_32 vit_l_16 vit_l_32 vit_h_14 convnext_tiny convnext_small
-    convnext_base convnext_large densenet121 densenet169 densenet201 densenet161 efficientnet_b0
-    efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
-    efficientnet_b6 efficientnet_b7 efficientnet_v2_s efficientnet_v2_m efficientnet_v2_l
-    googlenet inception_v3 mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3 mobilenet_v2
-    mobilenet_v3_large mobilenet_v3_small regnet_y_400mf regnet_y_800mf regnet_y_1_6gf
-    regnet_y_3_2gf regnet_y_8gf regnet_y_16gf regnet_y_32gf regnet_y_128gf resnet18 resnet34
-    resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d wide_resnet50_2
-    wide_resnet101_2 fcn_resnet50 fcn_resnet101 deeplabv3_resnet50 deeplabv3_resnet101
-    deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large squeezenet1_0 squeezenet1_1 vgg11
-    vgg13 vgg16 vgg19 vgg11_bn vgg13_bn vgg16_bn vgg19_bn ssdlite320_mobilenet_v3_large
-    ssd300_vgg16 fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2
-    fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_mobilenet_v3_large_fpn fcos_resnet50_fpn
-    keypointrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn_v2
-"""
-_FAILING_THERE = """
-    raft_large swin_t swin_s swin_b shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5
-    shufflenet_v2_x2_0
-"""
-TORCH_PRUNING = {True: _PRUNED_THERE.split(), False: _FAILING_THERE.split()}
+_ZOO = yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text(encoding="utf-8"))
+# Whether Torch-Pruning prunes it, by its own page; then the models.
+TORCH_PRUNING = {key: names.split() for key, names in _ZOO["torch_pruning"].items()}
+# Package to net to the expressions that make the net and its inputs.
+OTHERS = {
+    package: {name: made for names, made in of.items() for name in names.split()}
+    for package, of in _ZOO["others"].items()
+}
 # First words that say how a net was trained or coded, not what it is.
 _PREFIXES = {"tf", "legacy", "nf", "dm"}
 
 
-def torch_pruning_names() -> list[str]:
-    return ["torchvision:" + n for n in (*TORCH_PRUNING[True], *TORCH_PRUNING[False])]
+class _Package:
+    """A package or module; its modules are imported when they are asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._module = importlib.import_module(name)
+
+    def __getattr__(self, name: str) -> Any:
+        inner = f"{self._module.__name__}.{name}"
+        found = getattr(self._module, name, None)
+        if found is None or type(found).__name__ in ("module", "LazyModule"):
+            return _Package(inner)
+        return found
+
+
+class _Names(Mapping[str, Any]):
+    """The names of an expression in zoo.yaml."""
+
+    def __init__(self, name: str) -> None:
+        own = {"x": lambda *shape: torch.rand(1, *shape), "torch": torch, "nn": nn, "name": name}
+        self._own = vars(builtins) | own
+
+    def __getitem__(self, key: str) -> Any:
+        return self._own[key] if key in self._own else _Package(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 def torchvision_sizes() -> dict[str, int]:
@@ -74,8 +89,7 @@ def timm_families() -> dict[str, tuple[int, list[str]]]:
                 continue  # timm's own unit tests
             word = "_".join(words[: 2 if words[0] in _PREFIXES else 1])
             word = re.sub(r"(?<!v)\d+(?=[a-z]{0,2}$)", "", word)
-            if words[-1] == "bn":
-                word += "_bn"
+            word += "_bn" if words[-1] == "bn" else ""
             families.setdefault(f"{module}/{word}", []).append(name)
     for members in families.values():
         members.sort(key=lambda n: (sizes[n][0], n))
@@ -89,39 +103,39 @@ def _sizes() -> dict[str, tuple[int, bool]]:
     if SIZES.is_file():
         return json.loads(SIZES.read_text())  # type: ignore[no-any-return]
     found: dict[str, tuple[int, bool]] = {}
-    for name in timm.list_models():
-        if name.startswith("test_"):
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except Exception:  # a constructor that computes with its weights
+    convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    warnings.simplefilter("ignore")
+    for name in timm.list_models(exclude_filters="test_*"):
+        try:
+            with torch.device("meta"):
                 model = timm.create_model(name)
-        found[name] = (sum(p.numel() for p in model.parameters()), _convolves(model))
+        except Exception:  # a constructor that computes with its weights
+            model = timm.create_model(name)
+        kernels = [m for m in model.modules() if isinstance(m, convs)]
+        overlap = any(max(m.kernel_size) > max(m.stride) for m in kernels)
+        found[name] = (sum(p.numel() for p in model.parameters()), overlap)
     SIZES.parent.mkdir(exist_ok=True)
     SIZES.write_text(json.dumps(found))
     return found
 
 
-def _convolves(model: nn.Module) -> bool:
-    convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return any(max(m.kernel_size) > max(m.stride) for m in model.modules() if isinstance(m, convs))
-
-
 def build(name: str) -> tuple[nn.Module, Any]:
-    """Return a model with random weights, and the smallest example that it runs on.
+    """Return a model with random weights in eval mode, and the smallest example that it runs on.
 
     Raises:
         ResConvError: it runs on none of the shapes tried.
     """
+    package, _, short = name.partition(":")
+    if package in OTHERS:
+        names = _Names(short)
+        net, example = (eval(expression, {}, names) for expression in OTHERS[package][short])
+        return net.eval(), example
     model = nets.create(name)
-    if name.partition(":")[2] in models.list_models(module=models.detection):
+    if short in models.list_models(module=models.detection):
         model = Detector(model)
     model.eval()
     last = ""
-    for example in _examples(name.partition(":")[2]):
+    for example in _examples(short):
         try:
             with torch.no_grad():
                 model(*example) if isinstance(example, tuple) else model(example)
@@ -133,7 +147,6 @@ def build(name: str) -> tuple[nn.Module, Any]:
 
 
 def _examples(name: str) -> Iterator[Any]:
-    square = (64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512)
     if name in models.list_models(module=models.video):
         for frames in (8, 16, 32):
             for size in (64, 112, 224):
@@ -141,7 +154,7 @@ def _examples(name: str) -> Iterator[Any]:
     elif name in models.list_models(module=models.optical_flow):
         yield torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128)
     else:
-        for size in square:
+        for size in (64, 96, 128, 160, 192, 224, 256, 299, 384, 448, 512):
             yield torch.randn(1, 3, size, size)
 
 

@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import resconv
+from resconv.analysis.candidates import compatible
 from resconv.analysis.inputs import as_call, evaluating
 from resconv.analysis.ops import NORMS
+from resconv.planning.costs import cost_model
 from resconv.surgery.edit_kinds import Edit
-from resconv.surgery.provenance import provenance_of
+from resconv.surgery.provenance import example_inputs_of, provenance_of
 
 __all__ = ["VARIANCES", "edits_read_again", "randomise", "randomise_gates", "settle", "some_plan"]
 
@@ -127,8 +129,9 @@ def randomise_gates(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def some_plan(model: nn.Module, seed: int = 0, share: float = 0.5) -> resconv.Plan:
-    """Return a plan with a random share of the units (at least one)."""
+    """Return a plan with a random share of the units (at least one) that can go together."""
     gen = torch.Generator().manual_seed(seed)
     names = list(resconv.gates(model))
     chosen = [n for n in names if float(torch.rand((), generator=gen)) < share]
-    return resconv.Plan(tuple(chosen or names[:1]))
+    excluded = cost_model(model, example_inputs_of(None, model)).excluded
+    return resconv.Plan(compatible(chosen or names[:1], excluded))

@@ -1,5 +1,7 @@
 """Training mode is run only where something may do something else there; what is alike, once."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 import resconv
 from resconv.analysis.recorder import record
+from resconv.surgery.edits import indexed_containers
 
 from .helpers import randomise, randomise_gates
 
@@ -161,3 +164,47 @@ def test_blocks_that_are_alike_and_blocks_that_are_not_are_told_apart(fuse):
         other = resconv.Plan(tuple(n for n in every if n not in names))
         with pytest.raises(resconv.errors.VerificationError):
             resconv.verify(gated, compact, IMAGES, plan=other)
+
+
+def test_who_indexes_a_sequential_is_seen_by_its_own_thread_and_the_class_is_put_back():
+    """Two recordings overlap in two threads; the one that began first ends first."""
+    before = nn.Sequential.__getitem__
+    first, second = (nn.Sequential(nn.ReLU(), nn.Tanh()) for _ in range(2))
+    begun, ended, found = threading.Event(), threading.Event(), []
+
+    def other():
+        with indexed_containers() as seen:
+            begun.set()
+            assert ended.wait(30)
+            found.append((second[0], second[-1:], set(seen)))
+
+    thread = threading.Thread(target=other)
+    with indexed_containers() as seen:
+        thread.start()
+        assert begun.wait(30)
+        assert isinstance(first[1], nn.Tanh)
+    assert seen == {id(first)}
+    ended.set()
+    thread.join()
+    ((module, part, theirs),) = found
+    assert module is second[0]
+    assert len(part) == 1
+    assert theirs == {id(second)}
+    assert nn.Sequential.__getitem__ is before
+
+
+def test_a_wrapper_that_someone_else_puts_on_meanwhile_stays(monkeypatch):
+    monkeypatch.setattr(nn.Sequential, "__getitem__", nn.Sequential.__getitem__)
+    with indexed_containers():
+        ours = nn.Sequential.__getitem__
+
+        def theirs(self, index):
+            return ours(self, index)
+
+        nn.Sequential.__getitem__ = theirs
+    assert nn.Sequential.__getitem__ is theirs
+    net = nn.Sequential(nn.ReLU())
+    with indexed_containers() as seen:
+        assert isinstance(net[0], nn.ReLU)
+    assert seen == {id(net)}
+    assert nn.Sequential.__getitem__ is theirs

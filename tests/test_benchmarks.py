@@ -71,3 +71,16 @@ def test_an_experiment_runs_and_is_not_run_twice(tmp_path, monkeypatch):
     assert found["ours"]["epochs"] == [1, 3]
     assert found["ours"]["removed_units"]
     assert list(run.missing(arms, [])) == []
+
+
+def test_the_nets_of_other_packages_are_expressions_of_that_package():
+    from benchmarks import zoo
+
+    for package, nets in zoo.OTHERS.items():
+        for name, (net, inputs) in nets.items():
+            assert package in compile(net, name, "eval").co_names, name
+            assert "x" in compile(inputs, name, "eval").co_names, name
+    pytest.importorskip("transformers")
+    net, x = zoo.build("transformers:ResNet")
+    assert not net.training
+    assert net(x).logits.shape == (1, 2)

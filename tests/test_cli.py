@@ -148,7 +148,10 @@ def copied(finished, tmp_path):
         ({"finetune_lr": "inf"}, "--finetune-lr inf: it must be above 0"),
         ({"holdout": 1.0}, "--holdout 1.0: a share"),
         ({"channels": 4}, "--channels 4: images are grey"),
-        ({"units": "layer"}, "--units layer: choose one of layers, blocks, all"),
+        (
+            {"units": "layer"},
+            "--units layer: choose among layers, blocks, summands, segments, gates",
+        ),
         ({"precision": "fp8"}, "--precision fp8: choose one of auto, 32-true"),
         ({"devices": 0}, "--devices 0: at least 1 and at most"),
         ({"devices": 4096}, "--devices 4096: at least 1 and at most"),
@@ -426,7 +429,7 @@ def test_fit_warns_of_a_missed_target_and_of_nothing_else(tmp_path, monkeypatch,
         torch.manual_seed(0)
         config = run.Config.of(model=NAME, data="digits", limit=64, batch_size=8, macs=0.5)
         current = Run(run.RunFolder(tmp_path), lambda text: None, config=config, trust_source=True)
-        model = resconv.convert(current.create().eval(), current.example(2), units="all").train()
+        model = resconv.convert(current.create().eval(), current.example(2)).train()
         recipe = current.recipe(4, 0.05)
         fit(model, current.data, recipe, tmp_path / name, target=config.budget(), progress=False)
         return [w for w in recwarn.list if issubclass(w.category, ResConvWarning)]

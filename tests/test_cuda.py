@@ -19,7 +19,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 def converted(dtype=torch.float32, skipped=()):
     torch.manual_seed(0)
     example = torch.randn(2, 3, 16, 16, dtype=dtype)
-    model = resconv.convert(nets.create("resnet20").to(dtype), example, units="all")
+    model = resconv.convert(nets.create("resnet20").to(dtype), example)
     randomise(model)
     for name, gate in resconv.gates(model).items():
         with torch.no_grad():
@@ -175,7 +175,7 @@ def test_surgery_keeps_the_function_on_the_gpu():
     example = torch.randn(4, 3, 16, 16, dtype=torch.float64, device="cuda")
     torch.manual_seed(0)
     model = randomise(nets.create("resnet20").double()).cuda()
-    gated = resconv.convert(model, example, units="all").eval()
+    gated = resconv.convert(model, example).eval()
     randomise_gates(gated)
     names = list(resconv.gates(gated))[3:9]
     with torch.no_grad():

@@ -57,7 +57,7 @@ CONFIG = {
 def gated_net(depth=2):
     torch.manual_seed(0)
     images, _ = example.digits()[0].tensors
-    return resconv.convert(example.Net(8, depth), images[:2], units="all").train()
+    return resconv.convert(example.Net(8, depth), images[:2]).train()
 
 
 def train(model, *, rank=0, world=1, steps=STEPS, accumulate=1, call=None, scores=None, **options):
@@ -160,7 +160,7 @@ def train_with_transformers(folder):
     torch.manual_seed(0)
     train_set = example.digits()[0]
     inputs = {"pixel_values": train_set.tensors[0][:2]}
-    gated = resconv.convert(hf.build(), inputs, units="all")
+    gated = resconv.convert(hf.build(), inputs)
     callback = hf.SparsityCallback(resconv.Budget(macs=0.7))
     hf.fit(gated, hf.Images(train_set), folder, 2, 0.005, [callback], ddp_backend="gloo")
     assert callback.sparsifier.shared
@@ -289,7 +289,7 @@ def test_devices_and_going_on_after_a_crash(two, tmp_path):
     )
     stopped = run.begin(out, config, say=lambda text: None)
     run.run_stage(stopped, "dense")
-    gated = resconv.convert(stopped.dense(), stopped.example(2), units="all").train()
+    gated = resconv.convert(stopped.dense(), stopped.example(2)).train()
     with pytest.raises(resconv.ResConvError, match="Process 1 of the training ended"):
         fit(
             gated,

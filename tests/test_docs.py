@@ -58,7 +58,8 @@ def test_an_example_that_says_something_else_fails(known):
 
 
 def blocks(page, language):
-    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    found = [code for kind, code in every if kind == language]
     assert found, page
     return found
 
@@ -90,16 +91,30 @@ def test_the_page_on_several_processes_runs_word_for_word(known, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_the_first_steps_print_what_they_say(capsys, known):
+    """On a net as ``resconv compress`` leaves it there."""
+    x = torch.randn(1, 1, 8, 8)
+    net = resconv.nets.create("resnet20", in_channels=1).eval()
+    model = resconv.convert(net, x, start="identity")
+    resconv.save(resconv.prune(model, resconv.Plan(("layer1.0",))), "runs/demo")
+    (code,) = blocks("docs/first-steps.md", "python")
+    exec(compile(code, "docs/first-steps.md", "exec"), {})
+    assert capsys.readouterr().out in blocks("docs/first-steps.md", "text")
+
+
 def commands(page):
     """Return every line of the page's shell blocks that calls the command line."""
     for block in blocks(page, ""):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if "resconv" in words and "pip" not in words:
+            if re.match(r"(.* -m )?resconv ", line):
+                words = shlex.split(line, comments=True)
                 yield words[words.index("resconv") + 1 :]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md", "docs/pretrained.md"])
+PAGES = ("README.md", "docs/first-steps.md", "docs/distributed.md", "docs/pretrained.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_command_lines_are_understood(page):
     group = typer.main.get_command(app)
     lines = list(commands(page))

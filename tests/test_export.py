@@ -25,7 +25,7 @@ from .helpers import randomise, randomise_gates, some_plan
 FORMATS = [".onnx", ".pt2", ".xml"]
 
 
-def compact_net(name="resnet20", units="all", seed=1, size=32):
+def compact_net(name="resnet20", units=("layers", "blocks"), seed=1, size=32):
     x = torch.randn(2, 3, size, size)
     gated = randomise_gates(resconv.convert(randomise(nets.create(name)), x, units=units), seed)
     plan = some_plan(gated, seed)

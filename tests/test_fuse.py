@@ -178,8 +178,8 @@ def test_a_shape_changing_layer_stays_and_says_why(images):
     from resconv import nets
 
     model = randomise(nets.create("resnet20").double())
-    gated = randomise_gates(resconv.convert(model, images, units="all", shortcut="always"))
-    plain = resconv.convert(model, images, units="all")
+    gated = randomise_gates(resconv.convert(model, images, shortcut="always"))
+    plain = resconv.convert(model, images)
     assert set(resconv.gates(gated)) == set(resconv.gates(plain))
     found = {u.name: u for u in resconv.units(gated, images)}
     assert found["layer2.0.conv1"].reason == "stride 2 changes the size"

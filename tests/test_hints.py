@@ -27,7 +27,7 @@ def test_layers_between_units_read_the_same_whatever_goes(name):
         pytest.importorskip(name.partition(":")[0])
     model, x = made(name)
     names = resconv.recovery.hint_layers(model, x)
-    gated = resconv.convert(model, x, units="all").eval()
+    gated = resconv.convert(model, x).eval()
     assert resconv.recovery.hint_layers(gated, x) == names
     output, inputs = resconv.recovery.FeatureTap(model, names)(x)
     torch.testing.assert_close(output, model(x), rtol=0, atol=0)
@@ -50,7 +50,7 @@ def test_the_stages_of_a_resnet():
         "pool",
         "fc",
     )
-    with_shortcuts = resconv.convert(model, x, units="all", shortcut="always")
+    with_shortcuts = resconv.convert(model, x, shortcut="always")
     assert resconv.recovery.hint_layers(with_shortcuts, x) == resconv.recovery.hint_layers(model, x)
 
 

@@ -58,7 +58,7 @@ def small():
     digits = example("digits")
     torch.manual_seed(0)
     images, labels = digits.digits()[0][:64]
-    gated = resconv.convert(digits.Net(8, 3), images[:2], units="all").train()
+    gated = resconv.convert(digits.Net(8, 3), images[:2]).train()
     return gated, TensorDataset(images, labels)
 
 
@@ -149,7 +149,7 @@ def test_lightning_refusals(tmp_path):
     with pytest.raises(resconv.ResConvError, match="at least 20"):
         fit(module.Classifier(gated, 0.01))
     double = module.Classifier(gated, 0.01)
-    double.ema = resconv.convert(example("digits").Net(8, 1), data.tensors[0][:2], units="all")
+    double.ema = resconv.convert(example("digits").Net(8, 1), data.tensors[0][:2])
     with pytest.raises(resconv.ResConvError, match=r"2 converted nets \(net, ema\)"):
         fit(double)
 
@@ -171,7 +171,7 @@ def train_huggingface(folder, *, resume=None, callback=True, **options):
     module = example("huggingface")
     torch.manual_seed(0)
     images, labels = example("digits").digits()[0][:64]
-    gated = resconv.convert(module.build(), {"pixel_values": images[:2]}, units="all").train()
+    gated = resconv.convert(module.build(), {"pixel_values": images[:2]}).train()
     sparsity = SparsityCallback(resconv.Budget(macs=0.6))
     arguments = TrainingArguments(
         str(folder),

@@ -136,7 +136,7 @@ def test_a_model_that_promises_too_much_is_corrected(table, gated, example, monk
 
     def by_macs(nets, *_, **__):
         times = [1e-6 * resconv.profile(n, example).macs for n in nets]
-        return [Timing(ms, ms, ms, ms, 1) for ms in times]
+        return [Timing(ms, ms, ms, 1) for ms in times]
 
     monkeypatch.setattr(latency_module, "time_nets", by_macs)
     costs = cost_model(gated, example)

@@ -33,7 +33,7 @@ def pruned(name, size, seed, share):
     """A net pruned by a random plan, the dense one, and how many convs the plan takes out."""
     model = randomise(nets.create(name))
     x = torch.randn(1, 3, size, size)
-    gated = randomise_gates(resconv.convert(model, x, units="all"), seed)
+    gated = randomise_gates(resconv.convert(model, x), seed)
     plan = some_plan(gated, seed, share)
     compact = resconv.prune(gated, plan)
     assert resconv.leftovers(compact) == {}
@@ -145,7 +145,8 @@ class TwoLayers(nn.Module):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_a_sum_of_one_value_is_that_value_scaled(swap, inplace, with_block, fuse, images):
     model = randomise(TwoLayers(swap, inplace)).double()
-    gated = resconv.convert(model, images, units="all" if with_block else "layers")
+    units = ("layers", "blocks") if with_block else "layers"
+    gated = resconv.convert(model, images, units=units)
     gated = randomise_gates(gated, 2)
     plan = resconv.Plan(["conv1", "conv2"])
     compact = resconv.prune(gated, plan, fuse=fuse)
@@ -243,7 +244,7 @@ class BothPinned(nn.Module):
 
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 def test_a_branch_scale_of_one_does_not_lose_the_factor_inside(scale, images):
-    gated = resconv.convert(randomise(BothPinned()).double(), images, units="all")
+    gated = resconv.convert(randomise(BothPinned()).double(), images)
     found = resconv.gates(gated)
     block = next(n for n, g in found.items() if g.control is None)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from .helpers import randomise, randomise_gates
 @pytest.fixture
 def gated(images):
     model = randomise(nets.create("resnet20").double())
-    return randomise_gates(resconv.convert(model, images, units="all"))
+    return randomise_gates(resconv.convert(model, images))
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])

@@ -11,7 +11,7 @@ from resconv.surgery.pruning import leftovers
 from .helpers import randomise, randomise_gates, some_plan
 
 
-def gated_net(name, images, units="all", start="keep", seed=0):
+def gated_net(name, images, units=("layers", "blocks"), start="keep", seed=0):
     model = randomise(nets.create(name).double(), seed)
     return randomise_gates(resconv.convert(model, images, units=units, start=start), seed)
 
@@ -149,7 +149,7 @@ def test_prune_for_finetuning_then_fuse(units, images):
 def test_compact_can_be_converted_and_pruned_again(images):
     gated = gated_net("resnet20", images)
     compact = resconv.prune(gated, some_plan(gated, 1))
-    again = randomise_gates(resconv.convert(compact, images, units="all"), 5)
+    again = randomise_gates(resconv.convert(compact, images), 5)
     plan = some_plan(again, 5)
     smaller = resconv.prune(again, plan)
     resconv.verify(again, smaller, images, plan=plan)

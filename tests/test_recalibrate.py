@@ -30,7 +30,7 @@ def test_statistics_are_the_average_over_the_batches(data):
     "form", [lambda x: x, lambda x: (x, torch.zeros(8)), lambda x: {"input": x}]
 )
 def test_only_statistics_change(form, data):
-    model = resconv.convert(randomise(nets.create("resnet20").double()), data[0], units="all")
+    model = resconv.convert(randomise(nets.create("resnet20").double()), data[0])
     model.train()
     model.layer1.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}

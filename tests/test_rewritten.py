@@ -9,12 +9,15 @@ import random
 
 import pytest
 import torch
+from msgspec import ValidationError, convert
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resconv
 from resconv.errors import ConversionError, PruneError, VerificationError
 from resconv.surgery import conversion
+from resconv.surgery.edit_kinds import Edit
 from resconv.surgery.edits import apply_edits
 from resconv.surgery.rewritten import PassThrough
 
@@ -337,26 +340,28 @@ def test_a_saved_net_loads_with_both_modes(case, tmp_path):
     "training",
     [
         {"nodes": [], "code": 3},
-        {"nodes": [["a", -1]], "code": ""},
+        {"nodes": [{"name": "a", "argument": -1}], "code": ""},
         {"nodes": [], "code": "", "branches": ["x"]},
         {"nodes": []},
         [],
     ],
 )
 def test_a_damaged_training_path_is_found_in_the_file(training):
-    from resconv.storage.schema import _check_edit
-
     edit = {"op": "bypass", "path": "", "constants": {}, "nodes": [], "code": "", "removed": []}
-    assert _check_edit(edit) is None
-    assert _check_edit(edit | {"training": {"nodes": [["a", 0]], "code": "ff"}}) is None
-    assert _check_edit(edit | {"training": training}) == "'training'"
-    assert _check_edit(edit | {"removed": [1]}) == "'removed'"
+    assert convert(edit, Edit).training is None
+    sound = {"nodes": [{"name": "a", "argument": 0}], "code": "ff"}
+    assert convert(edit | {"training": sound}, Edit).training.code == "ff"
+    with pytest.raises(ValidationError, match=r"\.training"):
+        convert(edit | {"training": training}, Edit)
+    with pytest.raises(ValidationError, match=r"\.removed"):
+        convert(edit | {"removed": [1]}, Edit)
 
 
 def test_an_edit_of_an_earlier_version_is_replayed():
     # As it was written when a rewritten module became a GraphModule of its forward in eval mode.
-    edit = {"op": "bypass", "path": "block", "constants": {}, "nodes": [["add_1", 0]]}
-    edit["code"] = "5e402d095a91dd78"
+    edit = {"op": "bypass", "path": "block", "constants": {}}
+    passed = {"nodes": [{"name": "add_1", "argument": 0}], "code": "5e402d095a91dd78"}
+    edit = convert(edit | passed, Edit)
     net = Net(Two()).double().eval()
     old = apply_edits(copy.deepcopy(net), [edit])
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -365,7 +370,7 @@ def test_an_edit_of_an_earlier_version_is_replayed():
     assert torch.equal(old(x), y)
     assert not [n for n, _ in old.block.named_parameters() if n.startswith("b")]
     with pytest.raises(PruneError, match="differs from the one that was pruned"):
-        apply_edits(copy.deepcopy(net), [edit | {"code": "0"}])
+        apply_edits(copy.deepcopy(net), [replace(edit, code="0")])
 
 
 def test_a_rewritten_forward_names_the_argument_that_it_was_not_made_for():

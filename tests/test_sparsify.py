@@ -15,7 +15,7 @@ from resconv.selection.schedule import Schedule
 def small(seed=0):
     torch.manual_seed(seed)
     x = torch.randn(16, 3, 8, 8)
-    gated = resconv.convert(nets.create("resnet20").eval(), x, units="all").train()
+    gated = resconv.convert(nets.create("resnet20").eval(), x).train()
     return gated, x, torch.arange(16) % 10
 
 
@@ -24,14 +24,14 @@ def train(steps=60, seed=0, resume_at=None, **kwargs):
     model = nets.create("resnet20").eval()
     x = torch.randn(16, 3, 8, 8)
     y = torch.arange(16) % 10
-    gated = resconv.convert(model, x, units="all").train()
+    gated = resconv.convert(model, x).train()
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
     sparsifier = resconv.Sparsifier(gated, **kwargs).attach(optimizer)
     for step in range(steps):
         if step == resume_at:
             state = (gated.state_dict(), optimizer.state_dict(), sparsifier.state_dict())
             state = torch.load(_stored(state), weights_only=True)
-            gated = resconv.convert(model, x, units="all").train()
+            gated = resconv.convert(model, x).train()
             optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
             sparsifier = resconv.Sparsifier(gated, **kwargs).attach(optimizer)
             gated.load_state_dict(state[0])
@@ -100,7 +100,7 @@ def test_normalising_keeps_the_function():
             nn.init.uniform_(m.weight, 0.2, 3.0)
             nn.init.normal_(m.bias)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    gated = resconv.convert(model, x, units="all")
+    gated = resconv.convert(model, x)
     before = gated(x)
     resconv.Sparsifier(gated).attach(torch.optim.SGD(gated.parameters(), lr=0.1))
     torch.testing.assert_close(gated(x), before, rtol=1e-6, atol=1e-6)
@@ -257,7 +257,7 @@ def test_on_digits_the_shallower_net_is_nearly_as_good():
                 optimizer.step()
 
     epochs(model, 3, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    gated = resconv.convert(model.eval(), x[:2], units="all").train()
+    gated = resconv.convert(model.eval(), x[:2]).train()
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
     steps = 5 * len(torch.arange(len(x)).split(128))
     sparsifier = resconv.Sparsifier(gated, target=budget, total_steps=steps).attach(optimizer)
@@ -379,7 +379,7 @@ def train_to_half(make, *, rest, steps=60, dtype=torch.float64, autocast=False):
     """Train towards half the MACs, with units at 0 skipped or computed; return what ran at the end."""
     torch.manual_seed(0)
     x = torch.randn(16, 3, 32, 32, dtype=dtype)
-    gated = resconv.convert(make().to(dtype).eval(), x, units="all").train()
+    gated = resconv.convert(make().to(dtype).eval(), x).train()
     optimizer = torch.optim.SGD(gated.parameters(), lr=0.05, momentum=0.9)
     sparsifier = resconv.Sparsifier(
         gated, target=resconv.Budget(macs=0.5), total_steps=steps
@@ -425,7 +425,7 @@ def test_units_at_zero_rest_and_nothing_else_changes(make):
         torch.testing.assert_close(skipped(x), before, rtol=1e-9, atol=1e-12)
 
 
-def test_resting_units_keep_the_type_of_the_computed_ones():
+def test_skipped_units_keep_the_type_of_the_computed_ones():
     kwargs = {"dtype": torch.float32, "autocast": True, "steps": 30}
     gated, sparsifier, x, _ = train_to_half(lambda: nets.create("resnet20"), rest=True, **kwargs)
     assert sparsifier.removed
@@ -504,7 +504,7 @@ def test_every_kind_of_unit_keeps_its_share_of_the_work():
 def test_no_more_is_removed_than_the_target_asks_for(share):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    costs = cost_model(resconv.convert(nets.create("resnet56"), x, units="all"), x)
+    costs = cost_model(resconv.convert(nets.create("resnet56"), x), x)
     # A whole block is a little cheaper than one of its layers, and removes twice as much.
     scores = {n: 1.0 if "conv" in n else 0.9 for n in costs.names}
     schedule = Schedule(costs, resconv.Budget(macs=share), 1000)

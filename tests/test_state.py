@@ -25,7 +25,7 @@ def trained(name, x):
     return randomise(NETS[name]().double(), 0, x)
 
 
-def every_form(net, x, units="all"):
+def every_form(net, x, units=("layers", "blocks")):
     """Yield what each verb makes of the net, with a word for it."""
     gated = randomise_gates(resconv.convert(net, x, units=units))
     plan = some_plan(gated, 1, 0.3)
@@ -76,7 +76,7 @@ def test_the_mode_of_the_argument_is_the_mode_of_the_result(name, training, x):
         assert {m.training for m in made.modules()} == {training}, word
         assert {m.training for m in net.modules()} == {training}
     if not training:
-        fused = resconv.fuse(resconv.convert(net, x, units="all"), x, fold_norms=True)
+        fused = resconv.fuse(resconv.convert(net, x), x, fold_norms=True)
         assert {m.training for m in fused.modules()} == {False}
 
 
@@ -100,7 +100,7 @@ def test_frozen_parameters_stay_frozen(x):
         p.requires_grad_(not n.startswith(("conv1", "bn1", "layer1")))
     frozen = {n.rpartition(".")[0] for n, p in net.named_parameters() if not p.requires_grad}
     convs = {n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)}
-    gated = resconv.convert(net, x, units="all")
+    gated = resconv.convert(net, x)
     assert all(
         p.requires_grad != bare(n).startswith(("conv1", "bn1", "layer1"))
         for n, p in gated.named_parameters()
@@ -296,7 +296,7 @@ def test_inside_inference_mode(where, x, tmp_path):
     with mode("inputs", "all"):
         example = x.clone()
     with mode("verbs", "all"):
-        gated = randomise_gates(resconv.convert(net, example, units="all"))
+        gated = randomise_gates(resconv.convert(net, example))
         plan = some_plan(gated, 1, 0.3)
         opened = resconv.prune(gated, plan, fuse=False)
         compact = resconv.prune(gated, plan)
@@ -336,7 +336,7 @@ def test_exported_inputs_keep_their_types(words, suffix, tmp_path):
     from resconv.storage.runtimes import open_file
 
     opened = open_file(file, trust_source=True)
-    assert [s["dtype"] for s in opened.inputs["tuple"]] == [
+    assert [s.dtype for s in opened.inputs.tensors()] == [
         "int64" if words else "float32",
         "float64",
     ]

@@ -23,9 +23,7 @@ from .helpers import randomise, randomise_gates, some_plan
 
 @pytest.fixture
 def saved(images, tmp_path):
-    gated = randomise_gates(
-        resconv.convert(randomise(nets.create("resnet20").double()), images, units="all")
-    )
+    gated = randomise_gates(resconv.convert(randomise(nets.create("resnet20").double()), images))
     plan = some_plan(gated, 4)
     compact = resconv.prune(gated, plan)
     folder = resconv.save(compact, tmp_path / "net", plan=plan, example_inputs=images)
@@ -44,7 +42,7 @@ def test_save_and_load_keep_outputs(saved, images):
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "timm:regnetx_002"])
 def test_zoo_nets_survive(name, tmp_path):
     x = torch.randn(2, 3, 64, 64)
-    gated = randomise_gates(resconv.convert(randomise(nets.create(name)), x, units="all"))
+    gated = randomise_gates(resconv.convert(randomise(nets.create(name)), x))
     compact = resconv.prune(gated, some_plan(gated, 1))
     resconv.save(compact, tmp_path)
     torch.testing.assert_close(resconv.load(tmp_path)(x), compact(x))
@@ -461,7 +459,7 @@ def test_pruned_trained_pruned_again(tmp_path, images):
     """The edits of every round are kept: the folder is built from the source in one go."""
     net = nets.create("resnet20").double()
     for turn in range(3):
-        gated = randomise_gates(resconv.convert(randomise(net), images, units="all"), turn)
+        gated = randomise_gates(resconv.convert(randomise(net), images), turn)
         net = resconv.prune(gated, some_plan(gated, turn, 0.3))
         net.train()
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
@@ -652,7 +650,7 @@ def test_an_open_net_without_gates_keeps_its_edits(tmp_path, images):
 
 
 def test_gates_that_a_file_makes_up_are_refused(tmp_path, images):
-    gated = resconv.convert(nets.create("resnet20").double().eval(), images, units="all")
+    gated = resconv.convert(nets.create("resnet20").double().eval(), images)
     folder = resconv.save(gated, tmp_path / "a")
     content = (folder / "model.json").read_text()
     for change, message in (

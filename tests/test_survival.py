@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import distributed
 
-from benchmarks import noisy
 from resconv import data, files, run
 from resconv.errors import ResConvError, RunError
 from resconv.files import OURS, write_text, write_together
@@ -29,9 +28,11 @@ from resconv.run.metrics import Metrics
 from resconv.train import Recipe, checkpoints, fit, watch
 from resconv.train.checkpoints import Bound, choose_checkpoint
 
+from . import noisy
+
 ROOT = Path(__file__).parents[1]
 CONFIG = run.Config.of(
-    model="benchmarks.noisy:net",
+    model="tests.noisy:net",
     data="digits",
     macs=0.6,
     limit=64,

@@ -91,7 +91,7 @@ def own_net(place):
     """A pruned net of the user's own package, saved, and as ONNX."""
     folder, source = place
     x = torch.randn(2, 1, 8, 8)
-    gated = resconv.convert(nets.create(source).eval(), x, units="all")
+    gated = resconv.convert(nets.create(source).eval(), x)
     unit = next(iter(resconv.gates(gated)))
     with torch.no_grad():
         resconv.gates(gated)[unit].control.fill_(1.0)

@@ -33,7 +33,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def each_can_go(net, x, units="all"):
+def each_can_go(net, x, units=("layers", "blocks")):
     """Remove each unit alone, and all of them; the outputs are those of the gated net."""
     gated = randomise_gates(resconv.convert(net, x, units=units)).eval()
     names = list(resconv.gates(gated))
@@ -289,7 +289,7 @@ class Checkpointed(nn.Module):
         )
 
 
-def test_a_resting_branch_under_a_reentrant_checkpoint():
+def test_a_skipped_branch_under_a_reentrant_checkpoint():
     x = images()
     gated = resconv.convert(built(nn.Sequential(conv(), Checkpointed())), x, units="blocks")
     (gate,) = resconv.gates(gated).values()

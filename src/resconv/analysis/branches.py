@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..nn.gates import BranchGate, ResConv, is_plain_norm
+from ..nn.gates import BranchGate, FactorGate, ResConv, is_plain_norm
 from .candidates import Candidate, Unit, params_behind, why_untouchable
 from .graph import Call, Graph, Node, Ref
 from .ops import is_identity, kind
@@ -18,14 +18,16 @@ __all__ = [
     "branch_region",
     "find_blocks",
     "find_gate",
+    "holds_branch_gate",
+    "params_of",
     "source",
+    "why_not_left",
 ]
 
 
 def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
     """Return a candidate for every residual addition of the recorded model."""
     found = []
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
     for node in graph.nodes:
         if node.op not in ("add", "add_", "sub", "sub_") or len(node.args) < 2:
             continue
@@ -35,7 +37,7 @@ def find_blocks(model: nn.Module, graph: Graph) -> list[Candidate]:
             v, w = node.args[short].value, node.args[branch].value
             region = branch_region(graph, v, w)
             if region is not None:
-                found.append(_block(model, graph, node, v, w, region, sizes))
+                found.append(_block(model, graph, node, v, w, region))
                 break
     return _with_names(found, graph)
 
@@ -79,19 +81,11 @@ def _block(
     v: int,
     w: int,
     region: list[Node],
-    sizes: dict[str, int],
 ) -> Candidate:
     inside = {n.index for n in region}
     macs = sum(n.macs for n in region)
-    params = {p for n in region for value in n.inputs for p in params_behind(graph, value)}
-    params |= {
-        f"{n.call.path}.{p}"
-        for n in region
-        if n.op == "gate"
-        for p, _ in n.call.module.named_parameters()
-    }
-    num_params = sum(sizes.get(p, 0) for p in params)
-    reason = _why_not_left(add, v)
+    num_params = params_of(model, graph, region)
+    reason = why_not_left(add, v)
     for n in region if reason is None else ():
         for value in n.outputs:
             outside = [u for u in graph.users.get(value, []) if u.index not in inside]
@@ -107,7 +101,31 @@ def _block(
     return Candidate(unit, gate=gate, add=add.index, value=v, nodes=frozenset(inside))
 
 
-def _why_not_left(add: Node, v: int) -> str | None:
+def params_of(model: nn.Module, graph: Graph, region: list[Node]) -> int:
+    """Return how many parameters these operations read."""
+    params = {p for n in region for value in n.inputs for p in params_behind(graph, value)}
+    params |= {
+        f"{n.call.path}.{p}"
+        for n in region
+        if n.op == "gate"
+        for p, _ in n.call.module.named_parameters()
+    }
+    key = ("sizes of parameters", "")
+    if key not in graph.known:
+        graph.known[key] = {name: p.numel() for name, p in model.named_parameters()}
+    sizes: dict[str, int] = graph.known[key]
+    return sum(sizes.get(p, 0) for p in params)
+
+
+def holds_branch_gate(graph: Graph, path: str) -> str | None:
+    """Return the name of the unit whose gate stands at ``path``, or None."""
+    for call in graph.calls_of(path) if path else ():
+        if isinstance(call.module, BranchGate) and call.module.unit:
+            return call.module.unit
+    return None
+
+
+def why_not_left(add: Node, v: int) -> str | None:
     """Return why ``v`` is not what the addition comes to without its other summand, or None."""
     if add.args[0] == Ref(v):
         return None
@@ -145,6 +163,8 @@ def find_gate(model: nn.Module, graph: Graph, w: int, inside: set[int], add: Nod
                 for i in range(candidate.start, candidate.end)
                 if graph.nodes[i].op != "empty" and not _constant(graph, graph.nodes[i])
             ):
+                continue
+            if isinstance(candidate.module, FactorGate):
                 continue
             if isinstance(candidate.module, BranchGate):
                 return candidate.path
@@ -193,9 +213,9 @@ def _with_names(found: list[Candidate], graph: Graph) -> list[Candidate]:
     taken: set[str] = set()
     for c in found:
         owner = c.unit.name
-        placed = next((k.module for k in graph.calls if c.gate and k.path == c.gate), None)
-        if isinstance(placed, BranchGate) and placed.unit:
-            c.unit = replace(c.unit, name=placed.unit)
+        known = holds_branch_gate(graph, c.gate)
+        if known is not None:
+            c.unit = replace(c.unit, name=known)
             continue
         name = owner or "root"
         if seen[owner] > 1 or not owner:

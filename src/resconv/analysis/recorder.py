@@ -4,7 +4,7 @@ Why recording and not torch.fx or torch.export: the record is for analysis only,
 stay as they are, so nothing has to be executable again. Watching a real forward at the dispatcher
 sees every tensor operation of any model that runs at all (control flow, scripted helpers, custom
 blocks), and needs no per-architecture code. Of the smallest variants of 50 convolutional families of
-timm (python -m benchmarks.tracing; docs/coverage.md), torch.fx traces 46, in 0.07 s each (median, CPU
+timm (docs/coverage.md), torch.fx traces 46, in 0.07 s each (median, CPU
 time); torch.export all 50, in 0.99 s; a recorded forward all 50, in 0.09 s. fx fails where a forward
 branches on a size, and is used for one thing only: to rewrite the forward of a single block
 (surgery/rewriting.py), with the branches decided by the record.
@@ -214,7 +214,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.inside_leaf is module:
             self.inside_leaf = None
             value = self._new(output)
-            self._node("gate", call.args, {}, (call.args[0].value,), (value,), call, self.leaf_macs)
+            read = [a.value for a in call.args if isinstance(a, Ref)]
+            read = [read[0], *(v for v in read[1:] if not self.graph.values[v].constant)]
+            self._node("gate", call.args, {}, tuple(read), (value,), call, self.leaf_macs)
         call.end = len(self.graph.nodes)
         call.output = self._refs(output)
 

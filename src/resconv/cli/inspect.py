@@ -14,7 +14,7 @@ EXAMPLES = """
 
   resconv inspect resnet56
 
-  resconv inspect timm:mobilenetv3_small_100
+  resconv inspect timm:mobilenetv3_small_100 --units all
 
   resconv inspect my_package.nets:build --image-size 96 --json
 """
@@ -30,9 +30,16 @@ def inspect(
         typer.Argument(help="resnet20, timm:NAME, torchvision:NAME, package.module:factory."),
     ],
     image_size: ImageSize = None,
+    units: Annotated[
+        str,
+        typer.Option(
+            help="Kinds to look for: layers, blocks, summands, segments, gates (several with commas "
+            "between), or all."
+        ),
+    ] = "layers,blocks",
     json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say which layers and branches could go, which not and why, and what that would save."""
+    """Say which layers, branches and other units could go, which not and why, and what that would save."""
     import dataclasses
     import json as json_module
     import warnings
@@ -44,7 +51,7 @@ def inspect(
     net, example = example_for(model, image_size)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", TrainingFormWarning)
-        found = resconv.units(net, example)
+        found = resconv.units(net, example, units)
     notes = [str(w.message) for w in said]
     total = resconv.profile(net, example)
     if json:
@@ -57,6 +64,7 @@ def inspect(
             f"{u.macs:,}",
             f"{u.macs / max(1, total.macs):.1%}",
             f"{u.num_params:,}",
+            u.left if u.removable else "",
             "yes" if u.removable else "no",
             u.reason or "",
         )
@@ -64,7 +72,7 @@ def inspect(
     ]
     show_table(
         f"{model} at {'x'.join(map(str, example.shape[1:]))}",
-        ["unit", "kind", "MACs", "share", "parameters", "removable", "why not"],
+        ["unit", "kind", "MACs", "share", "parameters", "in its place", "removable", "why not"],
         rows,
     )
     removable = [u for u in found if u.removable]
@@ -72,9 +80,9 @@ def inspect(
     if removable:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrainingFormWarning)
-            gated = resconv.convert(net, example, units="all")
+            gated = resconv.convert(net, example, units=units)
         costs = cost_model(gated, example)
-        left = total.macs - costs.cost_of(costs.names).macs
+        left = costs.left(costs.compatible(costs.names)).macs
         text += (
             f" {len(removable)} of {len(found)} units are removable; with all of them gone "
             f"{left:,} MACs ({left / max(1, total.macs):.1%}) are left."

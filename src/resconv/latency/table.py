@@ -218,7 +218,8 @@ def measure_latency(
     groups = list(kinds.values())
     nets: dict[tuple[str, ...], nn.Module] = {}
     for subset in design(len(groups), seed):
-        removed = tuple(n for n in costs.names if any(n in groups[k] for k in subset))
+        asked = [n for n in costs.names if any(n in groups[k] for k in subset)]
+        removed = costs.compatible(asked)
         try:
             nets[removed] = _deployed(ready, removed, example_inputs)
         except PruneError:

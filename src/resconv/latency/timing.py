@@ -36,12 +36,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, quartiles and fastest of ``repeats``."""
+    """Milliseconds of one call: median and quartiles of ``repeats``."""
 
     median_ms: float
     low_ms: float
     high_ms: float
-    min_ms: float
     repeats: int
 
 
@@ -70,7 +69,7 @@ def time_together(
 
 def _timing(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return Timing(median, low, high, min(values), len(values))
+    return Timing(median, low, high, len(values))
 
 
 @contextmanager

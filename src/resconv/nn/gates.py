@@ -2,6 +2,10 @@
 
     layer   y = s * N(C(x)) + p * x      s: ``scale``, p: ``control``
     block   y = s * F(x) + x             the shortcut is the block's own
+    summand y = a + s * b                of a sum, whose other side is no identity
+    segment y = K(x) + s * (F(x) - K(x)) K: one conv (or a depthwise and a 1x1) of F's shape
+    gate    y = x + s * (x * g(x) - x)   of a squeeze-and-excite and its kin; where the product is
+                                         outside of what computes g, x * (1 + s * (g - 1))
     fixed   y = s * N(C(x)) + p * I(x)   a layer that changes the shape: ``I`` strides, crops, drops
                                          channels or pads them with 0. It fuses just as well, but
                                          s = 0 leaves no identity, so the layer stays; s is fixed.
@@ -26,10 +30,14 @@ from ..errors import ConversionError
 from .geometry import Reach
 
 __all__ = [
+    "Blend",
     "BranchGate",
+    "FactorGate",
     "Gate",
     "Multiply",
     "ResConv",
+    "Segment",
+    "Soften",
     "copy_zeros",
     "gates",
     "is_leaf",
@@ -108,6 +116,7 @@ class Gate(nn.Module):
     unit: str = ""
     reason: str | None = None  # why it cannot be removed
     skipped: bool = False
+    waiting: bool = False  # whether the scale is held at 1 for now
 
     @property
     def removable(self) -> bool:
@@ -273,11 +282,97 @@ class BranchGate(Gate):
         return self.multiply(self.module(*args, **kwargs), self.scale)
 
 
+class Soften(nn.Module):
+    """``1 + scale * (g - 1)``, exact at 0 and at 1; one node in a record."""
+
+    def forward(self, g: Tensor, scale: Tensor) -> Tensor:
+        return torch.lerp(torch.ones_like(g), g, scale.to(g.dtype))
+
+
+class FactorGate(BranchGate):
+    """``1 + scale * (g - 1)`` of the factor ``g`` that ``module`` returns; in the net to be shipped 1 or g."""
+
+    def __init__(self, module: nn.Module, scale: float = 1.0, like: Tensor | None = None) -> None:
+        super().__init__(module, scale, like)
+        del self.multiply
+        self.soften = Soften()
+        self.soften.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rests():
+            with torch.no_grad():
+                return torch.ones_like(self.module(*args, **kwargs))
+        return self.soften(self.module(*args, **kwargs), self.scale)
+
+
+class Blend(nn.Module):
+    """``left + scale * (whole - left)``, exact at 0 and at 1; one node in a record."""
+
+    def forward(self, whole: Tensor, left: Tensor, scale: Tensor) -> Tensor:
+        return torch.lerp(left.to(whole.dtype), whole, scale.to(whole.dtype))
+
+
+class Segment(Gate):
+    """``y = left(x) + scale * (module(x) - left(x))``: what is there at 1, what is left at 0.
+
+    The shortcut's weight is ``1 - scale``, so it starts at 0, and where the scale ends at 0 it is
+    exactly 1: nothing of it has to be absorbed. ``left`` is a few ordinary layers of the module's
+    shape, or an identity where a module only multiplies its input by a gate of its own. In the net
+    that is shipped such a unit is there whole or not at all: a scale between 0 and 1 leaves both
+    sides in it.
+
+    ``waiting`` says that the scale is held at 1: no gradient reaches ``left`` then, and nothing of it
+    is kept for the backward pass. ``residual`` is the share of the module's variance that ``left`` does
+    not explain, as it was fitted; None where it was not.
+    """
+
+    def __init__(
+        self, module: nn.Module, left: nn.Module, scale: float = 1.0, like: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        own = next((p for p in module.parameters() if p.is_floating_point()), None)
+        like = like if own is None else own
+        dtype = torch.float32 if like is None else torch.promote_types(torch.float32, like.dtype)
+        device = None if like is None else like.device
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=device))
+        self.control = None
+        self.module = module
+        self.left = left
+        self.blend = Blend()
+        self.residual: float | None = None
+        self.training = self.blend.training = module.training
+
+    @property
+    def kind(self) -> str:
+        """Return "gate" where the input itself is left, else "segment"."""
+        return "gate" if isinstance(self.left, nn.Identity) else "segment"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._rests():
+            return self.left(x)  # type: ignore[no-any-return]
+        if self._is_closed():
+            # No gradient reaches it, so nothing of it is kept.
+            with torch.no_grad():
+                left = self.left(x)
+        else:
+            left = self.left(x)
+        return self.blend(self.module(x), left, self.scale)  # type: ignore[no-any-return]
+
+    def _is_closed(self) -> bool:
+        if self.kind == "gate" or torch.compiler.is_compiling():
+            return False
+        # The reduction of gradients over several processes waits for every parameter.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
+        # On the CPU the value is at hand; elsewhere asking for it would wait for the device.
+        return self.waiting or (self.scale.device.type == "cpu" and self.scale.item() == 1)
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a record shows this module as one ``gate`` node."""
     if isinstance(module, BranchGate):
-        return _takes_scale(module.module)
-    return isinstance(module, ResConv | Multiply)
+        return _takes_scale(module.module) and not isinstance(module, FactorGate)
+    return isinstance(module, ResConv | Multiply | Blend | Soften)
 
 
 def gates(model: nn.Module, *, fixed: bool = False) -> dict[str, Gate]:

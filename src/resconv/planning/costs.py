@@ -4,6 +4,11 @@ The recorded operations are sorted into atoms, sets of operations that only ever
 operations are in one atom when the same units hold both. Adding up atoms, and not operations,
 makes asking for a saving cheap enough to try every unit at every step of a plan.
 
+A segment leaves layers in its place. They are no part of the whole net, and count where the segment is
+gone and nothing around it is, or where its scale is neither 0 nor 1: then both are there. Of two
+units that exclude each other (the sides of a sum) one is counted: ``compatible`` says which of some
+units can go together.
+
 Latency is not a sum over operations, since a runtime fuses them. It is measured by unit (see
 latency.py): each unit has the milliseconds that leave with it beyond those of the units inside it.
 """
@@ -14,13 +19,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate
+from ..analysis.candidates import Candidate, compatible, conflicts
+from ..analysis.finding import find_units
 from ..analysis.graph import Graph, Node, Ref
 from ..analysis.inputs import batch_size, unwrap
-from ..analysis.layers import find_layers
 from ..analysis.recorder import record
-from ..nn.gates import Gate, ResConv, gates, is_leaf
+from ..nn.gates import Gate, ResConv, Segment, gates, is_leaf
 from .budget import Limits
 
 __all__ = ["Cost", "CostModel", "cost_model", "excess"]
@@ -51,6 +55,9 @@ class CostModel:
     kinds: dict[str, str]  # what each unit computes: units of the same shapes have the same
     signatures: dict[str, str]  # the kind and the readers: the same text costs the same time
     inner: dict[str, frozenset[str]] = field(default_factory=dict)  # unit -> units inside it
+    comes: dict[str, tuple[int, int]] = field(default_factory=dict)  # MACs, parameters in its place
+    blended: frozenset[str] = frozenset()  # segments that leave both sides where they stay
+    excluded: dict[str, frozenset[str]] = field(default_factory=dict)  # what cannot go with a unit
     latency_ms: float = 0.0
     unit_ms: dict[str, float] = field(default_factory=dict)
 
@@ -60,16 +67,21 @@ class CostModel:
         return Cost(self.macs, self.num_params, self.latency_ms)
 
     def cost_of(self, remove: Iterable[str]) -> Cost:
-        """Return what leaves with the named units."""
+        """Return what leaves with the named units, less what comes in their place."""
+        remove = tuple(remove)
         dead: set[int] = set()
-        gone: set[str] = set()
+        inside: set[str] = set()
         for name in remove:
             dead |= self.atoms[name]
-            gone |= self.inner[name]
-            gone.add(name)
+            inside |= self.inner[name]
+        gone = inside.union(remove)
         macs = sum(self.atom_macs[a] for a in dead)
         num_params = sum(self.atom_params[a] for a in dead)
         num_params += sum(size for readers, size in self.shared_params if readers <= dead)
+        for name in (*dict.fromkeys(remove), *sorted(self.blended - gone)):
+            if name in self.comes and name not in inside:
+                macs -= self.comes[name][0]
+                num_params -= self.comes[name][1]
         # In one order, or rounding would tell sets apart that are the same.
         ms = sum(self.unit_ms[n] for n in self.names if n in gone) if self.unit_ms else 0.0
         return Cost(macs, num_params, ms)
@@ -87,8 +99,22 @@ class CostModel:
         """Return the named units and all units inside them."""
         return frozenset().union(*({n} | self.inner[n] for n in remove))
 
+    def excludes(self, name: str, removed: Iterable[str]) -> bool:
+        """Whether a unit cannot go because of those that do."""
+        others = self.excluded.get(name)
+        return others is not None and not others.isdisjoint(removed)
+
+    def compatible(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those of the names that can go together, of each sum the side that saves more."""
+        names = tuple(names)
+        if not self.excluded:
+            return names
+        ranked = sorted(names, key=lambda n: -self.own_macs(n))
+        kept = set(compatible(ranked, self.excluded))
+        return tuple(n for n in names if n in kept)
+
     def own_macs(self, name: str) -> int:
-        return sum(self.atom_macs[a] for a in self.atoms[name])
+        return self.cost_of([name]).macs
 
     def own_ms(self, name: str) -> float:
         return self.cost_of([name]).latency_ms
@@ -137,11 +163,13 @@ def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
     model = unwrap(model)
     graph = record(model, example_inputs, leaf=is_leaf)
     every = gates(model)
-    found = {c.unit.name: c for c in (*find_layers(model, graph), *find_blocks(model, graph))}
+    found = {c.unit.name: c for c in find_units(model, graph) if c.unit.name in every}
     names = tuple(n for n in every if n in found)
+    # What would come in the place of segments is no part of the net as it is.
+    coming = frozenset().union(*(c.left_nodes for c in found.values()))
     held: dict[int, list[str]] = {}
     for name in names:
-        for index in found[name].nodes:
+        for index in found[name].nodes - coming:
             held.setdefault(index, []).append(name)
     numbers: dict[tuple[str, ...], int] = {}
     atom_of = {i: numbers.setdefault(tuple(h), len(numbers)) for i, h in sorted(held.items())}
@@ -155,7 +183,17 @@ def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
         for p in (gate.scale, gate.control)
         if p is not None
     }
-    sizes = {n: p.numel() for n, p in model.named_parameters() if id(p) not in scalars}
+    coming_params = {
+        id(p): p.numel()
+        for gate in every.values()
+        if isinstance(gate, Segment)
+        for p in gate.left.parameters()
+    }
+    sizes = {
+        n: p.numel()
+        for n, p in model.named_parameters()
+        if id(p) not in scalars and id(p) not in coming_params
+    }
     atom_params = [0] * len(numbers)
     shared: dict[frozenset[int], int] = {}
     for param, readers in _readers(model, graph).items():
@@ -169,10 +207,10 @@ def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
             shared[atoms] = shared.get(atoms, 0) + sizes[param]
     kinds = {n: _kind(graph, found[n]) for n in names}
     return CostModel(
-        macs=sum(n.macs for n in graph.nodes) // batch,
+        macs=sum(n.macs for n in graph.nodes if n.index not in coming) // batch,
         num_params=sum(sizes.values()),
         names=names,
-        atoms={n: frozenset(atom_of[i] for i in found[n].nodes) for n in names},
+        atoms={n: frozenset(atom_of[i] for i in found[n].nodes - coming) for n in names},
         atom_macs=tuple(m // batch for m in atom_macs),
         atom_params=tuple(atom_params),
         shared_params=tuple(shared.items()),
@@ -182,12 +220,32 @@ def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
             n: frozenset(m for m in names if m != n and found[m].nodes <= found[n].nodes)
             for n in names
         },
+        comes={
+            n: (sum(graph.nodes[i].macs for i in found[n].left_nodes) // batch, _fused_size(gate))
+            for n in names
+            if isinstance(gate := every[n], Segment) and gate.kind == "segment"
+        },
+        blended=frozenset(
+            n
+            for n in names
+            if isinstance(gate := every[n], Segment)
+            and gate.kind == "segment"
+            and gate.scale.item() not in (0, 1)
+        ),
+        excluded=conflicts(found[n] for n in names),
     )
+
+
+def _fused_size(gate: Segment) -> int:
+    """Return the parameters of what is left of a segment, its norm in the conv before it."""
+    convs = [m for m in gate.left.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    return sum(c.weight.numel() for c in convs) + convs[-1].out_channels
 
 
 def _kind(graph: Graph, candidate: Candidate) -> str:
     """Describe what a unit computes, on which shapes."""
-    parts = [_describe(graph, graph.nodes[i]) for i in sorted(candidate.nodes)]
+    nodes = sorted(candidate.nodes | candidate.left_nodes)
+    parts = [_describe(graph, graph.nodes[i]) for i in nodes]
     return f"{candidate.unit.kind}: {'; '.join(parts)}"
 
 

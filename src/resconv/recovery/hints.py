@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..analysis.branches import find_blocks
+from ..analysis.candidates import DEFAULT_KINDS, KINDS
+from ..analysis.finding import find_units
 from ..analysis.graph import Ref
 from ..analysis.inputs import unwrap
-from ..analysis.layers import find_layers
 from ..analysis.recorder import record
 from ..errors import ModelError
-from ..nn.gates import is_leaf
+from ..nn.gates import Gate, is_leaf
 
 __all__ = ["FeatureTap", "hint_layers"]
 
@@ -41,7 +41,9 @@ def hint_layers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     """
     model = unwrap(model)
     graph = record(model, example_inputs, leaf=is_leaf)
-    found = (*find_layers(model, graph), *find_blocks(model, graph))
+    gated = any(isinstance(c.module, Gate) for c in graph.calls)
+    kinds = KINDS if gated else DEFAULT_KINDS
+    found = find_units(model, graph, kinds)
     held = frozenset().union(*(c.nodes for c in found if c.unit.removable))
     parents = {c.parent.index for c in graph.calls if c.parent is not None}
     names: dict[int, str] = {}  # by the value that is read

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..analysis.inputs import copied, unwrap
 from ..errors import DataError
 
-__all__ = ["recalibrate"]
+__all__ = ["recalibrate", "run_batch"]
 
 
 def recalibrate(
@@ -51,7 +51,7 @@ def recalibrate(
     momenta = [m.momentum for m in norms]
     before = [{k: b.clone() for k, b in m.named_buffers()} for m in norms]
     device = next((p.device for p in unwrap(model).parameters()), torch.device("cpu"))
-    run = call or (lambda net, batch: _call(net, batch, device))
+    run = call or (lambda net, batch: run_batch(net, batch, device))
     taken = 0
     done = False
     model.eval()
@@ -79,7 +79,12 @@ def recalibrate(
     return taken
 
 
-def _call(model: nn.Module, batch: Any, device: torch.device) -> Any:
+def run_batch(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """Return what the model makes of one batch, as a DataLoader hands it out.
+
+    Raises:
+        DataError: it is no tensor, no tuple that begins with one, and no dict.
+    """
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
         batch = batch[0]
     batch = copied(batch)  # a net may write into its input

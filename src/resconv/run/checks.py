@@ -131,7 +131,7 @@ def _check_target(run: Run, model: nn.Module) -> None:
             f"Sparse training has {epochs} epochs of {total_steps // epochs} steps. {error} Here that is "
             "sparse_epochs and batch_size."
         ) from error
-    gated = resconv.convert(model.eval(), run.example(2), units=config.target.units)
+    gated = run.converted(model.eval(), "keep")
     if config.training.hints and not resconv.recovery.hint_layers(gated, run.example(2)):
         raise RunError(
             f"hints=True: {config.net.model} has no layer, called as a module, between its units. Train "

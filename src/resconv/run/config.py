@@ -7,7 +7,17 @@ import msgspec
 from resconv.errors import BudgetError, RunError
 from resconv.planning.budget import Budget
 
-from .settings import GROUPS, Data, Deployment, Net, Setting, Target, Training, settings
+from .settings import (
+    GROUPS,
+    Data,
+    Deployment,
+    Net,
+    Setting,
+    Target,
+    Training,
+    kinds,
+    settings,
+)
 
 __all__ = ["Config", "Data", "Deployment", "Net", "Target", "Training"]
 
@@ -41,6 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise RunError("; ".join(faults) + ".")
         for name, kind in GROUPS.items():  # made by hand, their types were not looked at
             _converted(msgspec.to_builtins(getattr(self, name)), kind, name)
+        kinds(self.target.units, "units")
         training = self.training
         if self.from_random and training.distill:
             raise RunError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import resconv
 from resconv import data as datasets
 from resconv import nets
-from resconv.data import Augment, ImageData, choose_augment
+from resconv.data import Augment, BatchLoader, ImageData, choose_augment
 from resconv.errors import ModelError, RunError, printable
 from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
@@ -30,6 +31,7 @@ __all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
 
 Say = Callable[[str], None]
 LATENCY = "latency.json"
+_BATCHES_TO_FIT = 8
 
 
 class Run:
@@ -157,11 +159,24 @@ class Run:
         load_state(model, self.folder / "dense.safetensors")
         return model.eval()
 
+    def converted(self, net: nn.Module, start: str) -> nn.Module:
+        """Return the net in training form, with the run's kinds of units.
+
+        Convs in the place of segments start fitted to some training images, the same ones every time.
+        """
+        units = self.config.target.units
+        batches = None
+        if units == "all" or "segments" in units:
+            data, seed = self.data, self.config.training.seed
+            batches = islice(
+                BatchLoader(data.train, 64, data.preprocessing, shuffle=True, seed=seed),
+                _BATCHES_TO_FIT,
+            )
+        return resconv.convert(net, self.example(2), units=units, start=start, batches=batches)
+
     def gated(self) -> nn.Module:
         """Return the net as sparse training left it."""
-        model = resconv.convert(
-            self.dense(), self.example(2), units=self.config.target.units, start="keep"
-        )
+        model = self.converted(self.dense(), "keep")
         load_state(model, self.folder / "gated.safetensors")
         return model.eval()
 

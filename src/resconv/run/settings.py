@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Training",
     "amount",
+    "kinds",
     "settings",
 ]
 
@@ -56,6 +57,19 @@ class Limits:
 def about(text: str, **limits: Any) -> msgspec.Meta:
     """Describe a setting: its help, and its :class:`Limits`."""
     return msgspec.Meta(description=text, extra={"limits": Limits(**limits)})
+
+
+_KINDS = ("layers", "blocks", "summands", "segments", "gates")
+
+
+def kinds(text: str, option: str) -> str:
+    """Read kinds of units, with commas between them, or "all"."""
+    asked = [name.strip() for name in text.split(",")]
+    if text != "all" and not set(asked) <= set(_KINDS):
+        raise RunError(
+            f"{option}={text!r}: choose among {', '.join(_KINDS)} (several with commas between), or all."
+        )
+    return text
 
 
 def amount(text: str, option: str) -> float | int:
@@ -150,7 +164,7 @@ class Data(_Group, frozen=True, kw_only=True):
     crop_fraction: Annotated[
         float | None,
         about(
-            "Share of the shorter side that is kept; default: 1, from 160 pixels up 0.875.",
+            "Share of the shorter side in the central crop; default: 0.875 from 160 pixels up, else 1.",
             above=0,
             most=1,
             words="a share above 0 and up to 1",
@@ -167,7 +181,8 @@ class Data(_Group, frozen=True, kw_only=True):
         ),
     ] = None
     std: Annotated[
-        tuple[float, ...] | None, about("Standard deviation, in the same way.", read=numbers)
+        tuple[float, ...] | None,
+        about("Standard deviation of each channel, likewise.", read=numbers),
     ] = None
     channels: Annotated[
         Literal[1, 3] | None,
@@ -184,12 +199,13 @@ class Data(_Group, frozen=True, kw_only=True):
         about("Random changes: shift, crop or none; default: shift up to 64 pixels, above crop."),
     ] = None
     mirror: Annotated[
-        bool | None, about("Mirror half of the images; default: unless they are characters.")
+        bool | None,
+        about("Mirror half of the images in training; default: yes, but not characters."),
     ] = None
     holdout: Annotated[
         float,
         about(
-            "Judge by this share of the training images, in place of a val split.",
+            "Validate on this share of the training images, in place of a val split.",
             least=0,
             below=1,
             words="a share from 0 to below 1",
@@ -201,27 +217,32 @@ class Data(_Group, frozen=True, kw_only=True):
 class Target(_Group, frozen=True, kw_only=True):
     """How large or slow the compact net may be, and what may go."""
 
-    macs: Annotated[float | int | None, about("MACs to end at: 0.5, 50% or 20M.", read=amount)] = (
-        None
-    )
+    macs: Annotated[
+        float | int | None, about("Target for the MACs: 0.5, 50% or 20M.", read=amount)
+    ] = None
     num_params: Annotated[
         float | int | None,
-        about("Parameters to end at: 0.5, 50% or 200k.", option="params", read=amount),
+        about("Target for the parameters: 0.5, 50% or 200k.", option="params", read=amount),
     ] = None
     latency_ms: Annotated[
-        float | None, about("Milliseconds of one forward pass on this machine to end at.")
+        float | None, about("Target for one forward pass on this machine, in ms.")
     ] = None
     latency: Annotated[
         float | None, about("The same as a share of the dense net's: 0.5 or 50%.", read=share)
     ] = None
     units: Annotated[
-        Literal["layers", "blocks", "all"], about("What may go: layers, blocks or all.")
-    ] = "all"
+        str,
+        about(
+            "What may go: layers, blocks, summands, segments, gates (several with commas between), or "
+            "all.",
+            read=kinds,
+        ),
+    ] = "layers,blocks"
     recalibrate: Annotated[
         bool | None,
         about(
-            "Collect BatchNorm statistics anew after pruning; default: where a unit goes whose scale is "
-            "not 0."
+            "Recompute the BatchNorm statistics after pruning; default: only if a removed unit's scale "
+            "was not 0."
         ),
     ] = None
 
@@ -233,10 +254,11 @@ class Deployment(_Group, frozen=True, kw_only=True):
         "torch"
     )
     batch: Annotated[
-        int, about("Images a forward pass, for the latency.", name="latency_batch", least=1)
+        int, about("Batch size of the latency measurement.", name="latency_batch", least=1)
     ] = 1
     threads: Annotated[
-        int | None, about("For the latency; default: as many as torch uses.", least=1)
+        int | None,
+        about("Threads of the latency measurement; default: as many as torch uses.", least=1),
     ] = None
 
 
@@ -249,26 +271,24 @@ class Training(_Group, frozen=True, kw_only=True):
     ] = None
     sparse_epochs: Annotated[int | None, about("Epochs of sparse training.", least=1)] = None
     finetune_epochs: Annotated[
-        int | None, about("Epochs after pruning.", least=0, bears="finetuning")
+        int | None, about("Epochs of finetuning, after pruning.", least=0, bears="finetuning")
     ] = None
-    distill: Annotated[
-        bool, about("Follow the outputs of the dense net too: of one well trained.")
-    ] = False
+    distill: Annotated[bool, about("Distill: learn from the outputs of the dense net, too.")] = (
+        False
+    )
     distill_share: Annotated[
         float,
         about(
-            "With --distill: the share of the loss that follows the dense net.",
+            "With --distill: the share of the loss that compares with the dense net.",
             above=0,
             most=1,
             words="a share above 0, up to 1",
         ),
     ] = 0.5
-    hints: Annotated[
-        bool, about("With --distill: follow what the layers between units read there, too.")
-    ] = False
+    hints: Annotated[bool, about("With --distill: compare features between units, too.")] = False
     mix: Annotated[
         Literal["mixup", "cutmix"] | None,
-        about("Train on images blended two by two, their labels too: mixup or cutmix."),
+        about("Blend pairs of images and their labels: mixup or cutmix."),
     ] = None
     recipe: Annotated[
         Literal["transfer", "scratch"] | None,
@@ -282,18 +302,21 @@ class Training(_Group, frozen=True, kw_only=True):
     ] = None
     sparse_lr: Annotated[
         float | None,
-        about("Of sparse training; default: half of --lr, all of it with --epochs 0.", above=0),
+        about(
+            "Peak learning rate of sparse training; default: half of --lr, or --lr with --epochs 0.",
+            above=0,
+        ),
     ] = None
     finetune_lr: Annotated[
         float | None,
         about(
-            "Of training after pruning; default: half of that of sparse training.",
+            "Peak learning rate of finetuning; default: half of that of sparse training.",
             above=0,
             bears="finetuning",
         ),
     ] = None
-    batch_size: Annotated[int, about("Images a step.", least=1)] = 128
-    seed: Annotated[int, about("Of everything random.", least=0, below=2**32)] = 0
+    batch_size: Annotated[int, about("Images per training step.", least=1)] = 128
+    seed: Annotated[int, about("Seed of all random numbers.", least=0, below=2**32)] = 0
     precision: Annotated[
         Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
         about("auto, 32-true, bf16-mixed or 16-mixed."),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import resconv
 from resconv.data import BatchLoader
-from resconv.nn.gates import BranchGate
+from resconv.nn.gates import BranchGate, Segment
 from resconv.planning.costs import cost_model, excess
 from resconv.planning.plan import Plan
 from resconv.selection.planner import plan_measured
@@ -118,7 +118,9 @@ def removed_units(run: Run, trained: nn.Module, plan: Plan) -> list[str]:
     Beside the planned ones these are branches that count nothing: they are not computed either.
     """
     still = resconv.gates(trained)
-    idle = [n for n, g in still.items() if isinstance(g, BranchGate) and g.scale.item() == 0]
+    idle = [
+        n for n, g in still.items() if isinstance(g, BranchGate | Segment) and g.scale.item() == 0
+    ]
     gated = run.gated()
     gone = cost_model(gated, run.example()).gone([*plan.remove, *idle])
     return [n for n in resconv.gates(gated) if n in gone]

@@ -84,7 +84,7 @@ def sparse(run: Run) -> None:
     # The shortcut is what makes an untrained deep net trainable; a trained one keeps its function.
     start = "identity" if config.from_random else "keep"
     example = run.example(2)
-    model = resconv.convert(run.dense(), example, units=config.target.units, start=start)
+    model = run.converted(run.dense(), start)
     hints = resconv.recovery.hint_layers(model, example) if config.training.hints else ()
     if config.training.hints and not hints:
         raise RunError(

@@ -5,6 +5,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from ..analysis.candidates import compatible
 from ..analysis.inputs import unwrap
 from ..errors import BudgetError, PlanError
 from ..latency.table import (
@@ -106,7 +107,8 @@ def plan_measured(
     blocked = {n: r for n in costs.names if (r := why_not_now(model, n)) is not None}
     free = [n for n in costs.names if n not in blocked]
     threshold = 0.0 if budget.threshold is None else budget.threshold
-    surely = [n for n in free if abs(scales[n]) <= threshold]
+    surely = sorted((n for n in free if abs(scales[n]) <= threshold), key=lambda n: abs(scales[n]))
+    surely = list(compatible(surely, costs.excluded))
     ranked = sorted(
         (n for n in free if n not in surely),
         key=lambda n: (abs(scales[n]), -costs.own_macs(n)),
@@ -120,11 +122,11 @@ def plan_measured(
             # With nothing left to choose, what counts is how long that net takes, not what is
             # predicted for it.
             last = chosen is None
-            chosen = free if chosen is None else chosen
+            chosen = list(costs.compatible(free)) if chosen is None else chosen
             table, timed = check_latency(model, example_inputs, table, chosen)
             if is_met(budget, timed):
                 break
-            if last or len(chosen) == len(free):
+            if last or len(chosen) == len(costs.compatible(free)):
                 _refuse(costs, free, blocked, limits, _too_slow(budget, timed))
             least = min(limits.latency_ms, corrected_limit(budget, table, timed))
             limits = limits._replace(latency_ms=least)
@@ -175,6 +177,8 @@ def _next(costs: CostModel, ranked: list[str], chosen: list[str], limits: Limits
     now = costs.left(chosen)
     emptying = None
     for name in ranked:
+        if costs.excludes(name, chosen):
+            continue
         then = costs.left([*chosen, name])
         if not any(t < n and n > lim for t, n, lim in zip(then, now, limits, strict=True)):
             continue
@@ -199,11 +203,12 @@ def _refuse(
     limits: Limits,
     too_slow: str,
 ) -> None:
-    size = excess(costs.left(free), costs.whole, limits.without_latency())
+    going = costs.compatible(free)
+    size = excess(costs.left(going), costs.whole, limits.without_latency())
     too_much = " and ".join(t for t in (size, too_slow) if t)
     why = "; ".join(f"{n}: {r}" for n, r in list(blocked.items())[:5])
     raise BudgetError(
-        f"The budget cannot be reached: removing all {len(free)} removable units leaves {too_much}."
+        f"The budget cannot be reached: removing all {len(going)} removable units leaves {too_much}."
         + (f" {len(blocked)} more units stay for now ({why})." if blocked else "")
         + " Raise the budget, convert with units='all', or run `resconv inspect` to see why the "
         "other layers are kept."

@@ -128,6 +128,8 @@ class Schedule:
         for name in self.costs.names:
             if name in taken or self.costs.empties(name, taken):
                 continue
+            if self.costs.excludes(name, taken):
+                continue
             then = self.costs.cost_of([*taken, name])
             saved = [t - n for t, n in zip(then, now, strict=True)]
             # What is saved of limited costs, and what of that is over the limits.

@@ -17,7 +17,7 @@ target in milliseconds is then measured on that net, once, and where it misses, 
 each step ``(s, g, b)`` becomes ``(s r, g / r, b / r)`` with ``r`` the root mean square of ``g``: the same
 function, with the size of the branch in ``s`` alone.
 
-Nothing here waits for the device in an ordinary step: scores stay there until a unit is chosen.
+Nothing here waits for the device in an ordinary step: importance stay there until a unit is chosen.
 
 A removed layer leaves ``p * x``, and the removal multiplies ``p`` into linear layers around it. Where
 none can take it (SiLU on both sides), it would stay as a multiply. So whenever units have arrived at
@@ -57,7 +57,7 @@ from ..latency.table import (
     is_met,
     measure_latency,
 )
-from ..nn.gates import BranchGate, Gate, ResConv, gates
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, gates
 from ..planning.budget import Budget, Limits, require_budget
 from ..planning.costs import CostModel, cost_model, excess
 from ..tables import html_table, text_table
@@ -189,6 +189,9 @@ class Sparsifier:
         removable = {id(g.scale) for g in self.gates.values()}
         self._pulled = torch.tensor([float(id(p) in removable) for p in scalars.values()])
         self._weights = dict.fromkeys(self.costs.names, 1.0)
+        # Segments and gates are there whole or not at all: only a target takes them out.
+        self._held = {n: g for n, g in self.gates.items() if isinstance(g, Segment | FactorGate)}
+        self._shrunk = [n for n in self.costs.names if n not in self._held]
         # What several norms share cannot go into the scale of one of them.
         tied = _tied(self.model)
         every = [(g, n) for g in self.gates.values() if (n := _affine(g)) is not None]
@@ -223,17 +226,16 @@ class Sparsifier:
                 f"The net is within the target as it is ({self.costs.macs:,} MACs, "
                 f"{self.costs.num_params:,} parameters{ms}): nothing would be removed. Lower it."
             )
-        left = self.costs.left(self.costs.names)
+        every = self.costs.compatible(self.costs.names)
+        left = self.costs.left(every)
         if self.latency is not None:
             # The net without all its units may have been timed for the table.
-            timed = [
-                n.latency_ms for n in self.latency.nets if set(n.removed) == set(self.costs.names)
-            ]
+            timed = [n.latency_ms for n in self.latency.nets if set(n.removed) == set(every)]
             left = left._replace(latency_ms=min([left.latency_ms, *timed]))
         too_much = excess(left, self.costs.whole, limits)
         if too_much:
             raise BudgetError(
-                f"The target cannot be reached: with all {len(self.costs.names)} units gone "
+                f"The target cannot be reached: with all {len(every)} units gone "
                 f"{too_much} are left. Raise it, or convert with units='all'."
             )
 
@@ -279,6 +281,8 @@ class Sparsifier:
         self._scalars.detach()
         for gate in self.gates.values():
             gate.skipped = False
+        for segment in self._held.values():
+            segment.waiting = False
 
     def finish(self) -> Outcome:
         """Leave the optimizer, and return where the run stands.
@@ -333,10 +337,12 @@ class Sparsifier:
             if self._step % _REFRESH == 0:
                 self._controls.pull(self.removed)
             self._controls.hold(slowly=True)
+        self._keep_sums()
         every = max(1, (self.total_steps or 2000) // 100)
         if self._step % every == 0:
             self._snapshot()
 
+    @torch.no_grad()
     def _project(self) -> None:
         """Keep ``s >= 0``, and ``p >= 0``, so that a ReLU behind the unit can go with it."""
         if self.mode == "proximal":
@@ -345,6 +351,21 @@ class Sparsifier:
         controls: list[Tensor] = [g.control for g in self.gates.values() if g.control is not None]
         if controls:
             torch._foreach_clamp_min_(controls, 0.0)
+        taken = set() if self._schedule is None else set(self._schedule.taken)
+        whole: list[Tensor] = [g.scale for n, g in self._held.items() if n not in taken]
+        if whole:
+            torch._foreach_zero_(whole)
+            torch._foreach_add_(whole, 1.0)
+
+    @torch.no_grad()
+    def _keep_sums(self) -> None:
+        """Hold one side of every sum above 0: with both at 0 nothing would be left of it."""
+        for name, others in self.costs.excluded.items():
+            mine = self.gates[name].scale
+            for other in others:
+                if name < other:
+                    theirs = self.gates[other].scale
+                    theirs.copy_(torch.where(mine == 0, theirs.clamp_min(_LEAST_CONTROL), theirs))
 
     @torch.no_grad()
     def _normalise(self) -> None:
@@ -369,7 +390,9 @@ class Sparsifier:
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Take the reweighted proximal L1 step."""
-        names = self.costs.names
+        names = self._shrunk
+        if not names:
+            return
         if self._step % _REFRESH == 1:
             values = stack([self.gates[n].scale for n in names]).tolist()
             cost = self.costs.own_ms if self.costs.unit_ms else self.costs.own_macs
@@ -384,9 +407,12 @@ class Sparsifier:
     def _follow(self, schedule: Schedule) -> None:
         step = self._step
         if schedule.due(step):
+            before = len(schedule.taken)
             schedule.choose(step, self._importance.read(), lambda n: self.gates[n].scale.item())
             if self.shared:
                 schedule.load_state_dict(from_first(schedule.state_dict()))
+            if len(schedule.taken) != before:
+                self._skip()
             if self.target is not None and self.target.times and schedule.settled(step):
                 self._check_latency(schedule, self.target)
         fades = {n: f.left(step) for n, f in schedule.fading.items()}
@@ -399,8 +425,12 @@ class Sparsifier:
         # The shortcut comes as the conv goes: from p = 0 nothing would be left to pass.
         self._keep_controls({n: min(1.0, 1 - left) for n, left in fades.items()})
         if schedule.fading:
-            bounds = [f.scale * fades[n] for n, f in schedule.fading.items()]
-            torch._foreach_clamp_max_([self.gates[n].scale for n in schedule.fading], bounds)
+            bounds = {n: f.scale * fades[n] for n, f in schedule.fading.items()}
+            torch._foreach_clamp_max_(
+                [self.gates[n].scale for n in schedule.fading], list(bounds.values())
+            )
+            for name in bounds.keys() & self._held.keys():
+                self._held[name].scale.fill_(bounds[name])
         if schedule.zero:
             torch._foreach_zero_([self.gates[n].scale for n in schedule.zero])
             self._keep_controls(dict.fromkeys(schedule.zero, _LEAST_CONTROL))
@@ -420,6 +450,9 @@ class Sparsifier:
         gone = self.costs.gone(zero)
         for name, gate in self.gates.items():
             gate.skipped = name in gone
+        taken = () if self._schedule is None else self._schedule.taken
+        for name, segment in self._held.items():
+            segment.waiting = name not in taken
 
     def _compare(self) -> None:
         every: list[Tensor] = [g.scale for g in self.gates.values()]

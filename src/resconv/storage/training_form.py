@@ -5,15 +5,16 @@ comes first: what is put around it later gives it another path.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LoadError, SaveError
-from ..nn.gates import BranchGate, Gate, ResConv
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment
 from ..nn.geometry import Reach
+from ..nn.shortcuts import built, describe, why_no_layer
 from ..surgery.decisions import original_path
 from ..surgery.state import set_submodule
 
@@ -48,21 +49,34 @@ class ReachSpec(_Part, frozen=True):
 
 
 class GateSpec(_Part, frozen=True):
-    """A gate: around a conv layer, or at the end of a residual branch ("block").
+    """A gate: around a conv layer or a segment, or at the end of a branch ("block").
+
+    A "factor" is the gate of a factor that stands outside of its product.
 
     Attributes:
         paths: all the names of what it stands around, in the net without gates.
         unit: its name for the user.
         reason: why the unit has to stay, if it has.
         norm, reach: what a conv layer's gate holds.
+        left: the layers that may come in the place of a segment; none of a "gate".
+        residual: how well they follow it, where that is known.
     """
 
-    kind: Literal["layer", "block"]
+    kind: Literal["layer", "block", "factor", "segment", "gate"]
     paths: Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1)]
     unit: str
     reason: str | None
     norm: NormSpec | None
     reach: ReachSpec | None
+    left: Annotated[tuple[dict[str, Any], ...], Meta(max_length=8)] = ()
+    residual: float | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.left) != (self.kind == "segment"):
+            raise ValueError("'left' is what segments have, and all of them")
+        for layer in self.left:
+            if fault := why_no_layer(layer):
+                raise ValueError(f"not a layer ({fault}): {str(layer)[:120]}")
 
 
 def describe_gates(model: nn.Module) -> tuple[GateSpec, ...]:
@@ -95,8 +109,15 @@ def _describe(gate: Gate, paths: list[str]) -> GateSpec:
             norm = NormSpec(name, args)  # type: ignore[arg-type]
         if gate.reach is not None:
             reach = ReachSpec(tuple(gate.reach.tap), tuple(gate.reach.offset))
-    kind: Literal["layer", "block"] = "layer" if isinstance(gate, ResConv) else "block"
-    return GateSpec(kind, tuple(dict.fromkeys(paths)), gate.unit, gate.reason, norm, reach)
+    kind, residual = "layer" if isinstance(gate, ResConv) else "block", None
+    left: tuple[dict[str, Any], ...] = ()
+    if isinstance(gate, FactorGate):
+        kind = "factor"
+    if isinstance(gate, Segment):
+        kind, residual = gate.kind, gate.residual
+        left = () if kind == "gate" else tuple(describe(gate.left))
+    names = tuple(dict.fromkeys(paths))
+    return GateSpec(kind, names, gate.unit, gate.reason, norm, reach, left, residual)  # type: ignore[arg-type]
 
 
 def insert_gates(net: nn.Module, gates: Iterable[GateSpec]) -> None:
@@ -114,9 +135,11 @@ def insert_gates(net: nn.Module, gates: Iterable[GateSpec]) -> None:
                 f"The gates name {path[:120]!r}, which the net does not have."
             ) from None
         gate: Gate
-        if spec.kind == "block":
-            like = next((p for p in net.parameters() if p.is_floating_point()), None)
-            gate = BranchGate(module, like=like)
+        like = next((p for p in net.parameters() if p.is_floating_point()), None)
+        if spec.kind in ("block", "factor"):
+            gate = (BranchGate if spec.kind == "block" else FactorGate)(module, like=like)
+        elif spec.kind in ("segment", "gate"):
+            gate = _segment(module, spec, like)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             reach = None if spec.reach is None else Reach(spec.reach.tap, spec.reach.offset)
             gate = ResConv(module, None, reach=reach)
@@ -127,3 +150,16 @@ def insert_gates(net: nn.Module, gates: Iterable[GateSpec]) -> None:
         gate.unit, gate.reason = spec.unit, spec.reason
         for place in spec.paths:
             set_submodule(net, place, gate)
+
+
+def _segment(module: nn.Module, spec: GateSpec, like: Tensor | None) -> Segment:
+    own = next((p for p in module.parameters() if p.is_floating_point()), like)
+    left: nn.Module = nn.Identity()
+    if spec.left:
+        try:
+            left = built(spec.left, own)
+        except ValueError as error:
+            raise LoadError(f"The layers of {spec.paths[0][:120]!r}: {error}") from error
+    gate = Segment(module, left.train(module.training), like=like)
+    gate.residual = spec.residual
+    return gate

@@ -14,7 +14,7 @@
                       seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,16 +22,18 @@ import torch
 from torch import nn
 
 from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate, Unit, Units
+from ..analysis.candidates import DEFAULT_KINDS, KINDS, Candidate, Unit, Units
+from ..analysis.finding import find_units
 from ..analysis.graph import Graph
 from ..analysis.input_spec import ExampleInputs
 from ..analysis.inputs import as_call, batch_size, evaluating, tensors_in, to_device_of, unwrap
-from ..analysis.layers import find_layers
 from ..analysis.recorder import record, restored
 from ..errors import ConversionError, TraceError
 from ..nn.gates import Gate, is_leaf
+from ..nn.shortcuts import SHORTCUT_KINDS
 from .copying import as_normal_tensors, copy_model
 from .edits import indexed_containers
+from .fitting import fitted
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
 from .provenance import Provenance, example_inputs_of, provenance_of
@@ -40,7 +42,9 @@ from .state import require_finite
 from .trial import why_refused
 from .verification import relative_error
 
-__all__ = ["convert", "units"]
+__all__ = ["convert", "kinds_of", "units"]
+
+_DEFAULT = tuple(f"{k}s" for k in DEFAULT_KINDS)
 
 
 @torch.inference_mode(False)
@@ -48,9 +52,11 @@ def convert(
     model: nn.Module,
     example_inputs: Any,
     *,
-    units: str = "all",
+    units: str | Iterable[str] = _DEFAULT,
     start: str = "keep",
     shortcut: str = "removable",
+    batches: Iterable[Any] | None = None,
+    shortcut_kinds: str | Sequence[str] = SHORTCUT_KINDS,
     filter: Callable[[str, nn.Module], bool] | None = None,
     reparameterize: bool = False,
 ) -> nn.Module:
@@ -59,13 +65,24 @@ def convert(
     Args:
         model: any module whose forward runs on ``example_inputs``.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        units: "layers" (conv layers get a shortcut), "blocks" (residual branches get a scale)
-            or "all" of them.
+        units: which kinds of units: one name, several (a list, or with commas between), or "all".
+            "layers": conv layers get a shortcut. "blocks": residual branches get a scale.
+            "summands": of any other sum one side gets one, so that the other is left.
+            "segments": a module whose shape one conv can stand for gets that conv as its shortcut.
+            "gates": what a squeeze-and-excite multiplies by gets a scale, so that 1 is left.
+            By default layers and blocks, whose removal leaves an identity.
         start: "keep" or "identity"; see the module's header.
         shortcut: which conv layers get one. "removable": those that keep their input's shape, so
             that they can go. "always": also those that change it (a stride, other channels, no
             padding), with the identity strided, cut or padded with zero channels. These fuse as
             exactly, and stay: ``gates`` and plans leave them out, ``units`` says why.
+        batches: a few batches of training data, as for :func:`resconv.recalibrate`, labels not used.
+            The conv beside each segment then starts as the least-squares fit of it, and of the
+            ``shortcut_kinds`` the one is taken that leaves least of both: cost, and variance not
+            explained. Without batches it starts at the segment's own kernel, where that is one conv,
+            else at zero, and has to be trained before it is worth anything.
+        shortcut_kinds: "separable" (a depthwise and a 1x1 conv), "pointwise" (1x1), "dense"; the
+            best first.
         filter: ``filter(name, module) -> bool``; a unit for which it is false stays ordinary.
         reparameterize: merge branches that are for training alone first, by the modules' own
             methods (RepVGG, MobileOne, ...). Without it they get a warning: nobody deploys such a
@@ -80,18 +97,25 @@ def convert(
         >>> model = resconv.convert(net, images)
         >>> torch.allclose(model(images), net(images), atol=1e-6)
         True
+        >>> wider = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> model = resconv.convert(wider, images, units="segments", batches=[images])
+        >>> compact = resconv.prune(model, resconv.Plan(("0",)))
+        >>> torch.allclose(model(images), wider(images), atol=1e-6)
+        True
+        >>> resconv.profile(compact, images).macs < resconv.profile(wider, images).macs / 2
+        True
     """
-    if units not in ("layers", "blocks", "all"):
-        raise ConversionError(f"units={units!r}; choose 'layers', 'blocks' or 'all'.")
+    kinds = kinds_of(units)
     if start not in ("keep", "identity"):
         raise ConversionError(f"start={start!r}; choose 'keep' or 'identity'.")
     if shortcut not in ("removable", "always"):
         raise ConversionError(f"shortcut={shortcut!r}; choose 'removable' or 'always'.")
-    if shortcut == "always" and units == "blocks":
+    if shortcut == "always" and "layer" not in kinds:
         raise ConversionError(
-            "shortcut='always' is about conv layers, and units='blocks' converts none. Choose "
+            f"shortcut='always' is about conv layers, and units={units!r} converts none. Choose "
             "units='all' or 'layers'."
         )
+    shortcut_kinds = _shortcuts_of(shortcut_kinds)
     model = unwrap(model)
     if any(isinstance(m, Gate) for m in model.modules()):
         raise ConversionError(
@@ -99,10 +123,10 @@ def convert(
         )
     model = copy_model(model, ConversionError)
     example_inputs = as_normal_tensors(example_inputs)
-    found = _find(model, example_inputs)
+    found = _find(model, example_inputs, kinds, shortcut_kinds)
     if reparameterize:
         model = merge_branches(model, found.graph, example_inputs)
-        found = _find(model, example_inputs)
+        found = _find(model, example_inputs, kinds, shortcut_kinds)
     else:
         warn_of_branches(found.graph)
     if not found.graph.outputs:
@@ -110,28 +134,42 @@ def convert(
             f"{type(model).__name__} returns no tensor, so nothing can be checked."
         )
     require_finite(model, ConversionError)
-    asked = [c for c in found.every if units in (f"{c.unit.kind}s", "all")]
+    asked = [c for c in found.every if c.unit.kind in kinds]
     if filter is not None:
         asked = [c for c in asked if filter(c.unit.name, model.get_submodule(c.conv or c.gate))]
+    if shortcut == "always":
+        # Both would stand in the conv's place.
+        convs = {c.conv for c in asked if c.conv}
+        asked = [c for c in asked if c.shortcut is None or c.gate not in convs]
+    asked = fitted(model, found.graph, asked, batches)
     gated, kept = _try(model, found, asked, start, shortcut, example_inputs)
     if gated is None:
         reasons = "; ".join(f"{u.name}: {u.reason}" for u in kept[:8]) or "no such layer was found"
         raise ConversionError(
             f"Nothing to convert with units={units!r}: {len(kept)} candidates stay ({reasons}"
             f"{'; ...' if len(kept) > 8 else ''})."
-            + ("" if units == "all" else " Try units='all'.")
+            + ("" if set(kinds) == set(KINDS) else " Try units='all'.")
         )
     return gated
 
 
 @torch.inference_mode(False)
-def units(model: nn.Module, example_inputs: Any = None) -> Units:
-    """List every conv layer and residual branch, with its cost and, where it stays, the reason.
+def units(
+    model: nn.Module,
+    example_inputs: Any = None,
+    kinds: str | Iterable[str] = _DEFAULT,
+    *,
+    batches: Iterable[Any] | None = None,
+    shortcut_kinds: str | Sequence[str] = SHORTCUT_KINDS,
+) -> Units:
+    """List every unit of these kinds, with its cost and, where it stays, the reason.
 
     A unit is removable when its removal works out on a record of the whole model, alone and with
     the others, as :func:`resconv.prune` will do it. The model is run in eval mode and left as it
     was. What comes back is a list that prints as a table. ``example_inputs`` may be left out where
-    the model carries some.
+    the model carries some. ``kinds``, ``batches`` and ``shortcut_kinds`` are those of
+    :func:`resconv.convert`: with batches, each segment's ``residual`` says, before any training,
+    how much of its variance the layers in its place leave unexplained.
 
     Raises:
         TraceError: the model does not run on ``example_inputs``.
@@ -147,21 +185,23 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     """
     model = unwrap(model)
     example_inputs = as_normal_tensors(example_inputs_of(example_inputs, model))
-    found = _find(model, example_inputs)
+    found = _find(model, example_inputs, kinds_of(kinds), _shortcuts_of(shortcut_kinds))
     warn_of_branches(found.graph)
-    listed = {id(c): c.unit for c in found.every}
+    every = found.every
+    listed = {id(c): c.unit for c in every}
     if not any(isinstance(m, Gate) for m in model.modules()):
+        every = fitted(model, found.graph, every, batches)
         try:
-            _, kept = _try(model, found, found.every, "keep", "removable", example_inputs)
+            _, kept = _try(model, found, every, "keep", "removable", example_inputs)
             reasons = {(u.kind, u.name): u.reason for u in kept}
         except ConversionError as error:
-            reasons = {(c.unit.kind, c.unit.name): str(error) for c in found.every}
-        for c in found.every:
+            reasons = {(c.unit.kind, c.unit.name): str(error) for c in every}
+        for c in every:
             reason = c.unit.reason or reasons.get((c.unit.kind, c.unit.name))
             listed[id(c)] = replace(c.unit, removable=reason is None, reason=reason)
     batch = batch_size(example_inputs)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    every = sorted(found.every, key=lambda c: order.get(c.conv or c.gate, 0))
+    every = sorted(every, key=lambda c: order.get(c.conv or c.gate, 0))
     return Units(replace(listed[id(c)], macs=c.unit.macs // batch) for c in every)
 
 
@@ -171,18 +211,47 @@ class _Found:
 
     graph: Graph
     indexed: set[int]  # ids of containers that code indexes
-    layers: list[Candidate]
-    branches: list[Candidate]
-
-    @property
-    def every(self) -> list[Candidate]:
-        return [*self.layers, *self.branches]
+    every: list[Candidate]
+    blocks: list[Candidate]  # whether they were asked for or not
 
 
-def _find(model: nn.Module, example_inputs: Any) -> _Found:
+def kinds_of(units: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the kinds of units that were asked for, as a unit names its own.
+
+    Raises:
+        ConversionError: there is no such kind.
+    """
+    asked = units.split(",") if isinstance(units, str) else list(units)
+    asked = [a.strip() if isinstance(a, str) else a for a in asked]
+    if asked == ["all"]:
+        return KINDS
+    plural = {f"{k}s": k for k in KINDS}
+    unknown = [a for a in asked if a not in plural]
+    if unknown or not asked:
+        raise ConversionError(
+            f"units={units!r}; choose {', '.join(map(repr, plural))}, several of them, or 'all'."
+        )
+    return tuple(k for p, k in plural.items() if p in asked)
+
+
+def _shortcuts_of(kinds: str | Sequence[str]) -> tuple[str, ...]:
+    asked = tuple(k.strip() for k in kinds.split(",")) if isinstance(kinds, str) else tuple(kinds)
+    if not asked or not set(asked) <= set(SHORTCUT_KINDS):
+        raise ConversionError(
+            f"shortcut_kinds={kinds!r}; choose among {', '.join(map(repr, SHORTCUT_KINDS))}."
+        )
+    return asked
+
+
+def _find(
+    model: nn.Module, example_inputs: Any, kinds: Iterable[str], shortcuts: Sequence[str]
+) -> _Found:
     with indexed_containers() as indexed:
         graph = record(model, example_inputs, leaf=is_leaf)
-    return _Found(graph, indexed, find_layers(model, graph), find_blocks(model, graph))
+    every = find_units(model, graph, kinds, indexed, shortcuts)
+    blocks = [c for c in every if c.unit.kind == "block"]
+    # What lies in a block starts in another way, whether the block is a unit or not.
+    return _Found(graph, indexed, every, blocks or find_blocks(model, graph))
 
 
 def _try(
@@ -202,6 +271,7 @@ def _try(
     for c in asked:
         if (
             c.gate
+            and c.unit.kind in ("block", "summand")
             and c.unit.removable
             and (other := ends.setdefault(c.gate, c.unit.name)) != (c.unit.name)
         ):
@@ -216,7 +286,7 @@ def _try(
         kept = [c.unit for c in asked if not c.unit.removable]
         if not chosen:
             return None, kept
-        gated = with_gates(model, found.graph, found.indexed, chosen, found.branches, start, before)
+        gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, before)
         compare = start == "keep" or not is_fresh(model)
         graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
         refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen, graph)

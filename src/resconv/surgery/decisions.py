@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..analysis.graph import Graph
-from ..nn.gates import BranchGate
+from ..nn.gates import BranchGate, Segment
 from .concat import Slices
 from .potentials import Potentials
 
@@ -23,6 +23,8 @@ class Surgery:
     multiply: dict[str, float] = field(default_factory=dict)  # gate path -> factor left over
     dead: set[int] = field(default_factory=set)
     indexed: set[int] = field(default_factory=set)  # ids of containers that code indexes
+    # Segments whose shortcut is all that is left, by path, and those that keep both sides.
+    replaced: list[str] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)  # values that no factor may enter
     slices: Slices | None = None
     potentials: Potentials = field(default_factory=Potentials)
@@ -45,7 +47,7 @@ def original_path(model: nn.Module, path: str) -> str:
     """Return the path without the steps that gates added."""
     parts, kept, module = path.split(".") if path else [], [], model
     for part in parts:
-        if not (isinstance(module, BranchGate) and part == "module"):
+        if not (isinstance(module, BranchGate | Segment) and part == "module"):
             kept.append(part)
         module = getattr(module, part)
     return ".".join(kept)

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import PruneError
+from ..nn.shortcuts import why_no_layer
 from .arguments import decode
 
 __all__ = [
     "Append",
+    "Blend",
     "Bypass",
     "Children",
     "Clone",
@@ -27,6 +29,8 @@ __all__ = [
     "Multiply",
     "Outplace",
     "PassedBy",
+    "Replace",
+    "Soften",
     "TrainingForward",
 ]
 
@@ -111,6 +115,39 @@ class Append(_Factor, frozen=True, tag="append"):
     """The same, behind the module."""
 
 
+class _Layers(_At, frozen=True):
+    layers: Annotated[tuple[dict[str, Any], ...], Meta(max_length=8)]
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            if fault := why_no_layer(layer):
+                raise ValueError(f"not a layer ({fault}): {str(layer)[:120]}")
+
+
+class Replace(_Layers, frozen=True, tag="replace"):
+    """The named layers, in a row, in the place of the module: a segment's shortcut (nn/shortcuts.py)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.layers:
+            raise ValueError("there are no layers to put there")
+
+
+class Blend(_Layers, frozen=True, tag="blend"):
+    """The module and the named layers beside it (none: its input), weighed by a constant factor."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.factor):
+            raise ValueError(f"the factor {self.factor} is not finite")
+
+
+class Soften(_Factor, frozen=True, tag="soften"):
+    """1 plus a constant times what the module returns less 1, in its place."""
+
+
 class Merge(_At, frozen=True, tag="merge"):
     """The module merges its training-time branches, by its own method."""
 
@@ -167,5 +204,18 @@ class Bypass(_At, frozen=True, tag="bypass"):
 
 
 Edit = (
-    Conv | Identity | Drop | Clone | Copy | Outplace | Children | Bypass | Multiply | Append | Merge
+    Conv
+    | Identity
+    | Drop
+    | Clone
+    | Copy
+    | Outplace
+    | Children
+    | Bypass
+    | Multiply
+    | Append
+    | Replace
+    | Blend
+    | Soften
+    | Merge
 )

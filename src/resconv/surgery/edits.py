@@ -2,8 +2,10 @@
 constructors named in it.
 """
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +17,12 @@ from torch import fx, nn
 from ..analysis.graph import Graph
 from ..errors import PruneError
 from ..failures import is_own
+from ..nn.shortcuts import built
 from . import edit_kinds as kinds
 from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
-from .rewritten import Clone, Factor, rewrite_forward, stand_in
+from .rewritten import Blended, Clone, Factor, Softened, rewrite_forward, stand_in
 from .state import set_submodule
 from .tracing import digest, pass_by, trace_forward
 
@@ -86,21 +89,63 @@ def _is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
+class _IndexReads:
+    """Which threads are told of ``nn.Sequential`` that code reads by index, while any is.
+
+    Python looks ``[]`` up in the class, so an instance cannot tell that it was indexed; giving it
+    another class meanwhile would be seen by ``type(m) is nn.Sequential`` in a forward, and by copies
+    and pickles made meanwhile. The method of torch's class is therefore wrapped, and only while a
+    surgery records: it hands every value out as before, notes what the recording thread itself
+    reads, and the last recording puts the original back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers: list[tuple[int, set[int]]] = []  # of which thread, and the ids that it read
+        self._undo: Callable[[], None] | None = None
+
+    def add(self, reader: tuple[int, set[int]]) -> None:
+        with self._lock:
+            if not self._readers:
+                self._undo = self._wrap()
+            self._readers = [*self._readers, reader]
+
+    def remove(self, reader: tuple[int, set[int]]) -> None:
+        with self._lock:
+            self._readers = [r for r in self._readers if r is not reader]
+            if not self._readers and self._undo is not None:
+                self._undo()
+
+    def _wrap(self) -> Callable[[], None]:
+        original = nn.Sequential.__getitem__
+
+        @functools.wraps(original)
+        def watched(container: nn.Sequential, index: Any) -> Any:
+            for thread, seen in self._readers:
+                if thread == threading.get_ident():
+                    seen.add(id(container))
+            return original(container, index)
+
+        def undo() -> None:
+            if nn.Sequential.__getitem__ is watched:  # else someone has wrapped it once more
+                nn.Sequential.__getitem__ = original  # type: ignore[method-assign]
+
+        nn.Sequential.__getitem__ = watched  # type: ignore[method-assign]
+        return undo
+
+
+_index_reads = _IndexReads()
+
+
 @contextmanager
 def indexed_containers() -> Iterator[set[int]]:
-    """Collect the ids of all ``nn.Sequential`` that code reads by index meanwhile."""
-    seen: set[int] = set()
-    original = nn.Sequential.__getitem__
-
-    def watched(self: nn.Sequential, index: Any) -> Any:
-        seen.add(id(self))
-        return original(self, index)
-
-    nn.Sequential.__getitem__ = watched  # type: ignore[method-assign]
+    """Collect the ids of all ``nn.Sequential`` that this thread reads by index meanwhile."""
+    reader = threading.get_ident(), set[int]()
+    _index_reads.add(reader)
     try:
-        yield seen
+        yield reader[1]
     finally:
-        nn.Sequential.__getitem__ = original  # type: ignore[method-assign]
+        _index_reads.remove(reader)
 
 
 def droppable(model: nn.Module, graph: Graph, path: str, indexed: set[int]) -> bool:
@@ -136,6 +181,10 @@ def _edited(module: nn.Module, edit: kinds.Edit) -> nn.Module:
             return Factor(edit.factor)
         case kinds.Append():
             return nn.Sequential(module, Factor(edit.factor))
+        case kinds.Replace() | kinds.Blend():
+            return _with_layers(module, edit)
+        case kinds.Soften():
+            return nn.Sequential(module, Softened(edit.factor))
         case kinds.Bypass():
             return _bypassed(module, edit)
 
@@ -151,6 +200,19 @@ def _conv(module: nn.Module, edit: kinds.Conv) -> nn.Module:
     for parameter in made.parameters():
         parameter.requires_grad_(like.requires_grad or not like.numel())
     return made
+
+
+def _with_layers(module: nn.Module, edit: kinds.Replace | kinds.Blend) -> nn.Module:
+    own = next((p for p in module.parameters() if p.is_floating_point()), None)
+    try:
+        made = built(edit.layers, own)
+    except (ValueError, TypeError) as error:
+        raise PruneError(f"Not the layers of a segment at {edit.path!r}: {error}") from error
+    if own is not None:
+        made.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    if isinstance(edit, kinds.Blend):
+        return Blended(module, made if len(made) else nn.Identity(), edit.factor)
+    return made[0] if len(made) == 1 else made
 
 
 def _children(module: nn.Module, edit: kinds.Children) -> nn.Module:

@@ -10,7 +10,7 @@ from ..analysis.candidates import params_behind
 from ..analysis.graph import Graph, Node, Ref, data_of
 from ..analysis.ops import NORMS, kind, weight_values
 from ..nn.algebra import fused_kernel
-from ..nn.gates import BranchGate, Multiply, ResConv
+from ..nn.gates import Blend, BranchGate, Multiply, ResConv, Soften
 from .concat import Slices, by_input
 from .decisions import MustStayError, Surgery
 
@@ -44,7 +44,13 @@ def tie_factors(todo: Surgery, fuse: bool) -> None:
             else:
                 ties.tie(node.outputs[0], read)
         elif node.op == "gate":
-            if isinstance(node.call.module, Multiply):
+            if isinstance(node.call.module, Soften):
+                for v in (*node.inputs, *node.outputs):
+                    ties.pin(v)
+            elif isinstance(node.call.module, Blend):
+                for v in node.inputs:
+                    ties.tie(v, node.outputs[0])
+            elif isinstance(node.call.module, Multiply):
                 parent = node.call.parent
                 assert parent is not None
                 assert isinstance(parent.module, BranchGate)
@@ -52,25 +58,35 @@ def tie_factors(todo: Surgery, fuse: bool) -> None:
                     demands.append((node, node.inputs[0], parent.module.scale.item()))
             # ResConv, a gated BatchNorm and a scale that stays absorb what stands on both sides.
         else:
-            how = kind(graph, node)
-            if how == "linear" and not _absorbs(graph, node, uses):
-                how = "opaque"
-            if how == "affine_out" and not _absorbs(graph, node, uses):
-                how = "opaque"
-            if how == "homogeneous":
-                for v in (*data[1:], *node.outputs):
-                    ties.tie(v, data[0])
-            elif how == "product":
-                first, second = _product(graph, node)
-                ties.tie(node.outputs[0], first)
-                ties.pin(second)
-            elif how == "affine_out":
-                ties.pin(data[0])
-            elif how == "opaque":
-                for v in (*data, *node.outputs):
-                    ties.pin(v)
+            _tie_kind(todo, node, data, uses)
     for value in graph.outputs:
         slices.collapse(value)
+    _meet(todo, demands)
+
+
+def _tie_kind(todo: Surgery, node: Node, data: list[int], uses: dict[str, int]) -> None:
+    """Tie what an operation reads and returns, by how it deals with a factor."""
+    graph, ties = todo.graph, todo.potentials
+    how = kind(graph, node)
+    if how in ("linear", "affine_out") and not _absorbs(graph, node, uses):
+        how = "opaque"
+    if how == "homogeneous":
+        for v in (*data[1:], *node.outputs):
+            ties.tie(v, data[0])
+    elif how == "product":
+        first, second = _product(graph, node)
+        ties.tie(node.outputs[0], first)
+        ties.pin(second)
+    elif how == "affine_out":
+        ties.pin(data[0])
+    elif how == "opaque":
+        for v in (*data, *node.outputs):
+            ties.pin(v)
+
+
+def _meet(todo: Surgery, demands: list[tuple[Node, int, float]]) -> None:
+    """Let ``y = p * x`` be one value for each of the demands ``(node, x, p)``; see :func:`tie_factors`."""
+    ties = todo.potentials
     left: list[tuple[Node, int, float]] = []
     for node, x, p in demands:
         # y = p * x, one value from now on: f(x) = p * f(y).

@@ -1,4 +1,7 @@
-"""Gates into a copy of a net: each conv becomes a ResConv, the end of each branch gets a scale."""
+"""Gates into a copy of a net: each conv becomes a ResConv, the end of each branch gets a scale.
+
+A segment is wrapped whole, with the layers beside it that may come in its place.
+"""
 
 from collections import Counter
 
@@ -9,8 +12,9 @@ from ..analysis.candidates import Candidate
 from ..analysis.graph import Graph
 from ..errors import ConversionError
 from ..nn.algebra import add_identity
-from ..nn.gates import BranchGate, Gate, ResConv, is_plain_norm
+from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, is_plain_norm
 from ..nn.geometry import tap
+from ..nn.shortcuts import built
 from .copying import copy_model
 from .edit_kinds import Children, Drop, Edit
 from .edits import apply_edit, droppable
@@ -61,21 +65,45 @@ def with_gates(
         if isinstance(model.get_submodule(path), nn.Identity):
             edits.append(Drop(path))
             apply_edit(model, edits[-1])
-    places: dict[str, str] = {}
-    for candidate in chosen:
-        if candidate.unit.kind == "block":
-            places[moved.get(candidate.gate, candidate.gate)] = candidate.unit.name
-    # The innermost first: a gate around it lengthens the paths of all that it holds.
+    places = [
+        (c.gate if _is_whole(c) else moved.get(c.gate, c.gate), c)
+        for c in chosen
+        if c.unit.kind != "layer"
+    ]
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    for place in sorted(places, key=lambda p: -p.count(".")):
-        gate = BranchGate(model.get_submodule(place), like=like)
-        gate.unit = places[place]
+    # The innermost first: a gate around it lengthens the paths of all that it holds. A branch that
+    # ends in a segment is scaled with all that the segment returns.
+    for place, c in sorted(places, key=lambda p: (-p[0].count("."), not _is_whole(p[1]))):
+        module = model.get_submodule(place)
+        gate: Gate = (
+            _segment(module, c, like)
+            if _is_whole(c)
+            else (FactorGate if c.unit.kind == "gate" else BranchGate)(module, like=like)
+        )
+        gate.unit = c.unit.name
         set_submodule(model, place, gate)
     if start == "identity" and fresh:
         ends = {moved.get(c.gate, c.gate): c.value for c in branches if c.gate}
         _start_small(model, graph, chosen, ends)
     carry_on(model, provenance, edits=edits, training_form=True)
     return model
+
+
+def _is_whole(c: Candidate) -> bool:
+    """Whether the gate holds all of the unit, and not the end of it."""
+    return c.unit.kind == "segment" or (c.unit.kind == "gate" and c.add < 0)
+
+
+def _segment(module: nn.Module, c: Candidate, like: Tensor | None) -> Segment:
+    own = next((p for p in module.parameters() if p.is_floating_point()), like)
+    left: nn.Module = nn.Identity()
+    if c.shortcut is not None:
+        left = built(c.shortcut.layers(), own)
+        left.load_state_dict(c.start)
+    left.train(module.training)
+    gate = Segment(module, left, like=like)
+    gate.residual = c.unit.residual
+    return gate
 
 
 @torch.no_grad()

@@ -18,16 +18,17 @@ from ..analysis.graph import Graph, Node
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import PlanError, PruneError
-from ..nn.gates import BranchGate, Gate, gates, is_leaf
+from ..nn.gates import BranchGate, Gate, Segment, gates, is_leaf
 from ..planning.plan import Plan
 from .copying import copy_model
 from .decisions import original_path
-from .edit_kinds import Append, Conv, Edit, Multiply
+from .edit_kinds import Append, Blend, Conv, Edit, Multiply, Soften
 from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
 from .provenance import carry_on, converted, example_inputs_of, provenance_of
+from .replacing import Replaced, put, replacements
 from .state import require_finite, set_submodule
 from .trial import FAITHFUL, decisions
 
@@ -85,15 +86,17 @@ def operate(
     before = converted(model)
     example_inputs = example_inputs_of(None, model)
     require_finite(model, PruneError)
-    planned = remove
+    idle: tuple[str, ...] = ()
     if fuse:
-        # A branch that counts nothing need not be computed, whether it was planned or not.
-        remove += tuple(
+        # What counts nothing need not be computed, whether it was planned or not.
+        idle = tuple(
             name
             for name, gate in gates(model).items()
-            if isinstance(gate, BranchGate) and gate.scale.item() == 0 and name not in remove
+            if isinstance(gate, BranchGate | Segment)
+            and gate.scale.item() == 0
+            and name not in remove
         )
-    start = partial(_at_zero, model, planned)
+    start = partial(_at_zero, model, remove)
     witness = None
     faithful = 0
     while True:
@@ -103,7 +106,7 @@ def operate(
                 graph = record(copied, example_inputs, leaf=is_leaf)
             graph.matched = {} if matched is None else matched
             witness = witness or Witness(start, example_inputs, graph)
-            made, edits = _operated(copied, graph, indexed, remove, fuse, faithful)
+            made, edits = _operated(copied, graph, indexed, remove, idle, fuse, faithful)
         try:
             witness.require_same(made)
             break
@@ -121,6 +124,7 @@ def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     every = gates(model, fixed=True)
     for gate in every.values():
         gate.skipped = False  # whose run is over; a unit at 0 that stays may learn again
+        gate.waiting = False
     with torch.no_grad():
         for name in names:
             every[name].scale.zero_()
@@ -132,14 +136,24 @@ def _operated(
     graph: Graph,
     indexed: set[int],
     remove: tuple[str, ...],
+    idle: tuple[str, ...],
     fuse: bool,
     faithful: int,
 ) -> tuple[nn.Module, list[Edit]]:
     """Carry the surgery out on ``model``, and return the net with the edits that made it.
 
-    ``graph`` and ``indexed`` are of a record of ``model`` itself.
+    ``graph`` and ``indexed`` are of a record of ``model`` itself. ``idle`` units go, too, as far as
+    the others allow.
     """
-    todo, structure = decisions(model, graph, remove, fuse=fuse, indexed=indexed, faithful=faithful)
+    todo, structure = decisions(
+        model,
+        graph,
+        (*remove, *idle),
+        fuse=fuse,
+        indexed=indexed,
+        faithful=faithful,
+        idle=frozenset(idle),
+    )
     kept = kernels_of(todo) if fuse else {}
     absorb(model, todo, fuse)
     convs: list[Conv] = []
@@ -149,13 +163,22 @@ def _operated(
         convs.append(conv_edit(original, like, bias is not None))
         layer: Any = model.get_submodule(path)
         kernels[original] = Fused(weight, bias, like, layer.norm)
+    replaced = replacements(model, todo, fuse)
     model = _without_gates(model, everything=fuse, removed=remove)
-    here = structure if fuse else [_gated(model, e) for e in structure]
+    # Each as it is written down, and as it is carried out here: where gates stay, paths are longer.
+    written = [*(r.edit for r in replaced), *structure]
+    numbers = [*(r.numbers for r in replaced), *({} for _ in structure)]
+    here = written if fuse else [_gated(model, e) for e in written]
+    steps = [(e, Replaced(h, n)) for e, h, n in zip(written, here, numbers, strict=True)]
+    # What is put around or behind a module comes last, as it gives all within another path.
+    around = [s for s in steps if isinstance(s[0], Append | Blend | Soften)]
+    around.sort(key=lambda s: -s[1].edit.path.count("."))
+    steps = [s for s in steps if not isinstance(s[0], Append | Blend | Soften)] + around
     # Kernels first: what is put behind a conv later gives it another path.
     model = apply_edits(model, convs)
     fill_convs(model, kernels)
-    model = apply_edits(model, here)
-    return model, [*convs, *structure]
+    model = put(model, [s[1] for s in steps])
+    return model, [*convs, *(s[0] for s in steps)]
 
 
 def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ...]) -> nn.Module:
@@ -163,7 +186,8 @@ def _without_gates(model: nn.Module, *, everything: bool, removed: tuple[str, ..
     for path, module in list(model.named_modules())[::-1]:
         if not isinstance(module, Gate) or not (everything or module.unit in removed):
             continue
-        inner: Any = module.module if isinstance(module, BranchGate) else module.conv
+        whole = isinstance(module, BranchGate | Segment)
+        inner: Any = module.module if whole else module.conv
         set_submodule(model, path, inner)
     return model
 
@@ -173,13 +197,13 @@ def _gated(model: nn.Module, edit: Edit) -> Edit:
     module: nn.Module = model
     path = []
     for part in edit.path.split(".") if edit.path else []:
-        if isinstance(module, BranchGate):
+        if isinstance(module, BranchGate | Segment):
             path.append("module")
             module = module.module
         path.append(part)
         module = getattr(module, part)
     # Edits speak of the original layers, which stand inside the gates that stay.
-    while isinstance(module, BranchGate):
+    while isinstance(module, BranchGate | Segment):
         path.append("module")
         module = module.module
     return replace(edit, path=".".join(path))
@@ -188,10 +212,13 @@ def _gated(model: nn.Module, edit: Edit) -> Edit:
 def leftovers(compact: nn.Module) -> dict[str, float]:
     """Return the factors that no layer could absorb, by the path of the multiply.
 
+    Also the scales of segments and gates that are neither 0 nor 1: both sides of these are left.
+
     Example:
         >>> model = resconv.convert(net, images, start="identity")
         >>> resconv.leftovers(resconv.prune(model, resconv.Plan(("3",))))
         {}
     """
     edits = provenance_of(compact).edits
-    return {e.path: e.factor for e in edits if isinstance(e, Multiply | Append)}
+    kinds = Multiply | Append | Blend | Soften
+    return {e.path: e.factor for e in edits if isinstance(e, kinds)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..analysis.candidates import Candidate
+from ..analysis.candidates import Candidate, compatible, conflicts
 from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import gates
@@ -25,7 +25,13 @@ def why_prune_fails(gated: nn.Module, chosen: list[Candidate], graph: Graph) -> 
     ``graph`` is a record of ``gated``; what was found out about it holds here, too. Every second
     branch goes, and all layers that lie in none of these. ``gated`` is left as it was.
     """
-    branches = [c for c in chosen if c.gate][::2]
+    excluded = conflicts(chosen)
+    halves = set(compatible([c.unit.name for c in chosen if c.gate][::2], excluded))
+    # All segments: what comes in their place has to fit.
+    every = compatible(
+        [c.unit.name for c in chosen if c.shortcut is not None or c.unit.name in halves], excluded
+    )
+    branches = [c for c in chosen if c.gate and c.unit.name in every]
     inside = frozenset().union(*(c.nodes for c in branches))
     layers = [c for c in chosen if c.unit.removable and not c.gate and not c.nodes & inside]
     going = {c.unit.name for c in (*branches, *layers)}

@@ -12,12 +12,12 @@ import math
 
 from torch import nn
 
-from ..analysis.branches import find_blocks
 from ..analysis.candidates import Candidate
-from ..analysis.graph import Graph, Node, Ref
+from ..analysis.finding import find_branches
+from ..analysis.graph import Call, Graph, Node, Ref
 from ..analysis.ops import bounds, clamp_limits, is_identity, kind
 from ..errors import PruneError
-from ..nn.gates import BranchGate, Gate, Multiply, ResConv
+from ..nn.gates import Blend, BranchGate, FactorGate, Gate, Multiply, ResConv, Segment, Soften
 from .decisions import Surgery
 
 __all__ = ["decide"]
@@ -32,11 +32,13 @@ def decide(
     keep: frozenset[int] = frozenset(),
     indexed: set[int] | None = None,
     blocks: list[Candidate] | None = None,
+    idle: frozenset[str] = frozenset(),
 ) -> Surgery:
     """Return which values stand for which others once the named units are gone.
 
     ``keep`` names operations that could go, but have to stay for another reason. ``blocks`` are the
-    branches of the record, found here if they are not given.
+    branches of the record, found here if they are not given. ``idle`` are those of the units that go
+    only because they count nothing: of two such sides of a sum the second stays.
 
     Raises:
         PruneError: a unit cannot go; the message says why.
@@ -49,23 +51,70 @@ def decide(
     chosen = {calls[name].path: name for name in remove}
     branches = {p: n for p, n in chosen.items() if isinstance(calls[n].module, BranchGate)}
     if branches and blocks is None:
-        blocks = find_blocks(model, graph)
-    additions = _removed_blocks(todo, branches, blocks or [])
-    walk = _Walk(todo, fuse, keep)
+        blocks = find_branches(model, graph)
+    additions = _removed_branches(todo, branches, blocks or [], idle)
+    settled = _settled_segments(todo, chosen, fuse)
+    walk = _Walk(todo, fuse, keep | _of_shortcuts(graph))
     for node in graph.nodes:
         if node.index in todo.dead:
             continue
         if node.index in additions:
             walk.pass_by(node, additions[node.index], 1.0)
-        elif node.op == "gate" and node.call.path in chosen:
+        elif node.index in settled:
+            walk.pass_by(node, settled[node.index], 1.0)
+        elif isinstance(node.call.module, ResConv) and node.call.path in chosen:
             walk.pass_by(node, 0, _control(chosen[node.call.path], node.call.module))
         else:
             walk.visit(node)
     return todo
 
 
-def _removed_blocks(
-    todo: Surgery, chosen: dict[str, str], blocks: list[Candidate]
+def _of_shortcuts(graph: Graph) -> frozenset[int]:
+    """Return the operations of what segments leave: all of it stays, or none."""
+    return frozenset(
+        i
+        for call in graph.calls
+        if call.parent is not None
+        and isinstance(segment := call.parent.module, Segment)
+        and call.module is segment.left
+        for i in range(call.start, call.end)
+    )
+
+
+def _settled_segments(todo: Surgery, chosen: dict[str, str], fuse: bool) -> dict[int, int]:
+    """Mark the side of each segment as dead that goes; return the blends with the side that stays."""
+    graph = todo.graph
+    settled = {}
+    for call in graph.calls:
+        segment = call.module
+        if not isinstance(segment, Segment):
+            continue
+        removed = call.path in chosen
+        if not removed and not (fuse and segment.scale.item() == 1):
+            continue
+        inner = [c for c in graph.calls if c.parent is call]
+        blend = next(graph.nodes[c.start] for c in inner if isinstance(c.module, Blend))
+        settled[blend.index] = int(removed)
+        gone = segment.module if removed else segment.left
+        todo.dead.update(i for c in inner if c.module is gone for i in range(c.start, c.end))
+        if removed and segment.kind == "segment":
+            todo.replaced.append(call.path)
+    for node in graph.nodes if fuse else ():
+        parent = node.call.parent
+        if isinstance(node.call.module, Soften) and parent is not None:
+            assert isinstance(parent.module, FactorGate)
+            if parent.module.scale.item() == 1:
+                settled[node.index] = 0
+    todo.replaced = [p for p in todo.replaced if not _is_dead(todo, graph.calls_of(p)[0])]
+    return settled
+
+
+def _is_dead(todo: Surgery, call: Call) -> bool:
+    return call.end - 1 in todo.dead
+
+
+def _removed_branches(
+    todo: Surgery, chosen: dict[str, str], blocks: list[Candidate], idle: frozenset[str]
 ) -> dict[int, int]:
     """Mark the branches as dead; return their additions with the position of the shortcut."""
     by_gate = {c.gate: c for c in blocks}
@@ -73,8 +122,15 @@ def _removed_blocks(
     for path, name in chosen.items():
         candidate = by_gate.get(path)
         if candidate is None or not candidate.unit.removable:
-            raise PruneError(f"{name} is no residual branch of the recorded forward any more.")
+            raise PruneError(f"{name} is no part of a sum or a product in the forward any more.")
         add = todo.graph.nodes[candidate.add]
+        if add.index in additions and name in idle:
+            continue
+        if add.index in additions:
+            raise PruneError(
+                f"Only one side of the sum in {add.call.path or 'the forward'} can go, and the plan "
+                f"removes both: {name} is the second. Leave one of them in."
+            )
         position = next(i for i, a in enumerate(add.args[:2]) if a == Ref(candidate.value))
         additions[add.index] = position
         todo.dead |= candidate.nodes

@@ -15,7 +15,7 @@ from torch import nn
 from ..analysis.graph import Call, Graph, Node, Ref
 from ..errors import PruneError, TraceError
 from ..failures import is_own
-from ..nn.gates import BranchGate, ResConv
+from ..nn.gates import Blend, BranchGate, ResConv, Soften
 from .arguments import encode
 from .decisions import MustStayError, Surgery, original_path
 from .edit_kinds import (
@@ -32,7 +32,7 @@ from .edit_kinds import (
 )
 from .edits import droppable
 from .forms import Form, device_of, fill, signature
-from .inplace import Kind, same_flow, unsafe_writes
+from .inplace import Kind, Writes, same_flow, unsafe_writes
 from .modes import both_modes, called
 from .proof import trains_as_identity
 from .rewritten import of_user
@@ -40,8 +40,8 @@ from .rewritten import of_user
 __all__ = ["tree_edits"]
 
 
-def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
-    """Return the edits of the module tree that carry out what the values say."""
+def _passing_on(todo: Surgery) -> tuple[list[str], set[int]]:
+    """Return the modules that only pass their input on, and the operations within them."""
     graph = todo.graph
     identities: list[str] = []
     covered: set[int] = set()
@@ -51,6 +51,8 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
         if any(call.path == p for p in identities):
             continue
         module = call.module
+        if isinstance(module, Blend | Soften):
+            continue  # its gate goes, and with it the node
         read = _passed_on(call)
         if not isinstance(call.output, Ref) or read is None or call.output == read:
             continue
@@ -62,6 +64,52 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
             continue
         identities.append(call.path)
         covered.update(range(call.start, call.end))
+    return identities, covered
+
+
+def _of_modules(
+    model: nn.Module, todo: Surgery, identities: list[str], cloned: dict[str, Kind], writes: Writes
+) -> list[Edit]:
+    """Return the edits of whole modules: what passes on, writes in place, or takes a factor."""
+    silent: dict[str, type[Clone] | type[Copy]] = {"clone": Clone, "copy": Copy}
+    edits: list[Edit] = [
+        silent[cloned[p]](path) if p in cloned else Identity(path)
+        for p, path in ((p, original_path(model, p)) for p in identities)
+    ]
+    edits += [Outplace(original_path(model, p)) for p in writes.outplace]
+    return edits + [
+        Multiply(original_path(model, p), factor)
+        for p, factor in todo.multiply.items()
+        if isinstance(model.get_submodule(p), ResConv)
+    ]
+
+
+def _by_forward(todo: Surgery, covered: set[int]) -> dict[str, list[int]]:
+    """Return the other operations that are passed by, by the module whose forward holds them."""
+    graph = todo.graph
+    rest: dict[str, list[int]] = {}
+    for index in todo.bypassed:
+        if index in covered or (index in todo.dead):
+            continue
+        if isinstance(graph.nodes[index].call.module, Blend | Soften):
+            continue
+        owner = graph.nodes[index].call
+        # A shared or childless activation is passed by where it is called.
+        while owner.parent is not None and owner.args and _whole(graph, owner, index):
+            owner = owner.parent
+        rest.setdefault(owner.path, []).append(index)
+    return rest
+
+
+def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
+    """Return the edits of the module tree that carry out what the values say.
+
+    Raises:
+        MustStayError: operations that need not go stand in a forward that cannot be rewritten.
+        PruneError: so do others.
+    """
+    graph = todo.graph
+    identities, covered = _passing_on(todo)
     writes = unsafe_writes(model, todo, covered)
     cloned = {
         call.path: writes.copies[i]
@@ -70,31 +118,13 @@ def tree_edits(model: nn.Module, todo: Surgery) -> list[Edit]:
         for i in writes.copies
         if call.start <= i < call.end
     }
-    silent: dict[str, type[Clone] | type[Copy]] = {"clone": Clone, "copy": Copy}
-    edits: list[Edit] = [
-        silent[cloned[p]](path) if p in cloned else Identity(path)
-        for p, path in ((p, original_path(model, p)) for p in identities)
-    ]
-    edits += [Outplace(original_path(model, p)) for p in writes.outplace]
-    edits += [
-        Multiply(original_path(model, p), factor)
-        for p, factor in todo.multiply.items()
-        if isinstance(model.get_submodule(p), ResConv)
-    ]
+    edits = _of_modules(model, todo, identities, cloned, writes)
     appended = [
         Append(original_path(model, p), factor)
         for p, factor in todo.multiply.items()
         if isinstance(model.get_submodule(p), BranchGate)
     ]
-    rest: dict[str, list[int]] = {}
-    for index in todo.bypassed:
-        if index in covered or (index in todo.dead):
-            continue
-        owner = graph.nodes[index].call
-        # A shared or childless activation is passed by where it is called.
-        while owner.parent is not None and owner.args and _whole(graph, owner, index):
-            owner = owner.parent
-        rest.setdefault(owner.path, []).append(index)
+    rest = _by_forward(todo, covered)
     rewritten, stay = [], set()
     for path, indices in rest.items():
         try:

@@ -15,7 +15,17 @@ from torch import Tensor, fx, nn
 
 from .arguments import FREE
 
-__all__ = ["Clone", "Factor", "PassThrough", "of_user", "own_class", "rewrite_forward", "stand_in"]
+__all__ = [
+    "Blended",
+    "Clone",
+    "Factor",
+    "PassThrough",
+    "Softened",
+    "of_user",
+    "own_class",
+    "rewrite_forward",
+    "stand_in",
+]
 
 
 def _same(value: Any, constant: Any) -> bool:
@@ -209,6 +219,31 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.factor:.6g}"
+
+
+class Blended(nn.Module):
+    """``left + factor * (whole - left)``: a segment whose scale ended neither at 0 nor at 1."""
+
+    def __init__(self, whole: nn.Module, left: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.left = left
+        self.whole = whole
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        whole: Tensor = self.whole(x)
+        return torch.lerp(left.to(whole.dtype), whole, self.factor)
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.6g}"
+
+
+class Softened(Factor):
+    """Brings numbers nearer to 1, by a constant: what is left of a gate that went halfway."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 + self.factor * (x - 1)
 
 
 class PassThrough(nn.Identity):

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..analysis.branches import find_blocks
-from ..analysis.candidates import Candidate
+from ..analysis.candidates import Candidate, compatible, conflicts
+from ..analysis.finding import find_branches
 from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import Gate, gates
@@ -43,10 +43,11 @@ def decisions(
     indexed: set[int],
     blocks: list[Candidate] | None = None,
     faithful: int = 0,
+    idle: frozenset[str] = frozenset(),
 ) -> tuple[Surgery, list[Edit]]:
     """Return what becomes of every value once the units are gone, and the edits of the tree.
 
-    ``faithful`` is an index into FAITHFUL.
+    ``faithful`` is an index into FAITHFUL; ``idle`` as for ``decide``.
 
     Raises:
         PruneError: a unit cannot go; the message says why.
@@ -59,7 +60,14 @@ def decisions(
     while True:
         try:
             todo = decide(
-                model, graph, remove, fuse=fuse, keep=keep, indexed=indexed, blocks=blocks
+                model,
+                graph,
+                remove,
+                fuse=fuse,
+                keep=keep,
+                indexed=indexed,
+                blocks=blocks,
+                idle=idle,
             )
             todo.pinned = pinned
             tie_factors(todo, fuse)
@@ -76,7 +84,7 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
     """
     every = tuple(gates(model))
     controls = [g.control for g in gates(model).values() if g.control is not None]
-    blocks = find_blocks(model, graph)
+    blocks = find_branches(model, graph)
     refused: dict[str, str] = {}
 
     def attempt(names: Iterable[str], low: float, high: float, fuse: bool = True) -> str | None:
@@ -84,10 +92,16 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
         with generic(controls, low, high):
             return _why_not(model, graph, names, fuse, indexed, blocks) if names else None
 
+    trials: list[tuple[tuple[str, ...], float, float, bool]] = []
     for name in every:
         if (reason := attempt([name], 0.5, 1.0)) is not None:
             refused[name] = reason
-    trials = [(every, low, high, True) for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0))]
+    excluded = conflicts(c for c in blocks if c.unit.name in every)
+    if excluded:
+        # Of a sum one side goes, or the other.
+        trials = [(compatible(every[::-1], excluded), 0.5, 1.0, True)]
+        every = compatible(every, excluded)
+    trials += [(every, low, high, True) for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0))]
     trials += [(names, 0.5, 1.0, False) for names in (every, every[::2], every[1::2])]
     for names, low, high, fuse in trials:
         while attempt(names, low, high, fuse) is not None:

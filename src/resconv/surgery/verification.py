@@ -141,27 +141,7 @@ def compare_outputs(
 
     ``least`` is the least that a default tolerance may be.
     """
-    xs, ys = dict(_leaves(before)), dict(_leaves(after))
-    if list(xs) != list(ys):
-        only = [*(p for p in xs if p not in ys), *(p for p in ys if p not in xs)]
-        raise VerificationError(
-            f"The outputs differ in structure: {len(xs)} values before, {len(ys)} after; only one "
-            f"of the two has {', '.join(only[:3]) or 'them in this order'}."
-        )
-    numbers = {p: (_numbers(xs[p]), _numbers(ys[p])) for p in xs}
-    for place, (x, y) in numbers.items():
-        if x is None or y is None:
-            _compare_plain(place, xs[place], ys[place])
-    pairs = {p: (x, y) for p, (x, y) in numbers.items() if x is not None and y is not None}
-    shapes = [[tuple(t.shape) for t in side] for side in zip(*pairs.values(), strict=True)]
-    if shapes and shapes[0] != shapes[1]:
-        raise VerificationError(
-            f"The outputs differ in shape: {shapes[0][:4]} before, {shapes[1][:4]} after."
-        )
-    if not pairs:
-        raise VerificationError(
-            "The networks return no tensor and no number, so there is nothing to compare."
-        )
+    pairs = _paired(before, after)
     worst, closest = 0.0, (-1.0, 0.0, 0.0, torch.float32)
     for place, (x, y) in pairs.items():
         if not x.numel():
@@ -197,6 +177,32 @@ def compare_outputs(
         )
     _, relative, allowed, dtype = closest
     return Verification(worst, relative, allowed, len(pairs), str(dtype).removeprefix("torch."))
+
+
+def _paired(before: Any, after: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the numbers of two sets of outputs, side by side; all else must be equal."""
+    xs, ys = dict(_leaves(before)), dict(_leaves(after))
+    if list(xs) != list(ys):
+        only = [*(p for p in xs if p not in ys), *(p for p in ys if p not in xs)]
+        raise VerificationError(
+            f"The outputs differ in structure: {len(xs)} values before, {len(ys)} after; only one "
+            f"of the two has {', '.join(only[:3]) or 'them in this order'}."
+        )
+    numbers = {p: (_numbers(xs[p]), _numbers(ys[p])) for p in xs}
+    for place, (x, y) in numbers.items():
+        if x is None or y is None:
+            _compare_plain(place, xs[place], ys[place])
+    pairs = {p: (x, y) for p, (x, y) in numbers.items() if x is not None and y is not None}
+    shapes = [[tuple(t.shape) for t in side] for side in zip(*pairs.values(), strict=True)]
+    if shapes and shapes[0] != shapes[1]:
+        raise VerificationError(
+            f"The outputs differ in shape: {shapes[0][:4]} before, {shapes[1][:4]} after."
+        )
+    if not pairs:
+        raise VerificationError(
+            "The networks return no tensor and no number, so there is nothing to compare."
+        )
+    return pairs
 
 
 def _outputs(model: nn.Module, example_inputs: Any, which: str) -> Any:

@@ -73,7 +73,9 @@ class RecordedNet:
             self._recorded = None
 
     def _find_resting(self) -> tuple[str, ...]:
-        return tuple(n for n, gate in gates(self.net, fixed=True).items() if gate.skipped)
+        every = gates(self.net, fixed=True)
+        waiting = (n for n, g in every.items() if g.waiting)
+        return (*(n for n, g in every.items() if g.skipped), "", *waiting)
 
     def _record(self, images: Tensor) -> _Net:
         net = _Net(self.net)
