@@ -111,7 +111,10 @@ def commands(page):
                 yield words[words.index("resconv") + 1 :]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/first-steps.md", "docs/distributed.md"])
+PAGES = ("README.md", "docs/first-steps.md", "docs/distributed.md", "docs/pretrained.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_command_lines_are_understood(page):
     group = typer.main.get_command(app)
     lines = list(commands(page))

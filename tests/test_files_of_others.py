@@ -117,7 +117,7 @@ def run(tmp_path):
         (
             "config.json",
             '{"model": "x", "data": "y", "lr": "0.1"}',
-            r"config\.json.*training\.lr: expected `float`, got `str`",
+            r"config\.json.*training\.lr: expected `float \| null`, got `str`",
         ),
         ("config.json", '{"model": "x"}', r"config\.json.*missing required field `source`"),
         ("config.json", '{"model": "x", "data": "y", "macs": 7.5}', r"config\.json: macs=7\.5"),

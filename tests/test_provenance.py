@@ -12,6 +12,7 @@ from torch import nn
 import resconv
 from resconv import nets
 from resconv.analysis.input_spec import ExampleInputs
+from resconv.preprocessing import Preprocessing
 from resconv.surgery.edit_kinds import Children
 from resconv.surgery.provenance import Provenance, carry, example_inputs_of, provenance_of
 
@@ -45,7 +46,11 @@ def forms(net, x, tmp_path):
 
 def test_every_net_carries_one_record(tmp_path, x):
     net = made("resnet20", num_classes=4)
-    mark = {"preprocessing": {"mean": [0.5, 0.25]}, "class_names": ("a", "b", "c", "d")}
+    names = ("a", "b", "c", "d")
+    own = Preprocessing(
+        size=32, mean=(0.5, 0.25, 0.1), std=(1, 2, 3), channel_order="BGR", class_names=names
+    )
+    mark = {"preprocessing": own, "class_names": names}
     carry(net, replace(provenance_of(net), **mark))
     before = 0
     for word, one in forms(net, x, tmp_path):

@@ -1,5 +1,6 @@
 """How an image becomes a net's input: what training, evaluation, export and prediction read alike."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -12,9 +13,11 @@ __all__ = [
     "ChannelOrder",
     "Interpolation",
     "Preprocessing",
+    "from_metadata",
     "of_timm",
     "of_torchvision",
     "resized_side",
+    "to_metadata",
 ]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -80,6 +83,55 @@ def resized_side(size: int, crop_fraction: float) -> int:
     """Return the pixels that the shorter side is resized to."""
     # As timm rounds it; the small term is for fractions such as 224/232 that have no exact float.
     return math.floor(size / crop_fraction + 1e-4)
+
+
+def to_metadata(preprocessing: Preprocessing) -> dict[str, str]:
+    """Return it as keys and texts, as they stand in the metadata of an exported file.
+
+    ``image_size``, ``resize_to`` (the shorter side, before the centre square is cut out), ``crop_fraction``,
+    ``interpolation`` and ``channel_order`` are numbers and words; ``mean``, ``std`` and ``class_names`` are
+    JSON lists.
+
+    Example:
+        >>> own = Preprocessing(size=224, crop_fraction=0.875, mean=(0.5,), std=(0.25,), channel_order="L")
+        >>> to_metadata(own)["resize_to"], to_metadata(own)["mean"]
+        ('256', '[0.5]')
+    """
+    return {
+        "image_size": str(preprocessing.size),
+        "resize_to": str(preprocessing.resized),
+        "crop_fraction": repr(preprocessing.crop_fraction),
+        "interpolation": preprocessing.interpolation,
+        "channel_order": preprocessing.channel_order or "",
+        "mean": json.dumps(preprocessing.mean),
+        "std": json.dumps(preprocessing.std),
+        "class_names": json.dumps(preprocessing.class_names),
+    }
+
+
+def from_metadata(texts: Mapping[str, str]) -> Preprocessing | None:
+    """Return what :func:`to_metadata` wrote into a file, or None where nothing is there.
+
+    Raises:
+        DataError: what stands there is no preprocessing.
+    """
+    if "image_size" not in texts:
+        return None
+    try:
+        return msgspec.convert(
+            {
+                "size": int(texts["image_size"]),
+                "crop_fraction": float(texts["crop_fraction"]),
+                "interpolation": texts["interpolation"],
+                "channel_order": texts["channel_order"] or None,
+                **{name: json.loads(texts[name]) for name in ("mean", "std", "class_names")},
+            },
+            Preprocessing,
+        )
+    except (KeyError, ValueError) as error:  # of json, and msgspec's
+        raise DataError(
+            f"The file's metadata do not say how images become its inputs ({type(error).__name__}: {error})."
+        ) from error
 
 
 def of_timm(config: Mapping[str, Any]) -> Preprocessing:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import compress, export, inspect, measure, prune, train, verify
+from . import compress, evaluate, export, inspect, measure, predict, prune, train, verify
 from .stopping import STOPPED
 
 __all__ = ["app", "run_app"]
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (compress, inspect, train, prune, export, measure, verify):
+for module in (compress, inspect, train, prune, export, measure, verify, predict, evaluate):
     module.register(app)
 
 

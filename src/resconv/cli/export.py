@@ -1,7 +1,7 @@
 """``resconv export``: files for other runtimes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,8 @@ EXAMPLES = """
   resconv export runs/digits --to model.pt2
 
   resconv export saved_net --to model.xml
+
+  resconv export runs/digits --to app.onnx --with-preprocessing --layout nhwc --softmax
 """
 
 
@@ -35,16 +37,41 @@ def export(
             help="A .onnx, .pt2 (torch.export) or .xml (OpenVINO) file; default: model.onnx there."
         ),
     ] = None,
+    with_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocessing",
+            help="Let the file read uint8 pixels of images that are resized and cropped, and normalise them.",
+        ),
+    ] = False,
+    layout: Annotated[
+        Literal["nchw", "nhwc"], typer.Option(help="Of those pixels: nchw or nhwc.")
+    ] = "nchw",
+    softmax: Annotated[
+        bool,
+        typer.Option("--softmax", help="With --with-preprocessing: give probabilities."),
+    ] = False,
     trust_source: TrustSource = False,
 ) -> None:
-    """Write a compact net for another runtime, and check the file by running it."""
+    """Write a compact net for another runtime, and check the file by running it.
+
+    The file says how images become its inputs: in an ONNX file, metadata_props.
+    """
     import resconv
     from resconv import run as runs
     from resconv.errors import ExportError
     from resconv.run.surgery import compact_of
 
+    if softmax and not with_preprocessing:
+        raise ExportError(
+            "--softmax is for files that read pixels: add --with-preprocessing, or leave it out."
+        )
+    options: dict[str, Any] = {}
+    if with_preprocessing:
+        options = {"pixels": layout, "softmax": softmax}
+        to = to or run / "model-pixels.onnx"
     if (run / "model.json").is_file() and not (run / "config.json").is_file():
-        _say(_export_saved(run, to or run / "model.onnx", trust_source))
+        _say(_export_saved(run, to or run / "model.onnx", trust_source, options))
         return
     current = runs.open_run(run, typer.echo, trust_source=trust_source)
     if to is None:
@@ -52,10 +79,10 @@ def export(
         if not (run / "model.onnx").is_file():
             raise ExportError(f"{run} has no ONNX file now; the reason is above.")
         return
-    _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan()))
+    _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan(), **options))
 
 
-def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
+def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str, Any]) -> Any:
     import torch
 
     import resconv
@@ -64,6 +91,10 @@ def _export_saved(folder: Path, to: Path, trust_source: bool) -> Any:
     from resconv.storage.store import read_header
 
     header = read_header(folder)
+    if options:  # pixels are what the preprocessing says
+        return resconv.export(
+            resconv.load(folder, trust_source=trust_source), to, plan=header.plan, **options
+        )
     if header.inputs is None:
         raise ExportError(
             f"{folder} does not say what its network is fed. Save it with its inputs: "

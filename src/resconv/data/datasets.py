@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resconv.data.folder import find_folder
+from resconv.data.folder import find_folder, list_classes
 from resconv.data.hub import find_hub
 from resconv.data.images import EncodedImage, Form, probe
 from resconv.data.parquet import find_parquet
@@ -23,9 +23,10 @@ from resconv.data.splits import (
 from resconv.errors import DataError, MissingExtraError
 from resconv.preprocessing import Interpolation, Preprocessing
 
-__all__ = ["check_fit", "load"]
+__all__ = ["NAMED", "check_fit", "load", "load_val"]
 
-_NAMES = ("digits", "cifar10", "cifar100", "folder:PATH", "parquet:PATH", "hf:NAME")
+NAMED = ("digits", "cifar10", "cifar100")
+_NAMES = (*NAMED, "folder:PATH", "parquet:PATH", "hf:NAME")
 _DEFAULT_SIZE = 224
 _CUT_FROM = 160  # pixels from which the border is cut (224 out of 256), as is usual in evaluation
 # A set of whole squares, or of listed images; of val where it is needed.
@@ -44,6 +45,7 @@ def load(
     interpolation: Interpolation | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    num_classes: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> ImageData:
     """Load an image set; the same arguments always give the same images in the same order.
@@ -69,6 +71,7 @@ def load(
         interpolation: "bilinear" by default.
         mean: of each channel, pixels in 0..1. Default: measured on train.
         std: standard deviation, in the same way.
+        num_classes: how many there are, where the set does not name them: its labels may lack the last.
         preprocessing: the net's own.
 
     Raises:
@@ -77,20 +80,12 @@ def load(
     """
     _check_arguments(name, image_size, holdout, limit, channels)
     try:
-        train, val, class_names = _find(name, root, needs_val=holdout == 0.0)
-        train_rows = torch.arange(len(train.labels))
-        if val is None:
-            train_rows, val_rows = split_stratified(train.labels, holdout)
-            val = train
-        else:
-            val_rows = torch.arange(len(val.labels))
-        if len(val_rows) == 0:
-            raise DataError(f"{name!r}: no class has 2 images, so none can be held out of train.")
+        train, val, class_names = _find_splits(name, root, holdout, limit)
+        class_names = _with_all_classes(name, class_names, num_classes)
         form = _choose_form(
             train, channels, image_size, crop_fraction, interpolation, preprocessing
         )
-        parts = [train.take(train_rows[:limit]), val.take(val_rows[:limit])]
-        train_split, val_split = (LazySplit(p.images, p.labels, form) for p in parts)
+        train_split, val_split = (LazySplit(p.images, p.labels, form) for p in (train, val))
         held_train = _hold(train_split, small_only=True)
         own = preprocessing
         mean = mean or (own.mean if own and own.channel_order == form.channel_order else None)
@@ -111,6 +106,56 @@ def load(
         raise DataError(f"{place} cannot be read: {error.strerror or error}.") from error
 
 
+def load_val(
+    name: str,
+    preprocessing: Preprocessing,
+    *,
+    root: str | Path | None = None,
+    holdout: float = 0.0,
+    limit: int | None = None,
+) -> tuple[LazySplit, tuple[str, ...]]:
+    """Return the images of a set to judge a net by, prepared as the net wants them, and the names of its classes.
+
+    They are those of ``val`` in :func:`load`, which takes the same names and arguments; nothing is decoded. The
+    path of a folder with one folder a class is a set too.
+
+    Raises:
+        DataError: as :func:`load` does.
+        MissingExtraError: the source's package is not installed.
+    """
+    _check_arguments(name, None, holdout, limit, None)
+    form = Form.of(preprocessing)
+    place = Path(name).expanduser()
+    try:
+        if place.is_dir() and not (place / "val").is_dir():
+            found, names = list_classes(place)
+            found = found.take(torch.arange(len(found.labels))[:limit])
+        else:
+            source = f"folder:{place}" if place.is_dir() else name
+            _, found, names = _find_splits(source, root, holdout, limit)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or name} cannot be read: {error.strerror or error}."
+        ) from error
+    return LazySplit(found.images, found.labels, form), names
+
+
+def _find_splits(
+    name: str, root: str | Path | None, holdout: float, limit: int | None
+) -> tuple[Listed, Listed, tuple[str, ...]]:
+    """Return both splits, and the names of the classes."""
+    train, val, class_names = _find(name, root, needs_val=holdout == 0.0)
+    train_rows = torch.arange(len(train.labels))
+    if val is None:
+        train_rows, val_rows = split_stratified(train.labels, holdout)
+        val = train
+    else:
+        val_rows = torch.arange(len(val.labels))
+    if len(val_rows) == 0:
+        raise DataError(f"{name!r}: no class has 2 images, so none can be held out of train.")
+    return train.take(train_rows[:limit]), val.take(val_rows[:limit]), class_names
+
+
 def _find(name: str, root: str | Path | None, *, needs_val: bool) -> _Found:
     kind, _, place = name.partition(":")
     if name == "digits":
@@ -128,6 +173,19 @@ def _find(name: str, root: str | Path | None, *, needs_val: bool) -> _Found:
     close = difflib.get_close_matches(name, _NAMES, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise DataError(f"There is no dataset {name!r}.{hint} There are: {', '.join(_NAMES)}.")
+
+
+def _with_all_classes(name: str, names: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """Return the names of as many classes as are asked for, where they are only numbered."""
+    if count is None or count == len(names):
+        return names
+    if count < len(names) or names != tuple(map(str, range(len(names)))):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(
+            f"num_classes={count}: {name} has {len(names)} classes ({shown}). Leave num_classes out: it is for "
+            "data that does not name its classes."
+        )
+    return tuple(map(str, range(count)))
 
 
 def _choose_form(

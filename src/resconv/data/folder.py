@@ -15,7 +15,7 @@ from resconv.data.images import EncodedImage
 from resconv.data.splits import NO_VAL_HINT, Listed
 from resconv.errors import DataError
 
-__all__ = ["find_folder"]
+__all__ = ["find_folder", "list_classes", "list_images"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -37,17 +37,21 @@ def find_folder(path: Path, *, needs_val: bool) -> tuple[Listed, Listed | None, 
                 f"{path} has no folder {name}/ (it holds: {found}). Put one folder for each class "
                 f"into {path / name}.{hint}"
             )
-    train, class_names = _list_images(path / "train")
+    train, class_names = list_classes(path / "train")
     if not needs_val:
         return train, None, class_names
-    val, val_names = _list_images(path / "val")
+    val, val_names = list_classes(path / "val")
     if val_names != class_names:
         _raise_class_difference(path, class_names, val_names)
     return train, val, class_names
 
 
-def _list_images(folder: Path) -> tuple[Listed, tuple[str, ...]]:
-    """Return the images of a split in a fixed random order, and the class names."""
+def list_classes(folder: Path) -> tuple[Listed, tuple[str, ...]]:
+    """Return the images of a split in a fixed random order, and the class names.
+
+    Raises:
+        DataError: no folder is in it, or one without an image.
+    """
     try:
         classes = sorted((p for p in folder.iterdir() if _is_class(p)), key=lambda p: p.name)
         if not classes:
@@ -69,6 +73,22 @@ def _list_images(folder: Path) -> tuple[Listed, tuple[str, ...]]:
     labels = torch.tensor([i for i, files in enumerate(listed) for _ in files], dtype=torch.int64)
     images = [EncodedImage(str(file), file) for files in listed for file in files]
     return Listed(images, labels).mixed(), tuple(p.name for p in classes)
+
+
+def list_images(path: Path) -> list[EncodedImage]:
+    """Return one image file, or every one below a folder, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.is_file():
+        return [EncodedImage(str(path), path)]
+    if not path.is_dir():
+        raise DataError(f"There is no image or folder {path}. Check the path.")
+    found = sorted(_list_class(path, set()))
+    if not found:
+        raise DataError(f"{path} has no image in it{_held(path)}. Read are {', '.join(_SUFFIXES)}.")
+    return [EncodedImage(str(file), file) for file in found]
 
 
 def _is_class(path: Path) -> bool:

@@ -57,6 +57,22 @@ class Form:
         """The pixels that the shorter side is resized to, before the square is cut out."""
         return resized_side(self.size, self.crop_fraction)
 
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> "Form":
+        """Return the part of it that is about decoding.
+
+        Raises:
+            DataError: it is for other channels than those of images.
+        """
+        order = preprocessing.channel_order
+        if order is None:
+            raise DataError(
+                f"The net reads {preprocessing.num_channels} channels, and images have 1 (grey) or 3."
+            )
+        return cls(
+            preprocessing.size, preprocessing.crop_fraction, preprocessing.interpolation, order
+        )
+
     def with_values(
         self, mean: tuple[float, ...], std: tuple[float, ...], class_names: tuple[str, ...]
     ) -> Preprocessing:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from resconv.data.augmentation import Augment, seed_of, send, shift
 from resconv.data.splits import LazySplit, Split
 from resconv.errors import DataError, MissingExtraError
+from resconv.nn.pixels import scale_and_shift
 from resconv.preprocessing import Preprocessing
 
 __all__ = ["BatchLoader"]
@@ -90,10 +91,7 @@ class BatchLoader:
         self.world_size = world_size
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.epoch = 0
-        # (x / 255 - mean) / std as one multiplication and one addition.
-        spread = torch.tensor(preprocessing.std, device=self.device).view(1, -1, 1, 1)
-        mean = torch.tensor(preprocessing.mean, device=self.device).view(1, -1, 1, 1)
-        self._scale, self._shift = 1 / (255 * spread), -mean / spread
+        self._scale, self._shift = scale_and_shift(preprocessing, self.device)
         self._on_device: tuple[Tensor, Tensor] | None = None
 
     @property

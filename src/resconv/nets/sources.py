@@ -3,7 +3,9 @@
 A name is one of
 
 - a built-in net: ``resnet56`` (:func:`list_builtin` has them all),
-- ``timm:NAME`` or ``torchvision:NAME``, built without downloading any weights,
+- ``timm:NAME`` or ``torchvision:NAME``, built without downloading any weights; ``timm:NAME.TAG`` and
+  ``torchvision:NAME.WEIGHTS`` name pretrained weights too (see pretrained.py),
+- ``hf-hub:OWNER/NAME``, a net for timm on the Hugging Face hub, whose description is fetched,
 - ``package.module:factory``, a function or class of the user's own.
 """
 
@@ -21,6 +23,7 @@ from torch import nn
 
 from resconv.errors import MissingExtraError, ModelError, TrustError
 from resconv.nets import resnet, vgg
+from resconv.nets.hub import hub_config
 from resconv.surgery.provenance import Provenance, Source, carry
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "require_trust",
     "require_trusted_source",
     "runs_user_code",
+    "split_weights_name",
 ]
 
 _ZOOS = ("timm", "torchvision")
@@ -59,7 +63,13 @@ def runs_user_code(name: str) -> bool:
     A name read from a file that came from someone else can name any callable on this machine:
     ask the user before creating such a net.
     """
-    return ":" in name and name.split(":", 1)[0] not in _ZOOS
+    return ":" in name and name.split(":", 1)[0] not in (*_ZOOS, "hf-hub")
+
+
+def split_weights_name(zoo: str, rest: str) -> tuple[str, str]:
+    """Return the architecture and the name of its weights (or nothing): ``resnet50.IMAGENET1K_V2``."""
+    net, _, tag = rest.partition(".") if zoo != "hf-hub" else (rest, "", "")
+    return net, tag
 
 
 def require_trust(what: str, place: object, *, trusted: bool) -> None:
@@ -99,7 +109,8 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     :class:`resconv.surgery.provenance.Provenance`).
 
     Args:
-        name: a built-in name, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
+        name: a built-in name, ``timm:NAME``, ``torchvision:NAME``, ``hf-hub:OWNER/NAME`` or
+            ``package.module:factory``.
             The factory's module is imported and its code runs; it is looked up in the current
             folder too. See :func:`runs_user_code` for names that are not your own.
         kwargs: ``num_classes`` and ``in_channels`` mean the same for built-in and zoo nets; the
@@ -123,6 +134,11 @@ def create(name: str, **kwargs: Any) -> nn.Module:
         model = _create_timm(rest, kwargs)
     elif prefix == "torchvision":
         model = _create_torchvision(rest, kwargs)
+    elif prefix == "hf-hub":
+        # A saved net is built again without the hub.
+        _, architecture, own = hub_config(rest)
+        name, kwargs = f"timm:{architecture}", {**own, **kwargs}
+        model = _create_timm(architecture, kwargs)
     else:
         model = _create_from_factory(prefix, rest, kwargs)
     carry(model, Provenance(Source(name, dict(kwargs))))
@@ -192,6 +208,7 @@ def _create_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
     except ImportError as error:
         raise MissingExtraError("torchvision", "train", f"The net 'torchvision:{name}'") from error
     names = torchvision.models.list_models()
+    name, _ = split_weights_name("torchvision", name)
     if name not in names:
         raise ModelError(
             f"torchvision {torchvision.__version__} has no net {name!r}."

@@ -8,7 +8,7 @@ more than it is, is refused before it is read.
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resconv.errors import ModelError
 
-__all__ = ["load_weights"]
+__all__ = ["copy_weights", "load_weights", "read_weights"]
 
 _SHOWN = 5
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -31,7 +31,7 @@ _MAX_NESTING = 4
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> tuple[str, ...]:
     """Load ``path`` into ``model`` in place; every name and shape must match.
 
     ``.safetensors`` and what ``torch.save`` wrote (``.pt``, ``.pth``, ``.ckpt``) are read, the
@@ -40,21 +40,69 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ``_orig_mod.``, ``net.``) are dropped. A floating type is converted to the model's own. On an
     error ``model`` is as it was.
 
+    With ``new_head`` a head that tells other classes apart is left out, and the model keeps its own: tensors
+    that differ in their first dimension alone, from one number of classes to another. The names of what was
+    left out come back.
+
     Raises:
         ModelError: no such file, another format, a pickle that would run code, names or shapes that
             differ from the model's, numbers of another kind than the model's (whole, complex,
             quantised), or that are not finite.
     """
+    return copy_weights(model, read_weights(path), path, new_head=new_head)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict in a file, as it is.
+
+    Raises:
+        ModelError: as :func:`load_weights` does for a file that is none.
+    """
     path = Path(path)
     try:
-        state = _without_prefixes(_read(path), model)
-        _check_match(model, state, path)
-        _check_values(model, state, path)
+        return _read(path)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged file sets off in a reader is its own fault
         raise _unreadable(path, error) from error
-    _copy(model, state)
+
+
+def copy_weights(
+    model: nn.Module, state: Mapping[str, Tensor], place: object, *, new_head: bool = False
+) -> tuple[str, ...]:
+    """Copy a state dict into ``model``, as :func:`load_weights` does; ``place`` names it in errors.
+
+    Raises:
+        ModelError: as there.
+    """
+    try:
+        found = _without_prefixes(dict(state), model)
+        left_out = _other_head(model, found) if new_head else ()
+        found = {k: v for k, v in found.items() if k not in left_out}
+        _check_match(model, found, place, left_out)
+        _check_values(model, found, place)
+    except ModelError:
+        raise
+    except Exception as error:  # of tensors that are no plain ones
+        raise ModelError(
+            f"{place} holds no weights that can be used ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    _copy(model, found)
+    return left_out
+
+
+def _other_head(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Return the tensors of the layer (or the layers) by which the classes are told apart, where these differ.
+
+    More or fewer channels anywhere else would show in what reads them, too.
+    """
+    own = model.state_dict()
+    differing = [k for k in own if k in state and own[k].shape != state[k].shape]
+    rows = {(own[k].shape[:1], state[k].shape[:1]) for k in differing}
+    is_head = len(rows) == 1 and all(
+        own[k].ndim > 0 and own[k].shape[1:] == state[k].shape[1:] for k in differing
+    )
+    return tuple(differing) if is_head else ()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -166,8 +214,10 @@ def _unwrapped(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield state
 
 
-def _check_match(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
+def _check_match(
+    model: nn.Module, state: dict[str, Tensor], path: object, left_out: tuple[str, ...] = ()
+) -> None:
+    own = {k: v for k, v in model.state_dict().items() if k not in left_out}
     # Old files lack BatchNorm's num_batches_tracked, which inference does not use.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
@@ -188,7 +238,7 @@ def _check_match(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
         )
 
 
-def _check_values(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _check_values(model: nn.Module, state: dict[str, Tensor], path: object) -> None:
     """Refuse what no conversion makes right: another kind of number, or none at all."""
     own = model.state_dict()
     faults = [_describe_value(key, value, own[key]) for key, value in state.items()]

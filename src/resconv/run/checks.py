@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resconv
-from resconv import nets
 from resconv.errors import BudgetError, DataError, ResConvError, RunError
 from resconv.failures import is_out_of_memory
 from resconv.latency.table import require_runtime
@@ -18,6 +17,7 @@ from resconv.train.ranks import choose_devices
 from resconv.train.recorded import check_recording
 
 from .job import Run
+from .start import load_start
 from .timing import latency_table
 
 __all__ = ["check"]
@@ -43,8 +43,8 @@ def check(run: Run, done: list[str], *, sparse: bool = True) -> None:
     if "sparse" in done or ("dense" in done and not sparse):
         return
     model = run.create()
-    if config.net.weights is not None and "dense" not in done:
-        nets.load_weights(model, config.net.weights)
+    if "dense" not in done:
+        load_start(run, model)
     _try_step(run, copy.deepcopy(model), config.net.model)
     if sparse:
         _check_target(run, model)

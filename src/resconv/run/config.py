@@ -7,13 +7,24 @@ import msgspec
 from resconv.errors import BudgetError, RunError
 from resconv.planning.budget import Budget
 
-from .settings import GROUPS, Data, Deployment, Net, Target, Training, kinds, settings
+from .settings import (
+    GROUPS,
+    Data,
+    Deployment,
+    Net,
+    Setting,
+    Target,
+    Training,
+    kinds,
+    settings,
+)
 
 __all__ = ["Config", "Data", "Deployment", "Net", "Target", "Training"]
 
 _VERSION = 2
 _EPOCHS = {"digits": (12, 10, 0)}
 _DEFAULT_EPOCHS = (30, 20, 10)
+_RATES = {"scratch": 0.1, "transfer": 1e-3}
 T = TypeVar("T")
 
 
@@ -89,7 +100,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ResConvError: values make no sense.
         """
         if "net" not in content and "model" in content:  # of version 1
-            old = {k: v for k, v in content.items() if (k, v) != ("devices", "auto")}
+            defaults = {"devices": "auto", "lr": 0.1}  # which were written down
+            old = {k: v for k, v in content.items() if k not in defaults or defaults[k] != v}
             if old.get("units") == "all":
                 old["units"] = "layers,blocks"  # there were no other kinds
             return cls.of(**old)
@@ -118,14 +130,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def from_random(self) -> bool:
         """Whether sparse training starts from random weights, with no dense net before it."""
-        return self.net.weights is None and self.training.epochs == 0
+        net = self.net
+        return net.weights is None and not net.is_pretrained and self.training.epochs == 0
+
+    @property
+    def recipe(self) -> str:
+        """How it is trained: ``transfer`` or ``scratch``."""
+        return self.training.recipe or ("transfer" if self.net.is_pretrained else "scratch")
+
+    def dense_rate(self) -> float:
+        """Return the peak learning rate of dense training."""
+        asked = self.training.lr
+        return _RATES[self.recipe] if asked is None else asked
 
     def sparse_rate(self) -> float:
         """Return the peak learning rate of sparse training."""
         training = self.training
         if training.sparse_lr is not None:
             return training.sparse_lr
-        return training.lr if self.from_random else training.lr / 2
+        return self.dense_rate() if self.from_random else self.dense_rate() / 2
 
     def finetune_rate(self) -> float:
         """Return the peak learning rate of finetuning."""
@@ -171,7 +194,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def bearing(self) -> dict[str, Any]:
         """Return the settings that bear on training and planning, as JSON has them."""
-        found = {s.name: s.of(self) for s in settings() if s.limits.bears == "training"}
+        found = {s.name: self._value(s) for s in settings() if s.limits.bears == "training"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     def differences(self, other: "Config", *, late: bool = False) -> list[str]:
@@ -181,10 +204,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """
         bears = "finetuning" if late else "training"
         return [
-            f"{s.name}: {s.of(self)!r} there, {s.of(other)!r} now"
+            f"{s.name}: {self._value(s)!r} there, {other._value(s)!r} now"
             for s in settings()
-            if s.limits.bears == bears and s.of(self) != s.of(other)
+            if s.limits.bears == bears and self._value(s) != other._value(s)
         ]
+
+    def _value(self, setting: Setting) -> Any:
+        """Return a setting as it bears on a run; older ones wrote the rate down that is now the default."""
+        return self.dense_rate() if setting.name == "lr" else setting.of(self)
 
 
 def _converted(content: Any, kind: type[T], place: str = "") -> T:

@@ -19,7 +19,8 @@ from resconv.failures import is_out_of_memory
 from resconv.files import write_atomic
 from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
-from resconv.train import Ranks, Recipe, choose_precision
+from resconv.surgery.provenance import carry_on, provenance_of
+from resconv.train import RECIPES, Ranks, Recipe, choose_precision
 from resconv.train.precision import Precision
 
 from .config import Config
@@ -72,7 +73,8 @@ class Run:
     @property
     def data(self) -> ImageData:
         if self._data is None:
-            asked = self.config.data
+            asked, net = self.config.data, self.config.net
+            own = nets.own_preprocessing(net.model) if net.is_pretrained else None
             self._data = datasets.load(
                 asked.source,
                 holdout=asked.holdout,
@@ -83,6 +85,8 @@ class Run:
                 interpolation=asked.interpolation,
                 mean=asked.mean,
                 std=asked.std,
+                num_classes=asked.num_classes,
+                preprocessing=own,
             )
         return self._data
 
@@ -100,6 +104,11 @@ class Run:
     @cached_property
     def precision(self) -> Precision:
         return choose_precision(self.config.training.precision)
+
+    def use(self, config: Config) -> None:
+        """Go on with other settings, before anything was made with these."""
+        if config != self.config:
+            self.config, self._data, self._fingerprint = config, None, None
 
     def keep_latency(self, table: LatencyTable) -> None:
         """Write the measured latency into the folder, or hold it until there is one."""
@@ -129,7 +138,15 @@ class Run:
             self.config.net.model, self.folder.path, trusted=self.trust_source
         )
         torch.manual_seed(self.config.training.seed)
-        return build(self.config.net.model, self.data)
+        data = self.data
+        model = build(self.config.net.model, data)
+        carry_on(
+            model,
+            provenance_of(model),
+            preprocessing=data.preprocessing,
+            class_names=data.class_names,
+        )
+        return model
 
     def example(self, size: int = 1) -> Tensor:
         data = self.data
@@ -170,6 +187,7 @@ class Run:
         training = self.config.training
         return Recipe(
             epochs,
+            **RECIPES[self.config.recipe],
             lr=lr,
             batch_size=training.batch_size,
             seed=training.seed,

@@ -21,6 +21,7 @@ from .folder import RunFolder, log_files
 from .job import Run, Say
 from .lock import locked
 from .metrics import Metrics
+from .start import settled
 
 __all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
 
@@ -63,6 +64,7 @@ def begin(
     ranks = join()
     # The net's name came with the call, from the user.
     run = Run(RunFolder(path), say, ranks, config, trust_source=True)
+    run.use(ranks.by_first(lambda: settled(run)))
     ranks.by_first(lambda: _begin(run, fresh, dense_only))
     run.owns_folder = run.is_checked = True
     return run

@@ -124,11 +124,30 @@ class Net(_Group, frozen=True, kw_only=True):
     """The net."""
 
     model: Annotated[
-        str, about("resnet20, vgg16_bn, timm:NAME, torchvision:NAME or package.module:factory.")
+        str,
+        about(
+            "resnet20, timm:NAME, torchvision:NAME (with .TAG: those weights), hf-hub:OWNER/NAME or "
+            "package.module:factory."
+        ),
     ]
     weights: Annotated[
         str | None, about("Trained weights (.safetensors, .pt); else it is trained.")
     ] = None
+    pretrained: Annotated[
+        bool | None,
+        about(
+            "Start from weights of the net's zoo, or with --weights from those; default: where --model names "
+            "weights, or those of --weights are of other classes."
+        ),
+    ] = None
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the weights are pretrained on other data, and the zoo knows how its images were prepared."""
+        if self.pretrained is not None:
+            return self.pretrained
+        zoo, _, name = self.model.partition(":")
+        return zoo == "hf-hub" or (zoo in ("timm", "torchvision") and "." in name)
 
 
 class Data(_Group, frozen=True, kw_only=True):
@@ -157,7 +176,8 @@ class Data(_Group, frozen=True, kw_only=True):
     mean: Annotated[
         tuple[float, ...] | None,
         about(
-            "Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: measured.", read=numbers
+            "Of each channel, pixels in 0..1: 0.485,0.456,0.406; default: a pretrained net's own, else measured.",
+            read=numbers,
         ),
     ] = None
     std: Annotated[
@@ -167,6 +187,12 @@ class Data(_Group, frozen=True, kw_only=True):
     channels: Annotated[
         Literal[1, 3] | None,
         about("1 (grey) or 3 (RGB).", words="images are grey (1) or RGB (3)"),
+    ] = None
+    num_classes: Annotated[
+        int | None,
+        about(
+            "Classes, where the data does not name them and may lack images of the last.", least=2
+        ),
     ] = None
     augment: Annotated[
         Literal["shift", "crop", "none"] | None,
@@ -264,7 +290,16 @@ class Training(_Group, frozen=True, kw_only=True):
         Literal["mixup", "cutmix"] | None,
         about("Blend pairs of images and their labels: mixup or cutmix."),
     ] = None
-    lr: Annotated[float, about("Peak learning rate of dense training.", above=0)] = 0.1
+    recipe: Annotated[
+        Literal["transfer", "scratch"] | None,
+        about(
+            "transfer (AdamW, smoothed labels) or scratch (SGD); default: transfer with pretrained weights."
+        ),
+    ] = None
+    lr: Annotated[
+        float | None,
+        about("Peak learning rate of dense training; default: 0.1, of transfer 0.001.", above=0),
+    ] = None
     sparse_lr: Annotated[
         float | None,
         about(

@@ -5,13 +5,13 @@ import math
 import msgspec
 
 import resconv
-from resconv import nets
 from resconv.errors import RunError
 from resconv.train import evaluate, fit
 
 from .config import Config
 from .job import LATENCY, Run, save_state
 from .metrics import History
+from .start import is_trained_first, load_start
 from .surgery import compact_of, removed_units, save_compact
 from .timing import latency_table
 
@@ -22,27 +22,30 @@ def dense(run: Run) -> None:
     config = run.config
     weights, training = config.net.weights, config.training
     model = run.create()
-    if weights is not None and training.epochs:
+    start = load_start(run, model)
+    is_trained = is_trained_first(config, start)
+    if start.origin is not None:
+        run.say(start.words(run.data.num_classes))
+    if weights is not None and training.epochs and not is_trained:
         run.warn(
             "dense",
             f"epochs={training.epochs} is not used: weights={weights!r} is the dense net, and is not "
             "trained on before sparse training.",
         )
-    if weights is not None:
-        nets.load_weights(model, weights)
-        run.say(f"Weights of {weights} loaded.")
-    elif config.from_random:
-        run.say("No dense training: sparse training starts from random weights.")
-    else:
+    if not is_trained and (start.origin is None or start.new_head):
+        what = "random weights" if start.origin is None else "the pretrained weights"
+        run.say(f"No dense training: sparse training starts from {what}.")
+    elif is_trained:
         epochs = config.stage_epochs()[0]
         run.say(
             f"Training {config.net.model} on {config.data.source} for {_epochs(epochs)} "
-            f"({len(run.data.train):,} images, {run.precision.name}: {run.precision.reason})."
+            f"({len(run.data.train):,} images, recipe {config.recipe}, {run.precision.name}: "
+            f"{run.precision.reason})."
         )
         fit(
             model,
             run.data,
-            run.recipe(epochs, training.lr),
+            run.recipe(epochs, config.dense_rate()),
             run.folder.logs / "dense",
             precision=run.precision,
             progress=config.training.progress,
@@ -53,7 +56,8 @@ def dense(run: Run) -> None:
         )
     if not run.ranks.leads:
         return
-    top1 = None if config.from_random else evaluate(model, run.data)
+    has_head = is_trained or (start.origin is not None and not start.new_head)
+    top1 = evaluate(model, run.data) if has_head else None
     size = resconv.profile(model, run.example())
     save_state(model, run.folder / "dense.safetensors")
     epochs = config.stage_epochs()[0]
@@ -63,13 +67,15 @@ def dense(run: Run) -> None:
         top1_dense=top1,
         macs_dense=size.macs,
         num_params_dense=size.num_params,
-        epochs_dense=epochs if weights is None else None,  # None: not trained here
+        # None: not trained here
+        epochs_dense=epochs if is_trained or config.from_random else None,
     )
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
     if top1 is not None:
-        origin = f"{weights} may be of other classes, or of images prepared in another way"
-        advice = origin if weights is not None else "train for more epochs, or with another lr"
+        advice = "train for more epochs, or with another lr"
+        if not is_trained:
+            advice = f"{start.origin} may be of other classes, or of images prepared in another way"
         warn_of_chance(run, "dense", "The dense net", top1, advice)
 
 

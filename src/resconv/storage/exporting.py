@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from ..errors import ExportError, LoadError, MissingExtraError, SaveError, Verif
 from ..files import write_together
 from ..json_files import to_plain
 from ..nn.gates import Gate
+from ..nn.pixels import FromPixels, PixelLayout
 from ..planning.plan import Plan
+from ..preprocessing import Preprocessing, to_metadata
 from ..surgery.copying import as_normal_tensors, copy_model
-from ..surgery.provenance import example_inputs_of, plan_of
+from ..surgery.provenance import example_inputs_of, plan_of, provenance_of
 from ..surgery.verification import (
     Verification,
     compare_outputs,
@@ -92,14 +94,18 @@ def export(
     plan: Plan | None = None,
     opset: int = _OPSET,
     tolerance: float | None = None,
+    preprocessing: Preprocessing | None = None,
+    pixels: PixelLayout | None = None,
+    softmax: bool = False,
 ) -> Exported:
     """Write an ordinary network for another runtime, and check the file by running it.
 
     The ending chooses the format: ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO, with a ``.bin``). The
     batch is open where the network allows it; then the file is run at another batch size too. The
-    plan, the version and the signature of the inputs are written into the file. It is moved into
-    place only when its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB
-    has its weights beside it, in ``NAME.onnx.data``.
+    plan, the version, the signature of the inputs and how images become inputs (the keys of
+    :func:`resconv.preprocessing.to_metadata`) are written into the file. It is moved into place only when
+    its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB has its weights beside
+    it, in ``NAME.onnx.data``.
 
     Args:
         model: a pruned, fused or dense network, in any mode, on any device.
@@ -109,10 +115,14 @@ def export(
         plan: kept in the file; by default the one that the net was pruned by.
         opset: of ONNX.
         tolerance: relative to the largest output; None as in :func:`resconv.verify`.
+        preprocessing: how images become inputs; by default as the net carries it.
+        pixels: let the file read uint8 pixels of images that are resized and cropped, as ``nchw`` (N, C, H, W) or
+            ``nhwc`` (N, H, W, C), and normalise them itself.
+        softmax: let it give probabilities in place of logits (with ``pixels``).
 
     Raises:
-        ExportError: the model has gates left, the ending is unknown, the exporter refuses, or the
-            file cannot be written.
+        ExportError: the model has gates left, the ending is unknown, the exporter refuses, the
+            file cannot be written, or pixels are asked for and nothing says how to normalise them.
         VerificationError: the file computes something else, or its runtime cannot run it.
         MissingExtraError: the format's package is not installed.
 
@@ -132,14 +142,33 @@ def export(
         )
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
-    example_inputs = example_inputs_of(example_inputs, model)
+    if pixels not in (None, *get_args(PixelLayout)):
+        raise ExportError(f"pixels={pixels!r}: choose one of {', '.join(get_args(PixelLayout))}.")
+    if softmax and pixels is None:
+        raise ExportError(
+            "softmax=True is for files that read pixels: give pixels='nchw' or 'nhwc' too."
+        )
     plan = plan or plan_of(model)
-    require_examples(example_inputs)
     net = copy_model(model, ExportError).cpu().eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    inputs = _inputs_for(net, as_normal_tensors(example_inputs))
     meta = {"producer": "resconv", "resconv_version": __version__}
+    preprocessing = preprocessing or provenance_of(model).preprocessing
+    if preprocessing is not None:
+        meta |= to_metadata(preprocessing)
+    if pixels is not None:
+        if preprocessing is None:
+            raise ExportError(
+                f"{type(model).__name__} does not carry its preprocessing, so nothing says how pixels are "
+                "normalised. Give it: resconv.export(..., preprocessing=Preprocessing(...))."
+            )
+        net, inputs = _from_pixels(net, preprocessing, pixels, softmax)
+    else:
+        example_inputs = example_inputs_of(example_inputs, model)
+        require_examples(example_inputs)
+        inputs = _inputs_for(net, as_normal_tensors(example_inputs))
+    meta["input_format"] = "normalised" if pixels is None else f"uint8 {pixels}"
+    meta["output_format"] = "probabilities" if softmax else "logits"
     with suppress(SaveError):  # inputs that cannot be described are the exporter's to refuse
         meta["inputs"] = json.dumps(to_plain(describe_inputs(inputs)))
     if plan is not None:
@@ -147,6 +176,29 @@ def export(
     job = _Job(net, path, inputs, meta, opset, tolerance)
     write = {".onnx": _write_onnx, ".pt2": _write_pt2, ".xml": _write_openvino}[path.suffix]
     return write(job)
+
+
+def _from_pixels(
+    net: nn.Module, preprocessing: Preprocessing, layout: PixelLayout, softmax: bool
+) -> tuple[nn.Module, Tensor]:
+    """Return the net behind its preprocessing, and pixels to run it on."""
+    side, channels = preprocessing.size, preprocessing.num_channels
+    shape = (2, channels, side, side) if layout == "nchw" else (2, side, side, channels)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    whole = FromPixels(net, preprocessing, layout, softmax=softmax).eval()
+    try:
+        logits = _reference(whole, pixels)
+    except Exception as error:  # of the net's own forward
+        raise ExportError(
+            f"{type(net).__name__} does not run on {channels} channels of {side}x{side} pixels, as its "
+            f"preprocessing says: {first_line(error)}."
+        ) from error
+    if softmax and (len(logits) != 1 or logits[0].ndim != 2):
+        raise ExportError(
+            f"{type(net).__name__} returns no (N, classes) tensor: softmax=True is for classifiers."
+        )
+    return whole, pixels
 
 
 def onnx_bytes(model: nn.Module, example_inputs: Any) -> bytes:

@@ -6,9 +6,9 @@ version, the plan, and the signature of the inputs.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,18 @@ SUFFIXES = (".onnx", ".pt2", ".xml")
 
 @dataclass(frozen=True)
 class Opened:
-    """A file that can be run: example inputs in, output tensors out, and its input signature."""
+    """A file that can be run: example inputs in, output tensors out.
+
+    Attributes:
+        inputs: their signature.
+        batch: the only batch size that it runs with; None where any will do.
+        texts: what else was written into the file, by its keys.
+    """
 
     run: Callable[[Any], list[Tensor]]
     inputs: InputSpec | None
+    batch: int | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_file(path: Path, *, trust_source: bool = False) -> Opened:
@@ -138,8 +146,9 @@ def _open_onnx(path: Path) -> Opened:
         feed = {n: _numpy(t) for n, t in _by_name(inputs, names, path).items()}
         return [torch.from_numpy(a) for a in session.run(None, feed)]
 
-    written = session.get_modelmeta().custom_metadata_map.get("inputs")
-    return Opened(run, _signature(written) or _from_shapes(_onnx_inputs(session)))
+    texts, found = session.get_modelmeta().custom_metadata_map, _onnx_inputs(session)
+    signature = _signature(texts.get("inputs")) or _from_shapes(found)
+    return Opened(run, signature, _fixed_batch(found), texts)
 
 
 def _numpy(tensor: Tensor) -> Any:
@@ -164,6 +173,11 @@ def _onnx_inputs(session: Any) -> list[tuple[list[Any], str | None]]:
     return [(i.shape, _ONNX_TYPES.get(i.type)) for i in session.get_inputs()]
 
 
+def _fixed_batch(found: list[tuple[list[Any], str | None]]) -> int | None:
+    sizes = [shape[0] for shape, _ in found if shape]
+    return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+
 def _from_shapes(found: list[tuple[list[Any], str | None]]) -> InputSpec | None:
     """Make a signature of shapes in which only the batch is open, else None."""
     specs = []
@@ -183,6 +197,15 @@ class _Extra(Struct):
     """What of the metadata in a .pt2 is read again."""
 
     inputs: InputSpec | None = None
+
+
+def _texts(text: str) -> dict[str, str]:
+    """Return the texts beside the network in a .pt2."""
+    try:
+        found = parse_json(text, dict[str, Any], "The metadata", LoadError)
+    except LoadError:
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)}
 
 
 def _open_pt2(path: Path) -> Opened:
@@ -209,7 +232,16 @@ def _open_pt2(path: Path) -> Opened:
             signature = None if args and kwargs else describe_inputs(kwargs or tuple(args))
         except SaveError:
             signature = None
-    return Opened(run, signature)
+    shapes = [list(n.meta["val"].shape) for n in program.graph.nodes if _is_input(n, program)]
+    return Opened(
+        run, signature, _fixed_batch([(s, None) for s in shapes]), _texts(extra["resconv.json"])
+    )
+
+
+def _is_input(node: Any, program: Any) -> bool:
+    return node.name in program.graph_signature.user_inputs and isinstance(
+        node.meta.get("val"), Tensor
+    )
 
 
 def _open_openvino(path: Path) -> Opened:
@@ -234,8 +266,9 @@ def _open_openvino(path: Path) -> Opened:
         result = compiled.create_infer_request().infer([_numpy(feed[n]) for n in names])
         return [torch.from_numpy(result[o].copy()) for o in compiled.outputs]
 
-    where = ["resconv", "inputs"]
-    written = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+    has_texts = model.has_rt_info(["resconv"])
+    there = model.get_rt_info(["resconv"]).astype(dict) if has_texts else {}
+    texts = {str(k): str(getattr(v, "value", v)) for k, v in there.items()}
     shapes: list[tuple[list[Any], str | None]] = [
         (
             [d.get_length() if d.is_static else None for d in p.get_partial_shape()],
@@ -243,7 +276,8 @@ def _open_openvino(path: Path) -> Opened:
         )
         for p in compiled.inputs
     ]
-    return Opened(run, _signature(written) or _from_shapes(shapes))
+    signature = _signature(texts.get("inputs")) or _from_shapes(shapes)
+    return Opened(run, signature, _fixed_batch(shapes), texts)
 
 
 _OV_TYPES = {

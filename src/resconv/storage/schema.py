@@ -19,6 +19,7 @@ from ..analysis.input_spec import InputSpec
 from ..errors import LoadError
 from ..json_files import checked, load_json, read_bounded, upgraded, version_in
 from ..planning.plan import Plan
+from ..preprocessing import Preprocessing
 from ..surgery.edit_kinds import Edit
 from ..surgery.provenance import Source
 from .training_form import GateSpec
@@ -51,7 +52,7 @@ class Header(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     edits: Annotated[tuple[Edit, ...], Meta(max_length=_MAX_EDITS)]
     plan: Plan | None
     inputs: InputSpec | None
-    preprocessing: dict[str, Any] | None
+    preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
     num_params: _Size
     modules: dict[str, str]

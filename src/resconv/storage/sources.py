@@ -36,6 +36,8 @@ def check_source(source: Source) -> str | None:
     fetch weights, read files or name code are refused by their looks. Such a net can still be
     loaded: give it as ``model=``.
     """
+    if source.name.startswith("hf-hub:"):
+        return "it would be fetched over the network"
     todo = list(source.kwargs.items())
     while todo:
         key, value = todo.pop()

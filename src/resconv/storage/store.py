@@ -34,6 +34,7 @@ from ..files import digest, write_together
 from ..json_files import to_plain
 from ..nets import runs_user_code
 from ..planning.plan import Plan
+from ..preprocessing import Preprocessing
 from ..surgery.provenance import Provenance, carry, is_converted, provenance_of
 from ..surgery.verification import relative_error, tolerance_for
 from ..version import __version__
@@ -56,7 +57,12 @@ _MAX_BUILT_AGAIN = 2**30  # bytes of a net that is built once more to be compare
 
 
 def save(
-    model: nn.Module, path: str | Path, *, plan: Plan | None = None, example_inputs: Any = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    plan: Plan | None = None,
+    example_inputs: Any = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Path:
     """Write a network (pruned, fused, dense, or still in training form) into the folder ``path``.
 
@@ -68,7 +74,8 @@ def save(
 
     ``example_inputs`` (a tensor, tuple or dict) give the input signature that is saved, ``plan`` is
     kept beside it; by default both are those that the net carries from ``convert`` and ``prune``.
-    Returns the folder; ``model`` is left as it was.
+    ``preprocessing`` says how an image becomes an input, and names the classes; a loaded net carries it, and
+    ``resconv predict`` needs no more. Returns the folder; ``model`` is left as it was.
 
     Raises:
         SaveError: the model holds what plain tensors cannot, the folder cannot be written, or what
@@ -89,7 +96,7 @@ def save(
     if folder.is_file():
         raise SaveError(f"{folder} is a file; a network is saved into a folder.")
     tensors, shared = tensors_of_model(model)
-    header = _header(model, plan, example_inputs, shared)
+    header = _header(model, plan, example_inputs, preprocessing, shared)
 
     def write(files: Any) -> None:
         weights, description = files
@@ -239,7 +246,11 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 
 def _header(
-    model: nn.Module, plan: Plan | None, example_inputs: Any, shared: dict[str, str]
+    model: nn.Module,
+    plan: Plan | None,
+    example_inputs: Any,
+    preprocessing: Preprocessing | None,
+    shared: dict[str, str],
 ) -> Header:
     """Return what is to be written, but for the digest and the size of the weights."""
     state = model.state_dict(keep_vars=True)
@@ -257,8 +268,8 @@ def _header(
         edits=known.edits,
         plan=plan or known.plan,
         inputs=_spec(known, example_inputs),
-        preprocessing=known.preprocessing,
-        class_names=known.class_names,
+        preprocessing=preprocessing or known.preprocessing,
+        class_names=(preprocessing and preprocessing.class_names) or known.class_names,
         num_params=sum(p.numel() for p in model.parameters()),
         modules=describe_modules(model),
         shared=shared,

@@ -16,6 +16,7 @@ from ..analysis.input_spec import ExampleInputs
 from ..analysis.inputs import unwrap
 from ..errors import ConversionError, TraceError
 from ..planning.plan import Plan
+from ..preprocessing import Preprocessing
 from .edit_kinds import Edit
 
 __all__ = [
@@ -50,8 +51,8 @@ class Provenance:
         inputs: a description of its example inputs.
         plan: by which units left it.
         training_form: whether the net was converted and not fused since: it has gates, or had.
-        preprocessing: how an image becomes an input, as plain data.
-        class_names: of the outputs, in order.
+        preprocessing: how an image becomes an input.
+        class_names: of the outputs, in order; also of a net whose inputs are no images.
     """
 
     source: Source | None = None
@@ -59,7 +60,7 @@ class Provenance:
     inputs: ExampleInputs | None = None
     plan: Plan | None = None
     training_form: bool = False
-    preprocessing: dict[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Provenance":

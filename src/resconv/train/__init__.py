@@ -9,12 +9,14 @@ except ImportError as error:
     raise MissingExtraError(error.name or "lightning", "train", "Training") from error
 
 from .evaluation import evaluate
-from .fitting import FitResult, Recipe, fit
+from .fitting import FitResult, fit
 from .precision import Precision, choose_precision
 from .ranks import Ranks, join
+from .recipe import RECIPES, Recipe
 from .recorded import RecordedNet
 
 __all__ = [
+    "RECIPES",
     "FitResult",
     "Precision",
     "Ranks",

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning
 import torch
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -24,7 +26,7 @@ _CHECK = 20  # steps between two looks at the loss
 
 
 class Classifier(lightning.LightningModule):
-    """Trains ``model`` on ``data``: SGD, warm-up and cosine, cross-entropy.
+    """Trains ``model`` on ``data`` as the recipe says: warm-up and cosine, cross-entropy.
 
     Args:
         teacher: a dense net whose logits are followed as well (knowledge distillation,
@@ -96,27 +98,30 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(
-            [g for g in groups if g["params"]], lr=recipe.lr, momentum=0.9, nesterov=True
+        # Norms, biases and gates are not decayed.
+        optimizer = create_optimizer_v2(
+            self.model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
         )
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warmup = max(1, int(total * recipe.warmup))
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            "cosine",
+            num_epochs=max(1, total - warmup),  # an "epoch" of one update: all is counted in steps
+            updates_per_epoch=1,
+            step_on_epochs=False,
+            warmup_epochs=warmup,
+            warmup_lr=recipe.lr / warmup,
+            warmup_prefix=True,
+        )
+        scheduler.step_update(0)  # the rate of the first step
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.trainer.global_step)
 
     def on_fit_start(self) -> None:
         if self._recorded:
@@ -134,7 +139,7 @@ class Classifier(lightning.LightningModule):
             images, labels = self._mixing(images, labels, self.trainer.global_step)
         net, *teacher = self._recorded or self._nets
         logits, inputs = net(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         if teacher:
             with torch.no_grad():
                 wanted, teacher_inputs = teacher[0](images)
