@@ -26,7 +26,7 @@ __all__ = ["PAGES", "fill"]
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "tried.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("results", "method", "tried")))
 # Two-sided 90 % quantiles of Student's t, by degrees of freedom.
 T90 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02}
 OURS = "#c0392b"
@@ -298,6 +298,27 @@ def coverage() -> str:
     return table(["nets of", "nets", "outcome"], lines)
 
 
+def reach() -> str:
+    """Say what can go of nets, by layers and blocks alone and by every kind of unit."""
+    lines = []
+    for r in rows(experiment="reach"):
+        kinds = sorted(r["kinds after"].items(), key=lambda k: -k[1])
+        lines.append(
+            [
+                f"{r['net']}, {r['side']} px",
+                f"{r['units before']} to {r['units after']}",
+                f"{r['left before']:.1%}",
+                f"{r['left after']:.1%}",
+                ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds),
+            ]
+        )
+    made = rows(experiment="reach")[-1]
+    header = ["net", "units", "MACs left: layers, blocks", "MACs left: all kinds", "kinds"]
+    return (
+        f"{table(header, lines)}\n\n`{made['command']}`, {made['date']}, commit {made['commit']}."
+    )
+
+
 def headline() -> str:
     """Return the README's one table."""
     lines = []
@@ -319,10 +340,11 @@ MADE = (
     rates,
     tradeoff,
     coverage,
+    reach,
     headline,
 )
 TABLES: dict[str, Callable[[], str]] = {f.__name__.replace("_", "-"): f for f in MADE}
-COSTS = "fused by-hand training-step throughput surgery-time gpu-latency reach whole-run followed"
+COSTS = "fused by-hand training-step throughput surgery-time gpu-latency whole-run followed"
 TABLES |= {name: costs_of(name) for name in COSTS.split()}
 
 
