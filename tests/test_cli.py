@@ -308,7 +308,6 @@ def test_python_keywords_become_options():
         "a/batch_size.py",
         "my_macs=3",
         "the limit of the model: 3",
-        "num_classes=10",
     ):
         assert as_options(text) == text
 

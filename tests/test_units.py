@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import resconv
+from resconv.planning.costs import cost_model
 from resconv.selection.scalars import stepping
 
 from .helpers import randomise, randomise_gates
@@ -441,3 +442,57 @@ def test_a_merge_that_changes_the_outputs_is_refused(monkeypatch):
     monkeypatch.setattr(Rep, "wrong", True)
     with pytest.raises(resconv.ResConvError, match=r"Merging the branches of 0, 2 changes"):
         resconv.convert(built(rep()), images(), reparameterize=True, units="layers")
+
+
+class Maps(nn.Module):
+    """Returns feature maps of two depths from one loop, as encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        maps = []
+        for stage in self.stages:
+            x = stage(x).relu()
+            maps.append(x)
+        return maps
+
+
+class Joins(nn.Module):
+    """Adds what comes from the deepest map to the shallowest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = Maps()
+        self.up = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        maps = self.maps(x)
+        return maps[0] + self.up(maps[-1])
+
+
+def test_a_branch_that_reaches_into_another_forward_saves_what_it_says_or_stays():
+    torch.manual_seed(0)
+    net, x = Joins().double().eval(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    units = resconv.units(net, x, "all")
+    (branch,) = (u for u in units if u.macs == 2 * 4 * 4 * 9 * 36 + 4 * 4 * 36)
+    assert not branch.removable
+    assert "maps.stages.1 would still run" in branch.reason
+    # What is said to be saved is saved: by every unit, alone.
+    gated = randomise_gates(resconv.convert(net, x))
+    costs = cost_model(gated, x)
+    for name in costs.names:
+        compact = resconv.prune(gated, resconv.Plan((name,)))
+        assert resconv.profile(compact, x).macs == costs.left([name]).macs
+    # Negative control: where the maps are made by the forward that adds, the branch can go.
+    inline = Inline().double().eval()
+    assert [u.removable for u in resconv.units(inline, x, "all") if u.macs == branch.macs] == [True]
+
+
+class Inline(Joins):
+    def forward(self, x):
+        first = x = self.maps.stages[0](x).relu()
+        for stage in self.maps.stages[1:]:
+            x = stage(x).relu()
+        return first + self.up(x)

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..analysis.candidates import Candidate, compatible, conflicts
 from ..analysis.finding import find_branches
-from ..analysis.graph import Graph
+from ..analysis.graph import Call, Graph
 from ..errors import ResConvError
 from ..nn.gates import Gate, gates
-from .decisions import MustStayError, Surgery
-from .edit_kinds import Edit
+from .decisions import MustStayError, Surgery, original_path
+from .edit_kinds import Bypass, Edit
 from .factors import tie_factors
 from .proof import values_in_training_code
 from .removal import decide
@@ -151,13 +151,47 @@ def _why_not(
     blocks: list[Candidate],
 ) -> str | None:
     try:
-        decisions(model, graph, names, fuse=fuse, indexed=indexed, blocks=blocks)
+        todo, edits = decisions(model, graph, names, fuse=fuse, indexed=indexed, blocks=blocks)
+        if len(names) == 1 and (path := _still_run(model, todo, edits)) is not None:
+            return (
+                f"{path} would still run, though nothing reads what it computes: the forward that calls it "
+                "is not the one that adds"
+            )
     except ResConvError as error:
         return str(error).rstrip(".")
     except Exception as error:
         # Whatever it is, it would meet prune as well, after the training.
         return f"removing it fails ({type(error).__name__}: {error})"
     return None
+
+
+def _still_run(model: nn.Module, todo: Surgery, edits: list[Edit]) -> str | None:
+    """Return a module that runs in the net without a unit, and that nothing else needs; or None.
+
+    A branch may reach back into a module whose forward stays as it is (an encoder that returns a list
+    of feature maps): what the unit is said to save would not be saved.
+    """
+    graph = todo.graph
+    rewritten = {e.path for e in edits if isinstance(e, Bypass)}
+    replaced = {e.path for e in edits if not isinstance(e, Bypass)}
+    for call in graph.calls:
+        if not _is_dead(todo, call) or call.parent is None or _is_dead(todo, call.parent):
+            continue
+        if isinstance(call.parent.module, Gate) or not any(
+            graph.nodes[i].macs for i in range(call.start, call.end)
+        ):
+            continue
+        path = original_path(model, call.path)
+        around = [path, *(path[:i] for i, c in enumerate(path) if c == ".")]
+        # A forward that is rewritten calls nothing that nobody reads.
+        if original_path(model, call.parent.path) not in rewritten and replaced.isdisjoint(around):
+            return path
+    return None
+
+
+def _is_dead(todo: Surgery, call: Call) -> bool:
+    own = [i for i in range(call.start, call.end) if todo.graph.nodes[i].op != "empty"]
+    return bool(own) and all(i in todo.dead for i in own)
 
 
 @contextmanager
