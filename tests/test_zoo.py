@@ -3,6 +3,8 @@
 The whole sweep is a benchmark (docs/coverage.md).
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -78,11 +80,16 @@ def test_zoo_nets_are_pruned_right(name):
     size = 96 if "edgenext" in name or "inception" in name else 64
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     model, gated, compact, plan = pruned(name, x)
-    assert resconv.verify(gated, compact, x, plan=plan).max_rel_error <= 1e-4
+    try:
+        assert resconv.verify(gated, compact, x, plan=plan).max_rel_error <= 1e-4
+    except resconv.errors.VerificationError:  # rounding that the net magnifies, or a fault
+        wide, y = copy.deepcopy(gated).double(), x.double()
+        exact = resconv.verify(wide, resconv.prune(wide, plan), y, plan=plan)
+        assert exact.max_rel_error <= 1e-10
     assert not resconv.gates(compact)
     assert resconv.profile(compact, x).macs < resconv.profile(model, x).macs
     # What was removed counts: with the planned scales in place the net is another one.
-    with pytest.raises(resconv.errors.VerificationError, match="disagree"):
+    with pytest.raises(resconv.errors.VerificationError, match=r"disagree|all its .* are NaN"):
         resconv.verify(gated, compact, x)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["SHORTCUT_KINDS", "Shortcut", "built", "describe", "why_no_layer"]
+__all__ = ["SHORTCUT_KINDS", "Shortcut", "built", "describe", "in_mode_of", "why_no_layer"]
 
 SHORTCUT_KINDS = ("separable", "pointwise", "dense")
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -159,6 +159,16 @@ def built(layers: Sequence[dict[str, Any]], like: Tensor | None) -> nn.Sequentia
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"not a layer: {error}") from error
     return nn.Sequential(*made)
+
+
+def in_mode_of(layers: nn.Module, segment: nn.Module) -> nn.Module:
+    """Put the layers in the segment's mode, and their norm in that of its norms: frozen ones stay so."""
+    norms = [m.training for m in segment.modules() if isinstance(m, _NORMS)]
+    layers.train(segment.training)
+    for layer in layers.modules():
+        if isinstance(layer, _NORMS) and norms and not any(norms):
+            layer.eval()
+    return layers
 
 
 def describe(module: nn.Module) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import LoadError, SaveError
 from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment
 from ..nn.geometry import Reach
-from ..nn.shortcuts import built, describe, why_no_layer
+from ..nn.shortcuts import built, describe, in_mode_of, why_no_layer
 from ..surgery.decisions import original_path
 from ..surgery.state import set_submodule
 
@@ -160,6 +160,6 @@ def _segment(module: nn.Module, spec: GateSpec, like: Tensor | None) -> Segment:
             left = built(spec.left, own)
         except ValueError as error:
             raise LoadError(f"The layers of {spec.paths[0][:120]!r}: {error}") from error
-    gate = Segment(module, left.train(module.training), like=like)
+    gate = Segment(module, in_mode_of(left, module), like=like)
     gate.residual = spec.residual
     return gate

@@ -17,7 +17,7 @@ from torch import fx, nn
 from ..analysis.graph import Graph
 from ..errors import PruneError
 from ..failures import is_own
-from ..nn.shortcuts import built
+from ..nn.shortcuts import built, in_mode_of
 from . import edit_kinds as kinds
 from .arguments import template
 from .earlier import as_graph_module
@@ -71,6 +71,8 @@ def apply_edit(model: nn.Module, edit: kinds.Edit) -> nn.Module:
     for made in new.modules():  # each module that was there keeps its own mode
         if id(made) not in known:
             made.training = module.training
+    if isinstance(edit, kinds.Replace | kinds.Blend):
+        in_mode_of(new.left if isinstance(new, Blended) else new, module)
     if not path:
         return new
     parent_path, _, name = path.rpartition(".")

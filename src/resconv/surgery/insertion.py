@@ -14,7 +14,7 @@ from ..errors import ConversionError
 from ..nn.algebra import add_identity
 from ..nn.gates import BranchGate, FactorGate, Gate, ResConv, Segment, is_plain_norm
 from ..nn.geometry import tap
-from ..nn.shortcuts import built
+from ..nn.shortcuts import built, in_mode_of
 from .copying import copy_model
 from .edit_kinds import Children, Drop, Edit
 from .edits import apply_edit, droppable
@@ -100,8 +100,7 @@ def _segment(module: nn.Module, c: Candidate, like: Tensor | None) -> Segment:
     if c.shortcut is not None:
         left = built(c.shortcut.layers(), own)
         left.load_state_dict(c.start)
-    left.train(module.training)
-    gate = Segment(module, left, like=like)
+    gate = Segment(module, in_mode_of(left, module), like=like)
     gate.residual = c.unit.residual
     return gate
 
