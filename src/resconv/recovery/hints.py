@@ -19,7 +19,7 @@ from ..analysis.graph import Ref
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
 from ..errors import ModelError
-from ..nn.gates import Gate, is_leaf
+from ..nn.gates import gates, is_leaf
 
 __all__ = ["FeatureTap", "hint_layers"]
 
@@ -41,9 +41,9 @@ def hint_layers(model: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     """
     model = unwrap(model)
     graph = record(model, example_inputs, leaf=is_leaf)
-    gated = any(isinstance(c.module, Gate) for c in graph.calls)
-    kinds = KINDS if gated else DEFAULT_KINDS
-    found = find_units(model, graph, kinds)
+    every = gates(model)  # in a net that has some, these are the units, whatever else could go
+    found = find_units(model, graph, KINDS if every else DEFAULT_KINDS)
+    found = [c for c in found if not every or c.unit.name in every]
     held = frozenset().union(*(c.nodes for c in found if c.unit.removable))
     parents = {c.parent.index for c in graph.calls if c.parent is not None}
     names: dict[int, str] = {}  # by the value that is read
