@@ -221,8 +221,5 @@ def _with_names(found: list[Candidate], graph: Graph) -> list[Candidate]:
         if seen[owner] > 1 or not owner:
             branch = c.gate.removeprefix(owner + ".") if c.gate else f"add{c.add}"
             name = f"{owner}/{branch}"
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        c.unit = replace(c.unit, name=name)
+        c.take_name(name, taken)
     return found

@@ -1,7 +1,7 @@
 """A unit, and what stands in the way of replacing a module: what layers.py and branches.py share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -91,6 +91,13 @@ class Candidate:
     positions: int = 0  # of its output, in the whole recorded batch
     start: dict[str, Tensor] = field(default_factory=dict)  # fitted numbers of the shortcut
     left_nodes: frozenset[int] = field(default_factory=frozenset)  # recorded operations of it
+
+    def take_name(self, name: str, taken: set[str]) -> None:
+        """Give the unit this name, or where that is taken the next one like it."""
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        self.unit = replace(self.unit, name=name)
 
 
 def conflicts(candidates: Iterable[Candidate]) -> dict[str, frozenset[str]]:

@@ -97,8 +97,5 @@ def _with_names(found: list[Candidate], graph: Graph, taken: set[str]) -> list[C
         owner = c.unit.name
         end = c.gate.removeprefix(owner + ".") if c.gate else f"add{c.add}"
         name = f"{owner or 'root'}/{end}"
-        while name in taken:
-            name += "'"
-        taken.add(name)
-        c.unit = replace(c.unit, name=name)
+        c.take_name(name, taken)
     return found

@@ -231,7 +231,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
         SaveError: so it is with a net in training form, which could not be pruned any more.
     """
     args, kwargs = as_call(to_device_of(model, inputs))
-    with torch.random.fork_rng(), evaluating(model), restored(model):
+    with evaluating(model), restored(model):
         torch.manual_seed(0)
         try:
             return model(*args, **kwargs)

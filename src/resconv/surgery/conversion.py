@@ -309,7 +309,7 @@ def _described(model: nn.Module, graph: Graph, example_inputs: Any) -> Provenanc
         return before
     args, kwargs = as_call(to_device_of(model, inputs.make()))
     try:
-        with torch.random.fork_rng(), evaluating(model), restored(model):
+        with evaluating(model), restored(model):
             outputs = tensors_in(model(*args, **kwargs))
     except Exception:  # the user's forward may raise anything where it is not given what it expects
         outputs = []

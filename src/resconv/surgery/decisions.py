@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..analysis.graph import Graph
+from ..analysis.graph import Call, Graph
 from ..nn.gates import BranchGate, Segment
 from .concat import Slices
 from .potentials import Potentials
@@ -33,6 +33,11 @@ class Surgery:
         while value in self.same_as:
             value = self.same_as[value]
         return value
+
+    def is_dead(self, call: Call) -> bool:
+        """Whether the call runs operations, and all of them for what is removed alone."""
+        own = [i for i in range(call.start, call.end) if self.graph.nodes[i].op != "empty"]
+        return bool(own) and all(i in self.dead for i in own)
 
 
 class MustStayError(Exception):

@@ -188,7 +188,7 @@ def _decide(module: nn.Module, condition: fx.Node, values: list[Any]) -> Any:
                 known[node] = _result(node, args, kwargs)
         return known[node]
 
-    with torch.random.fork_rng(devices=[]), evaluating(module):
+    with evaluating(module):
         found = value(condition)
     if not isinstance(found, bool | int | float):
         raise TraceError(f"it branches on the numbers in a {type(found).__name__}")

@@ -255,9 +255,7 @@ def _all_dead(todo: Surgery, call: Call) -> list[str]:
     for c in todo.graph.calls:
         if c.parent is call:
             name = c.path.removeprefix(f"{call.path}." if call.path else "")
-            own = [i for i in range(c.start, c.end) if todo.graph.nodes[i].op != "empty"]
-            lives = not own or any(i not in todo.dead for i in own)
-            alive[name] = alive.get(name, False) or lives
+            alive[name] = alive.get(name, False) or not todo.is_dead(c)
     return [name for name, lives in alive.items() if not lives]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..analysis.candidates import Candidate, compatible, conflicts
 from ..analysis.finding import find_branches
-from ..analysis.graph import Call, Graph
+from ..analysis.graph import Graph
 from ..errors import ResConvError
 from ..nn.gates import Gate, gates
 from .decisions import MustStayError, Surgery, original_path
@@ -175,7 +175,7 @@ def _still_run(model: nn.Module, todo: Surgery, edits: list[Edit]) -> str | None
     rewritten = {e.path for e in edits if isinstance(e, Bypass)}
     replaced = {e.path for e in edits if not isinstance(e, Bypass)}
     for call in graph.calls:
-        if not _is_dead(todo, call) or call.parent is None or _is_dead(todo, call.parent):
+        if not todo.is_dead(call) or call.parent is None or todo.is_dead(call.parent):
             continue
         if isinstance(call.parent.module, Gate) or not any(
             graph.nodes[i].macs for i in range(call.start, call.end)
@@ -187,11 +187,6 @@ def _still_run(model: nn.Module, todo: Surgery, edits: list[Edit]) -> str | None
         if original_path(model, call.parent.path) not in rewritten and replaced.isdisjoint(around):
             return path
     return None
-
-
-def _is_dead(todo: Surgery, call: Call) -> bool:
-    own = [i for i in range(call.start, call.end) if todo.graph.nodes[i].op != "empty"]
-    return bool(own) and all(i in todo.dead for i in own)
 
 
 @contextmanager
