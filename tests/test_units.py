@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import resconv
 from resconv.planning.costs import cost_model
 from resconv.selection.scalars import stepping
+from resconv.surgery import proof
 
 from .helpers import randomise, randomise_gates
 
@@ -496,3 +497,135 @@ class Inline(Joins):
         for stage in self.maps.stages[1:]:
             x = stage(x).relu()
         return first + self.up(x)
+
+
+class Down(nn.Sequential):
+    """A stage that one conv can stand for."""
+
+    def __init__(self) -> None:
+        super().__init__(conv(), nn.ReLU(), nn.Conv2d(WIDTH, 2 * WIDTH, 3, 2, 1), nn.ReLU())
+
+
+class Scaled(nn.Module):
+    """Takes an option that the other stages do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2 * WIDTH, 2 * WIDTH, 3, padding=1)
+
+    def forward(self, x, factor=1.0):
+        return x + factor * self.inner(x)
+
+
+class AsksForClass(nn.Module):
+    """Calls a stage as its class says."""
+
+    def __init__(self, asked: type[nn.Module]) -> None:
+        super().__init__()
+        self.asked = asked
+        self.stages = nn.ModuleList([Down(), Scaled()])
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x) if isinstance(stage, self.asked) else stage(x, factor=0.5)
+        return x
+
+
+def test_one_unit_that_code_knows_by_its_class_does_not_keep_the_others_from_going():
+    net, x = built(AsksForClass(Down)), images()
+    units = {u.name: u for u in resconv.units(net, x, "all")}
+    assert not units["stages.0"].removable
+    assert "factor" in units["stages.0"].reason
+    names = each_can_go(net, x, "all")
+    assert "stages.0" not in names
+    # Negative control: asked for a class that it has afterwards, it goes as well.
+    assert "stages.0" in each_can_go(built(AsksForClass(nn.Module)), x, "all")
+
+
+class Merges(nn.Module):
+    """Two convs in training mode, and one in eval mode that stands for both."""
+
+    def __init__(self, in_training: bool, writes: bool = False) -> None:
+        super().__init__()
+        self.in_training, self.writes = in_training, writes
+        self.a, self.b, self.merged = conv(bias=False), conv(bias=False), conv(bias=False)
+
+    def forward(self, x):
+        if self.in_training and self.training:
+            return self.a(x) + self.b(x)
+        if self.writes:  # as SPAN does
+            self.merged.weight.data = self.a.weight.data + self.b.weight.data
+        return self.merged(x)
+
+
+def around(*options):
+    return built(nn.Sequential(conv(), Merges(*options), conv()))
+
+
+def reasons(net, kinds="layers"):
+    return {u.name: u.reason for u in resconv.units(net, images(), kinds)}
+
+
+def test_a_layer_that_training_never_runs_is_no_unit():
+    assert "does not run in training mode" in reasons(around(True))["1.merged"]
+    assert each_can_go(around(True), images(), ("layers",)) == ["0", "2"]
+    # Negative control: the same layer in a forward that runs it in both modes.
+    assert each_can_go(around(False), images(), ("layers",)) == ["0", "1.merged", "2"]
+
+
+def test_nothing_is_put_into_a_weight_that_the_forward_writes():
+    net = around(False, True)
+    assert "the forward writes into 1.merged.weight" in reasons(net)["1.merged"]
+    # The controls of its neighbours go elsewhere.
+    assert each_can_go(net, images(), ("layers",)) == ["0", "2"]
+
+
+class SkipsAtRandom(nn.Module):
+    """Leaves a layer out of most batches in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([conv(), conv(), conv()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.6:
+                x = layer(x)
+        return x
+
+
+def test_a_layer_that_training_runs_at_times_is_a_unit():
+    units = resconv.units(built(SkipsAtRandom()), images(), "layers")
+    assert not [u.reason for u in units if "does not run in training" in (u.reason or "")]
+
+
+class KeepsMask(nn.Module):
+    """Samples a dropout mask for the batch's size, and keeps it until the size changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU())
+        self.size = 2
+        self.register_buffer("mask", F.dropout(torch.ones(64, WIDTH, 1, 1), 0.5))
+
+    def forward(self, x):
+        if len(x) != self.size:
+            self.size = len(x)
+            if self.training:
+                self.mask = F.dropout(torch.ones_like(self.mask), 0.5)
+        return self.body(x) * (self.mask[: len(x)] if self.training else 1)
+
+
+def test_a_mask_that_a_net_keeps_between_batches_is_no_difference(monkeypatch):
+    net, x = built(KeepsMask()), images()
+    gated = randomise_gates(resconv.convert(net, x)).eval()
+    gated(images(5))  # the last batch was of another size
+    plan = resconv.Plan(("body.2",))
+    compact = resconv.prune(gated, plan)
+    resconv.verify(gated, compact, x, plan=plan)
+    # Negative control: what differs in training mode alone is seen all the same.
+    run = proof._run
+    halved = lambda m, e: run(m, e) * (0.5 if m.training and not resconv.gates(m) else 1)  # noqa: E731
+    monkeypatch.setattr(proof, "_run", halved)
+    with pytest.raises(resconv.ResConvError, match="In training mode"):
+        resconv.prune(gated, plan)

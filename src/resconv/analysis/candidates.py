@@ -143,6 +143,9 @@ def why_untouchable(model: nn.Module, graph: Graph, path: str) -> str | None:
         return f"{path} is called {len(calls)} times in one forward pass"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return f"{path} carries a hook, which would be lost"
+    for name, _ in module.named_parameters(path, recurse=False):
+        if name in graph.written:
+            return f"the forward writes into {name}"
     parametrized = getattr(module, "parametrizations", None)
     if isinstance(parametrized, nn.ModuleDict):
         return f"{path} is parametrised ({', '.join(parametrized)})"

@@ -99,6 +99,8 @@ class Graph:
     # Calls in which something asked for its mode: all others do the same in training mode, as long
     # as norms keep their statistics (see asking.py).
     asking: set[int] = field(default_factory=set)
+    # Parameters that the forward itself writes: a factor in them would be gone with the next one.
+    written: set[str] = field(default_factory=set)
 
     kinds: dict[int, str] = field(default_factory=dict)  # of nodes, where ops.py has looked
     # What was found out about modules as they were recorded, by what is asked and the path.

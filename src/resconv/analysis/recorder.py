@@ -119,6 +119,15 @@ def restored(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(old)
 
 
+def _numbers_of(model: nn.Module) -> dict[str, tuple[torch.UntypedStorage, int]]:
+    """Return what changes with a parameter's numbers: its memory, and how often that was written."""
+    return {
+        name: (p.untyped_storage(), 0 if p.is_inference() else p._version)
+        for name, p in model.named_parameters()
+        if p.layout == torch.strided
+    }
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(
         self, model: nn.Module, leaf: Callable[[nn.Module], bool], tag: Callable[[], str | None]
@@ -142,6 +151,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         graph = self.graph
         for tensor in tensors_in((args, kwargs)):
             graph.inputs.append(self._new(tensor))
+        before = _numbers_of(self.model)
         handles = []
         try:
             for path, module in self.model.named_modules():
@@ -158,6 +168,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()
+        for name, (memory, version) in _numbers_of(self.model).items():
+            if (
+                name not in before
+                or before[name][1] != version
+                or before[name][0]._cdata != memory._cdata
+            ):
+                graph.written.add(name)
         graph.output = output
         graph.outputs = [self._value(t) for t in tensors_in(output)]
         if self.asked_outside or hides_its_mode(self.model):

@@ -36,10 +36,11 @@ from .edits import indexed_containers
 from .fitting import fitted
 from .insertion import is_fresh, with_gates
 from .merging import merge_branches, warn_of_branches
+from .proof import untrained
 from .provenance import Provenance, example_inputs_of, provenance_of
 from .rehearsal import why_prune_fails
 from .state import require_finite
-from .trial import why_refused
+from .trial import first_refused, why_refused
 from .verification import relative_error
 
 __all__ = ["convert", "kinds_of", "units"]
@@ -277,6 +278,12 @@ def _try(
         ):
             c.unit = _kept(c.unit, f"its branch ends in the module that ends {other}, too")
     before = _described(model, found.graph, example_inputs)
+    compare = start == "keep" or not is_fresh(model)
+
+    def gated_with(chosen: list[Candidate]) -> tuple[nn.Module, Graph, set[int]]:
+        gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, before)
+        return gated, *_record_again(gated, example_inputs, found.graph, compare)
+
     while True:
         chosen = [
             c
@@ -286,15 +293,47 @@ def _try(
         kept = [c.unit for c in asked if not c.unit.removable]
         if not chosen:
             return None, kept
-        gated = with_gates(model, found.graph, found.indexed, chosen, found.blocks, start, before)
-        compare = start == "keep" or not is_fresh(model)
-        graph, indexed = _record_again(gated, example_inputs, found.graph, compare)
-        refused = why_refused(gated, graph, indexed) or why_prune_fails(gated, chosen, graph)
+        try:
+            gated, graph, indexed = gated_with(chosen)
+        except ConversionError as error:
+            if shortcut == "always":
+                raise
+            c, reason = _first_in_the_way(chosen, gated_with, error)
+            c.unit = _kept(c.unit, reason)
+            continue
+        refused = (
+            why_refused(gated, graph, indexed)
+            or untrained(gated, graph, example_inputs)
+            or why_prune_fails(gated, chosen, graph)
+        )
         if not refused:
             return gated, kept
         for c in chosen:
             if c.unit.name in refused:
                 c.unit = _kept(c.unit, refused[c.unit.name])
+
+
+def _first_in_the_way(
+    chosen: list[Candidate], gated_with: Callable[[list[Candidate]], Any], error: Exception
+) -> tuple[Candidate, str]:
+    """Return a unit whose gate keeps the model from running as it did, with the reason, by halving.
+
+    Raises:
+        ConversionError: the model does not run as it did without a gate either.
+    """
+    reasons = {len(chosen): str(error)}
+
+    def attempt(names: Sequence[str]) -> str | None:
+        try:
+            gated_with(chosen[: len(names)])
+        except ConversionError as error:
+            return reasons.setdefault(len(names), str(error))
+        return None
+
+    if attempt([]) is not None:
+        raise error
+    count = first_refused([c.unit.name for c in chosen], attempt)
+    return chosen[count - 1], reasons[count].partition(" Some code of")[0].rstrip(".")
 
 
 def _described(model: nn.Module, graph: Graph, example_inputs: Any) -> Provenance:

@@ -229,7 +229,7 @@ def _linear_params(graph: Graph, node: Node) -> tuple[str | None, str | None, bo
 
 def _absorbs(graph: Graph, node: Node, uses: dict[str, int]) -> bool:
     names = graph.table(_absorbing_params)[node.index]
-    return names is not None and all(uses.get(n, 0) == 1 for n in names)
+    return names is not None and all(uses.get(n, 0) == 1 and n not in graph.written for n in names)
 
 
 def _absorbing_params(graph: Graph, node: Node) -> list[str] | None:

@@ -11,7 +11,7 @@ eval mode stand for those in training mode then, and it is not run again.
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +25,21 @@ from ..analysis.graph import Graph, Ref
 from ..analysis.inputs import as_call, copied, evaluating, tensors_in, to_device_of
 from ..analysis.recorder import restored
 from ..errors import VerificationError
+from ..nn.gates import gates
 from .copying import copy_model
 from .verification import relative_error
 
-__all__ = ["TrainingDiffersError", "Witness", "trains_as_identity", "values_in_training_code"]
+__all__ = [
+    "TrainingDiffersError",
+    "Witness",
+    "trains_as_identity",
+    "untrained",
+    "values_in_training_code",
+]
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output; else 5e-2
+_TRIES = 4  # passes in training mode, for nets that skip layers at random
 _MARGIN = 100  # by how much more than one rounding of every weight two nets may differ
 
 
@@ -68,7 +76,7 @@ def _coins(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def _as_in_training(model: nn.Module) -> Iterator[None]:
+def _as_in_training(model: nn.Module, patterned: bool = True) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     model.train()
     for m in model.modules():
@@ -76,7 +84,8 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
             m.training = False
     state = random.getstate()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Patterned():  # type: ignore[no-untyped-call]
+        numbers = _Patterned() if patterned else nullcontext()  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), numbers:
             yield
     finally:
         random.setstate(state)
@@ -124,8 +133,12 @@ class Witness:
         """Return the outputs in training mode, or None where there is nothing to compare."""
         return self._in_training(0) if self.asks else self.evaluated
 
-    def _in_training(self, seed: int) -> Any:
-        return _in_training(self.start(), self.example_inputs, seed)
+    def _in_training(self, seed: int, evaluate_first: bool = False) -> Any:
+        net = self.start()
+        if evaluate_first:
+            with evaluating(net), torch.no_grad():
+                _run(net, self.example_inputs)
+        return _in_training(net, self.example_inputs, seed)
 
     def require_same(self, made: nn.Module) -> None:
         """Raise where ``made`` does not run, or computes something else.
@@ -153,27 +166,30 @@ class Witness:
         self._compare(evaluated, self.evaluated, "")
         if not (self.asks or asks) or self.trained is None:
             return
+        after = self._run_in_training(made) if asks else evaluated
         try:
-            self._require_same_in_training(made, evaluated, bool(asks))
+            self._compare(after, self.trained, "In training mode, ")
         except TrainingDiffersError:
+            # Some nets sample in training mode what they keep, when the last batch was of another
+            # size: they are alike once the gated net has seen the same batches as ``made``.
+            followed = self._in_training(0, evaluate_first=True)
             # Python's own random numbers cannot be replaced: where they count, there is nothing to
             # compare.
-            again = self._in_training(1)
-            if again is not None and relative_error(again, self.trained) == 0:
-                raise
+            again = self._in_training(1, evaluate_first=True)
+            if again is not None and relative_error(again, followed) == 0:
+                self._compare(after, followed, "In training mode, ")
 
-    def _require_same_in_training(self, made: nn.Module, evaluated: Any, asks: bool) -> None:
+    def _run_in_training(self, made: nn.Module) -> Any:
         try:
             with _as_in_training(made), restored(made):
                 random.seed(0)
-                after = _run(made, self.example_inputs) if asks else evaluated
+                return _run(made, self.example_inputs)
         except Exception as error:  # of the user's forward
             raise TrainingDiffersError(
                 "In training mode the net without these units does not run "
                 f"({type(error).__name__}: {error}), and the gated net does. Leave what was removed "
                 "there out of the plan."
             ) from error
-        self._compare(after, self.trained, "In training mode, ")
 
     def _compare(self, after: Any, before: Any, where: str) -> None:
         found = relative_error(after, before)
@@ -197,6 +213,39 @@ class Witness:
                 p.mul_(1 + torch.finfo(p.dtype).eps * (torch.rand_like(p) - 0.5))
         with evaluating(moved):
             return relative_error(_run(moved, self.example_inputs), self.evaluated)
+
+
+def untrained(gated: nn.Module, graph: Graph, example_inputs: Any) -> dict[str, str]:
+    """Return the units that training mode never runs, so that no scale of theirs would move.
+
+    Such a layer is there for eval mode alone (SPAN merges its branches into it, in each forward).
+    ``graph`` is a record of ``gated``. Where the net does not run in training mode on the example (it
+    may ask for targets), nothing is known, and nothing is returned.
+    """
+    missing = set(gates(gated)) if graph.asking else set()
+    seen: set[nn.Module] = set()
+    for seed in range(_TRIES):
+        if not missing:
+            break
+        net = copy_model(gated, VerificationError, share=True)
+        hooks = [
+            gate.register_forward_pre_hook(lambda gate, _: seen.add(gate))
+            for gate in gates(net).values()
+        ]
+        try:
+            with _as_in_training(net, patterned=False), restored(net):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                _run(net, example_inputs)
+        except Exception:  # of the user's forward
+            return {}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        missing -= {name for name, gate in gates(net).items() if gate in seen}
+    return dict.fromkeys(
+        sorted(missing), "it does not run in training mode, so nothing would train its scale"
+    )
 
 
 def trains_as_identity(module: nn.Module, like: Tensor) -> bool:
