@@ -2,10 +2,10 @@
 
     python -m benchmarks.pretrained ARM [--seeds 0,1,2]
 
-EfficientNet-Lite0 with the ImageNet weights that its package ships, on 2,000 images of CIFAR-10 (JPEG) at 96 px: dense
-training on those images, then as many epochs for every arm, taught by the dense net. An arm of ours is a run of resconv
-(examples/pretrained.py). Torch-Pruning leaves the widest net that is as fast as ours in ONNX Runtime (batch 1, 1 thread,
-timed in turn) and is trained alike. Appends rows to ``results.jsonl``; a stopped run goes on.
+EfficientNet-Lite0 with the ImageNet weights that its package ships, on 2,000 images of CIFAR-10 (JPEG) at 96 px:
+dense training on those images, then as many epochs for every arm, taught by the dense net. An arm of ours is a run of
+resconv (examples/pretrained.py). Torch-Pruning leaves the widest net that is as fast as ours in ONNX Runtime (batch 1,
+one thread, timed in turn); it is trained alike. Appends rows to ``results.jsonl``; a stopped run goes on.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def run_arm(arm: str, seed: int) -> None:
     data = DATA["cifar10-jpeg"]
     folder = WORK / f"{arm}-seed{seed}"
     config = pretrained.config(data, **COMMON, **ARMS[arm], seed=seed)
-    job = run.begin(folder, config, trust_source=True)
+    job = run.begin(folder, config)
     run.compress(job)
     metrics, example = job.folder.metrics(), job.example()
     dense, ours = job.dense().eval(), resconv.load(folder, trust_source=True)
