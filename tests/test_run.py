@@ -102,6 +102,55 @@ def test_the_folder_loads_and_equals_the_onnx(finished):
     assert isinstance(result.exception, resconv.ResConvError)
 
 
+def test_a_run_in_8_bits_is_calibrated_judged_and_reported(finished, tmp_path):
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    result = invoke("export", out, "--int8")
+    assert result.exit_code == 0, result.output
+    assert "13 of 13 layers" not in result.output  # some were removed
+    metrics = RunFolder(out).metrics()
+    found = metrics.int8
+    assert found.num_calibration == 256
+    assert (
+        found.num_quantised == found.num_layers == metrics.num_convs_compact + 1
+    )  # the classifier
+    assert found.num_bytes < found.num_bytes_float
+    # The float file of that run, and this file by all that it says of itself.
+    assert found.top1_float == pytest.approx(metrics.top1_compact, abs=0.5)
+    assert abs(found.top1 - found.top1_float) < 3
+    judged = invoke("evaluate", out / "model-int8.onnx", "digits", "--limit", "256", "--json")
+    assert json.loads(judged.output)["top1"] == found.top1
+    said = invoke("predict", out / "model-int8.onnx", "digits", "--top", "1", "--json")
+    assert len(json.loads(said.output)) == 359
+    assert f"{found.top1:.2f}" in (out / "report.html").read_text().partition("In 8 bits")[2]
+    # It is the run's: it goes when the net that it was made of goes.
+    folder = RunFolder(out)
+    folder.undo(["export"])
+    assert not (out / "model-int8.onnx").exists()
+    assert folder.metrics().int8 is None
+    assert folder.metrics().top1_compact is not None
+
+
+def test_8_bits_are_refused_before_work(finished, tmp_path, monkeypatch):
+    from resconv.run import quantising
+
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    monkeypatch.setattr(quantising, "quantise", lambda *args, **options: pytest.fail("work"))
+    result = invoke("export", out, "--int8", "--to", "net.pt2")
+    assert "--int8 --to net.pt2: files in 8 bits are ONNX" in str(result.exception)
+    saved = tmp_path / "saved"
+    resconv.save(resconv.load(out), saved)
+    result = invoke("export", saved, "--int8")
+    assert "names no images, which --int8 calibrates with" in str(result.exception)
+    content = json.loads((out / "config.json").read_text())
+    content["data"]["source"] = f"folder:{tmp_path / 'gone'}"
+    (out / "config.json").write_text(json.dumps(content))
+    result = invoke("export", out, "--int8")
+    assert isinstance(result.exception, resconv.ResConvError)
+    assert str(tmp_path / "gone") in str(result.exception)
+
+
 def test_a_second_call_does_nothing_again(finished):
     out, _ = finished
     before = (out / "dense.safetensors").stat().st_mtime_ns

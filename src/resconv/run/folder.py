@@ -280,6 +280,17 @@ class RunFolder:
         mark.write(self.path)
         self.write_json(_STAGES, list(mark.stages))
 
+    def amend(self, stage: str, wrote: Iterable[str], metrics: Iterable[str]) -> None:
+        """Note what was written beside what a done stage left, so that it goes where that goes."""
+        mark = self.mark()
+        record = mark.stages[stage]
+        mark.stages[stage] = msgspec.structs.replace(
+            record,
+            wrote=record.wrote | self.digests(wrote),
+            metrics=sorted({*record.metrics, *metrics}),
+        )
+        mark.write(self.path)
+
     def forget_warnings(self, stages: Iterable[str]) -> None:
         """Drop what was said of stages that are about to be run."""
         gone, said = set(stages), self.metrics().warnings

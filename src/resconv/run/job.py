@@ -27,10 +27,11 @@ from .config import Config
 from .fingerprint import fingerprint
 from .folder import RunFolder
 
-__all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
+__all__ = ["INT8_FILES", "LATENCY", "Run", "Say", "load_state", "save_state"]
 
 Say = Callable[[str], None]
 LATENCY = "latency.json"
+INT8_FILES = ("model-int8.onnx", "model-pixels-int8.onnx")
 _BATCHES_TO_FIT = 8
 
 

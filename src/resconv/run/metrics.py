@@ -65,6 +65,22 @@ class Exported(_Part, frozen=True):
     max_rel_error: float
 
 
+class Int8(_Part, frozen=True):
+    """The file in 8 bits beside the float file: both judged on the run's test images, and timed in turn."""
+
+    file: str
+    num_bytes: int
+    num_bytes_float: int
+    top1: float
+    top1_float: float
+    latency_ms: float
+    latency_ms_float: float
+    threads: int
+    num_calibration: int
+    num_layers: int
+    num_quantised: int
+
+
 class Preprocessed(_Part, frozen=True):
     """How images become inputs (see resconv.preprocessing)."""
 
@@ -115,6 +131,7 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
     verify: Verified | None = None
     verify_finetuned: float | None = None
     onnx: Exported | None = None
+    int8: Int8 | None = None
     warnings: dict[str, list[str]] = {}
     latency: dict[str, Times] = {}
     latency_target: Target | None = None

@@ -11,19 +11,30 @@ from resconv import nets
 from resconv.errors import ResConvWarning, RunError
 from resconv.planning.plan import Plan
 from resconv.selection.outcome import Snapshot
+from resconv.storage.quantising import require_quantiser
 from resconv.train import join
 from resconv.train.seeds import seed_all
 
-from . import deployment, exchange, stages, surgery, training
+from . import deployment, exchange, quantising, stages, surgery, training
 from .checks import check
 from .config import Config
 from .folder import RunFolder, log_files
-from .job import Run, Say
+from .job import INT8_FILES, Run, Say
 from .lock import locked
 from .metrics import Metrics
 from .start import settled
 
-__all__ = ["STAGES", "Run", "begin", "compress", "history", "open_run", "run_stage", "use_plan"]
+__all__ = [
+    "STAGES",
+    "Run",
+    "begin",
+    "compress",
+    "history",
+    "open_run",
+    "quantise",
+    "run_stage",
+    "use_plan",
+]
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -195,6 +206,36 @@ def use_plan(run: Run, path: Path) -> None:
         run.folder.added.clear()
         chosen.save(run.folder / "plan.json")
         run.folder.finish("plan", stages.record(run, "plan"))
+
+
+def quantise(run: Run, to: Path | None = None, **options: Any) -> None:
+    """Write the compact net of a run in 8 bits, and put what that costs into its metrics and its report.
+
+    Args:
+        run: its training images calibrate the file, its test images judge it.
+        to: an .onnx file; by default one in the run folder.
+        options: ``pixels`` and ``softmax`` of :func:`resconv.export`.
+
+    Raises:
+        RunError: a stage before is missing, or what it wrote changed.
+        DataError: the run's images are not there any more.
+        ExportError: ONNX Runtime cannot write it.
+        MissingExtraError: onnx or onnxruntime is not installed.
+    """
+    require_quantiser()
+    with _owned(run):
+        if "export" not in run.folder.done():
+            run_stage(run, "export")
+        stages.check(run, "measure")
+        plain, pixels = INT8_FILES
+        own = pixels if options.get("pixels") else plain
+        if to is None:
+            run.folder.claim((own,))
+        found = quantising.quantise(run, to or run.folder / own, **options)
+        run.folder.add_metrics(int8=found)
+        run.folder.amend("export", () if to else (own,), ("int8",))
+        if "report" in run.folder.done():
+            run_stage(run, "report", again=True)
 
 
 def compress(run: Run) -> Metrics | None:

@@ -9,7 +9,7 @@ from resconv.errors import RunError
 from resconv.files import digest
 
 from .fingerprint import differing_parts
-from .job import LATENCY, Run
+from .job import INT8_FILES, LATENCY, Run
 from .mark import Record
 from .settings import settings as all_settings
 
@@ -35,7 +35,7 @@ WRITES: dict[str, tuple[str, ...]] = {
     "plan": ("plan.json", LATENCY),
     "prune": _NET,
     "finetune": _NET,
-    "export": ("model.onnx", "model.onnx.data"),
+    "export": ("model.onnx", "model.onnx.data", *INT8_FILES),
     "measure": ("dense.onnx", "dense.onnx.data"),
     "report": ("report.html",),
 }
