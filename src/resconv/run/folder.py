@@ -31,7 +31,7 @@ _LATENCY = "latency.json"
 _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 # The metrics that every stage adds to.
 _COMMON = {"seconds", "warnings"}
-_TRAINED = ("dense", "sparse", "finetune")
+_TRAINED = ("dense", "sparse", "finetune", "control")
 T = TypeVar("T")
 # Settings by their names, in groups; without those in older versions.
 _Value = bool | int | float | str | list[float] | None

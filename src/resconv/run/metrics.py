@@ -113,10 +113,12 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
     top1_recalibrated: float | None = None
     top1_finetuned: float | None = None
     top1_compact: float | None = None
+    top1_control: float | None = None
     finetuned_kept: bool | None = None
     epochs_dense: int | None = None
     epochs_sparse: int | None = None
     epochs_finetune: int = 0
+    epochs_control: int | None = None
     macs_dense: int | None = None
     macs_compact: int | None = None
     num_params_dense: int | None = None

@@ -43,6 +43,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "plan": surgery.plan,
     "prune": surgery.prune,
     "finetune": training.finetune,
+    "control": training.control,
     "export": deployment.export,
     "measure": deployment.measure,
     "report": deployment.report,
@@ -50,7 +51,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 
 # The stages that every process takes part in; the leading one does the rest.
-_SHARED = ("dense", "sparse", "finetune")
+_SHARED = ("dense", "sparse", "finetune", "control")
 _TRAINED = ("dense", "sparse")
 
 
@@ -107,11 +108,13 @@ def open_run(path: Path, say: Say = print, *, trust_source: bool = False) -> Run
 
 
 def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
-    """Run one stage unless it is done; one that is run again undoes those after it.
+    """Run one stage unless it is done, or not asked for; one that is run again undoes those after it.
 
     Raises:
         RunError: a stage before it is missing, what it is to use changed, or the folder is in use.
     """
+    if stage not in _asked(run):
+        return
     with _owned(run):
         # What is done is decided once: the folder changes while the others look.
         bound = run.ranks.by_first(lambda: _prepare(run, stage, again))
@@ -132,6 +135,11 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             run.folder.finish(stage, stages.record(run, stage))
 
 
+def _asked(run: Run) -> list[str]:
+    """Return the stages of the run: a control is an option, which a finished run may be given too."""
+    return [s for s in STAGES if s != "control" or run.config.training.control]
+
+
 def _prepare(run: Run, stage: str, again: bool) -> str | None:
     """Return what the stage's checkpoints are bound to, or None where it is done already."""
     order, done = list(STAGES), run.folder.done()
@@ -141,7 +149,7 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
             run.say(f"[{stage}] done already.")
             return None
         run.say(f"[{stage}] is done anew: {gone[0]} is missing.")
-    missing = [s for s in order[: order.index(stage)] if s not in done]
+    missing = [s for s in order[: order.index(stage)] if s in _asked(run) and s not in done]
     if missing:
         raise RunError(
             f"{run.folder.path}: the stage {missing[0]!r} has to be run before {stage!r}. "

@@ -316,6 +316,13 @@ class Training(_Group, frozen=True, kw_only=True):
         ),
     ] = None
     batch_size: Annotated[int, about("Images per training step.", least=1)] = 128
+    control: Annotated[
+        bool,
+        about(
+            "Train the dense net on, too, for as many epochs as sparse training and finetuning have.",
+            bears="nothing",
+        ),
+    ] = False
     seed: Annotated[int, about("Seed of all random numbers.", least=0, below=2**32)] = 0
     precision: Annotated[
         Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
