@@ -184,7 +184,7 @@ class Run:
     def plan(self) -> Plan:
         return Plan.load(self.folder / "plan.json")
 
-    def recipe(self, epochs: int, lr: float) -> Recipe:
+    def recipe(self, epochs: int, lr: float, ema: float | None = None) -> Recipe:
         training = self.config.training
         return Recipe(
             epochs,
@@ -195,6 +195,7 @@ class Run:
             distill=training.distill_share,
             mix=training.mix,
             augment=self.augment,
+            ema=ema,
         )
 
 

@@ -290,6 +290,15 @@ class Training(_Group, frozen=True, kw_only=True):
         Literal["mixup", "cutmix"] | None,
         about("Blend pairs of images and their labels: mixup or cutmix."),
     ] = None
+    ema: Annotated[
+        float | None,
+        about(
+            "Average the weights over sparse training and finetuning, with this decay: 0.999; default: no average.",
+            above=0,
+            below=1,
+            words="a decay above 0 and below 1",
+        ),
+    ] = None
     recipe: Annotated[
         Literal["transfer", "scratch"] | None,
         about(

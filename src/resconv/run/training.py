@@ -128,10 +128,11 @@ def _fit(
 ) -> FitResult:
     """Train a net in place by the run's recipe and on its devices."""
     training = run.config.training
+    ema = None if stage == "dense" else training.ema
     return fit(
         model.train(),
         run.data,
-        run.recipe(epochs, rate),
+        run.recipe(epochs, rate, ema),
         run.folder.logs / stage,
         precision=run.precision,
         progress=training.progress,
