@@ -1,7 +1,5 @@
 """An exponential average of a net's weights over training, by torch's AveragedModel, with its zeros kept."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -10,6 +8,8 @@ from resconv.errors import ConversionError
 from resconv.nn.gates import copy_zeros, gates
 
 __all__ = ["Average"]
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Average(AveragedModel):
@@ -35,7 +35,7 @@ class Average(AveragedModel):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def _move(self, averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
+    def _move(self, averages: _Tensors, values: _Tensors, count: Tensor | int) -> None:
         """Move averages of one type towards the values."""
         if not averages[0].is_floating_point():
             torch._foreach_copy_(averages, values)
