@@ -53,6 +53,10 @@ def export(
         bool,
         typer.Option("--softmax", help="With --with-preprocessing: give probabilities."),
     ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option("--dynamic-size", help="Leave the height and width of images open, too."),
+    ] = False,
     int8: Annotated[
         bool,
         typer.Option(
@@ -79,6 +83,12 @@ def export(
     options: dict[str, Any] = {}
     if with_preprocessing:
         options = {"pixels": layout, "softmax": softmax}
+    if dynamic_size:
+        if to is None:
+            raise ExportError(
+                "--dynamic-size: the run's own model.onnx stays as it is; add --to FILE."
+            )
+        options["dynamic_size"] = True
     if int8:
         _refuse_int8(run, to)
         opened = runs.open_run(run, typer.echo, trust_source=trust_source)
@@ -120,7 +130,7 @@ def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str,
     from resconv.storage.store import read_header
 
     header = read_header(folder)
-    if options:  # pixels are what the preprocessing says
+    if options.get("pixels"):  # which the preprocessing describes
         return resconv.export(
             resconv.load(folder, trust_source=trust_source), to, plan=header.plan, **options
         )
@@ -131,7 +141,7 @@ def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str,
         )
     net = resconv.load(folder, trust_source=trust_source)
     inputs = make_inputs(header.inputs, torch.Generator().manual_seed(0))
-    return resconv.export(net, to, inputs, plan=header.plan)
+    return resconv.export(net, to, inputs, plan=header.plan, **options)
 
 
 def _say(done: Any) -> None:
