@@ -78,8 +78,14 @@ def trainer(
     one that was not.
 
     Args:
-        macs, params, latency_ms, latency, runtime, threads, batch: the budget to arrive at, as for
-            :class:`resconv.Sparsifier`; MACs are those at ``imgsz``. On resuming they may be left out.
+        macs: the budget to arrive at, a share or a number, of the MACs at ``imgsz``. This and the
+            next six are as for :class:`resconv.Sparsifier`; on resuming they may be left out.
+        params: the same of the parameters.
+        latency_ms: milliseconds a batch.
+        latency: a share of the dense net's latency.
+        runtime: by which the latency is measured.
+        threads: with how many threads.
+        batch: and of how many images.
         units: which kinds of units, as for :func:`resconv.convert`.
         start: the same.
         learning_rate: of scales and controls, as a share of the optimizer's own.

@@ -111,14 +111,14 @@ class _Fusing:
 
 
 @cache
-def _fusing(base: type) -> type:
+def _fusing(base: Any) -> type[nn.Module]:
     # It goes by its base's name, under which files and messages know it.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (_Fusing, base), names)
 
 
 def _again(base: Any) -> Any:
-    made = _fusing(base if isinstance(base, type) else base.made())
+    made: Any = _fusing(base if isinstance(base, type) else base.made())
     return made.__new__(made)
 
 
@@ -134,7 +134,8 @@ def of_its_own_class(net: nn.Module) -> nn.Module:
     """Return a copy of the net that has the class it was built with."""
     net = copy_model(net, ConversionError)
     if isinstance(net, _Fusing):
-        net.__class__ = type(net).__mro__[2]
+        itself: Any = net
+        itself.__class__ = type(net).__mro__[2]
     return net
 
 

@@ -50,6 +50,8 @@ class SparseTraining(BaseTrainer):  # type: ignore[misc]
     """
 
     settings: ClassVar[Settings]
+    last: Path
+    best: Path
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None
@@ -239,7 +241,9 @@ class SparseTraining(BaseTrainer):  # type: ignore[misc]
         compact, plain = compacted(gated, prunes=self.aims.prunes)
         folder = save(compact, self.save_dir / "compact")
         path = self.wdir / "compact.pt"
-        write_atomic(path, lambda temporary: torch.save({**saved, "model": plain.half()}, temporary))
+        write_atomic(
+            path, lambda temporary: torch.save({**saved, "model": plain.half()}, temporary)
+        )
         self.compact = path
         LOGGER.info(f"resconv: {path} for YOLO(path), {folder} for resconv.load")
         self.metrics = self.validator(model=path)
