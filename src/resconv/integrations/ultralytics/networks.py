@@ -125,7 +125,8 @@ def _again(base: Any) -> Any:
 def in_training_form(net: nn.Module) -> nn.Module:
     """Return the converted net, which ultralytics can now fuse, and does not build anew."""
     if not isinstance(net, _Fusing):
-        net.__class__ = _fusing(type(net))
+        base: Any = type(net)
+        net.__class__ = _fusing(base)
     _refuse_yaml(net)
     return net
 
@@ -161,8 +162,10 @@ def ordinary(net: nn.Module) -> nn.Module:
     for name, module in list(net.named_modules()):
         if isinstance(module, PassThrough):
             set_submodule(net, name, _identity(module))
-        elif isinstance(module, Conv | ConvTranspose) and not isinstance(module, Conv2):
-            _drop_empty_norm(module)
+        elif isinstance(module, ConvTranspose):
+            _drop_empty_norm(module, "conv_transpose")
+        elif isinstance(module, Conv) and not isinstance(module, Conv2):
+            _drop_empty_norm(module, "conv")
     return net
 
 
@@ -172,9 +175,8 @@ def _identity(module: PassThrough) -> nn.Module:
     return made
 
 
-def _drop_empty_norm(module: Any) -> None:
+def _drop_empty_norm(module: Any, name: str) -> None:
     """Leave the norm away where ultralytics would fold it, and it is no norm of a conv."""
-    name = "conv_transpose" if isinstance(module, ConvTranspose) else "conv"
     norm = getattr(module, "bn", None)
     if not isinstance(norm, nn.Module):
         return
@@ -183,9 +185,11 @@ def _drop_empty_norm(module: Any) -> None:
         return
     if not isinstance(norm, nn.Identity):
         setattr(module, name, nn.Sequential(layer, norm))
-    del module.bn
-    if own_class(module) is type(module):  # a rewritten forward knows what is left
-        module.forward = module.forward_fuse
+    if own_class(module) is type(module):
+        del module.bn
+        vars(module)["forward"] = module.forward_fuse
+    elif ".bn" not in type(module).resconv_code.source:
+        del module.bn  # a rewritten forward names what is left
 
 
 def with_form(net: nn.Module, form: nn.Module) -> nn.Module:
