@@ -7,11 +7,14 @@ them. Neither holds for a net that was converted or pruned. So
   where it would otherwise give the dense net with random weights,
 - a net in training form has a ``fuse`` of its own, that makes it ordinary first,
 - an ordinary net has no empty ``bn`` left, as if ultralytics had fused it there.
+
+Opening a checkpoint, ultralytics lets all activations overwrite their input. Behind a conv that was
+removed it is the input of other layers, too: there they are kept from it.
 """
 
 import io
 import json
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cache
 from typing import Any
 
@@ -94,6 +97,29 @@ def _source_of(net: nn.Module) -> Source | None:
     return Source(f"{own.__module__}:{own.__qualname__}", kwargs)
 
 
+class Apart(nn.Module):
+    """An activation that never overwrites its input, whatever ultralytics sets on all modules."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        whole = copy(activation)
+        whole.inplace = False
+        vars(self)["whole"] = whole  # not among the modules, where it would be found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the activation returns, in a tensor of its own."""
+        result: torch.Tensor = vars(self)["whole"](x)
+        return result
+
+
+def _keep_apart(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, Conv | ConvTranspose):
+            layer = getattr(module, "conv", None) or getattr(module, "conv_transpose", None)
+            if isinstance(layer, nn.Identity) and hasattr(module.act, "inplace"):
+                module.act = Apart(module.act)
+
+
 class _Fusing:
     """Makes the net ordinary before ultralytics fuses it; the first base of a net's class."""
 
@@ -128,12 +154,16 @@ def in_training_form(net: nn.Module) -> nn.Module:
         base: Any = type(net)
         net.__class__ = _fusing(base)
     _refuse_yaml(net)
+    _keep_apart(net)
     return net
 
 
 def of_its_own_class(net: nn.Module) -> nn.Module:
-    """Return a copy of the net that has the class it was built with."""
+    """Return a copy of the net of the classes that it was built with."""
     net = copy_model(net, ConversionError)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, Apart):
+            set_submodule(net, name, vars(module)["whole"].train(module.training))
     if isinstance(net, _Fusing):
         itself: Any = net
         itself.__class__ = type(net).__mro__[2]
@@ -166,6 +196,7 @@ def ordinary(net: nn.Module) -> nn.Module:
             _drop_empty_norm(module, "conv_transpose")
         elif isinstance(module, Conv) and not isinstance(module, Conv2):
             _drop_empty_norm(module, "conv")
+    _keep_apart(net)
     return net
 
 
