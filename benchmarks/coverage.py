@@ -3,11 +3,11 @@
     python -m benchmarks.coverage [others] [SECONDS] [anew] [onnx] [MODEL ...]
 
 One small variant of every family of timm and all of torchvision; with ``others``, the nets of
-benchmarks/zoo.yaml. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes
-on where it stopped (SECONDS bounds one call; named models or packages are done again, with ``anew``
-all whose row is of another commit), and writes docs/coverage.md from the logs. A first pass does all but the ONNX files, a second one (with ``onnx`` the only
-one) writes these, which takes ten times as long, so a first pass that is done again keeps what was found
-about the file, with its commit. benchmarks/coverage_steps.py says what is tried.
+benchmarks/zoo.yaml. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes on where it
+stopped (SECONDS bounds one call; named models or packages are done again, with ``anew`` all whose row is
+of another commit), and writes docs/coverage.md from the logs. A first pass does all but the ONNX files, a
+second one (with ``onnx`` the only one) writes these, which takes ten times as long: a first pass that is
+done again keeps what was found about the file, with its commit. coverage_steps.py says what is tried.
 
 A net has a process of its own, with limits of memory and CPU time: a crash or a hang is a row.
 """
