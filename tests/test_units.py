@@ -629,3 +629,33 @@ def test_a_mask_that_a_net_keeps_between_batches_is_no_difference(monkeypatch):
     monkeypatch.setattr(proof, "_run", halved)
     with pytest.raises(resconv.ResConvError, match="In training mode"):
         resconv.prune(gated, plan)
+
+
+class Chaotic(nn.Module):
+    """Doubles a difference again and again, as a net does whose activations grow without bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+
+    def forward(self, x):
+        y = self.body(x).sigmoid()
+        for _ in range(14):
+            y = 4 * y * (1 - y)
+        return y
+
+
+def test_rounding_that_a_net_magnifies_is_told_from_a_fault_in_double(monkeypatch):
+    net, x = built(Chaotic()).float(), images().float()
+    gated = randomise_gates(resconv.convert(net, x)).eval()
+    plan = resconv.Plan(("body.2",))
+    monkeypatch.setattr(proof.Witness, "_rounding", lambda self: 0.0)
+    monkeypatch.setattr(proof, "_TOLERANCE", proof._TOLERANCE | {torch.float32: 1e-7})
+    compact = resconv.prune(gated, plan)
+    assert compact.body[0].weight.dtype == torch.float32
+    # Negative control: a fault is one in double, too.
+    run = proof._run
+    wrong = lambda m, e: run(m, e) * (1 if resconv.gates(m) else 1 + 1e-6)  # noqa: E731
+    monkeypatch.setattr(proof, "_run", wrong)
+    with pytest.raises(resconv.errors.VerificationError):
+        resconv.prune(gated, plan)

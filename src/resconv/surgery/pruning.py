@@ -7,17 +7,21 @@ edited: a module that only passes its input on becomes an identity, and where a 
 has to change (two branches in one block, a functional activation) that forward is rewritten.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from msgspec.structs import replace
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..analysis.graph import Graph, Node
+from ..analysis.input_spec import ExampleInputs
 from ..analysis.inputs import unwrap
 from ..analysis.recorder import record
-from ..errors import PlanError, PruneError
+from ..errors import PlanError, PruneError, VerificationError
 from ..nn.gates import BranchGate, Gate, Segment, gates, is_leaf
 from ..planning.plan import Plan
 from .copying import copy_model
@@ -27,7 +31,7 @@ from .edits import apply_edits, indexed_containers
 from .factors import absorb, kernels_of
 from .folding import Fused, conv_edit, fill_convs
 from .proof import TrainingDiffersError, Witness
-from .provenance import carry_on, converted, example_inputs_of, provenance_of
+from .provenance import carry, carry_on, converted, example_inputs_of, provenance_of
 from .replacing import Replaced, put, replacements
 from .state import require_finite, set_submodule
 from .trial import FAITHFUL, decisions
@@ -114,8 +118,37 @@ def operate(
             if faithful == len(FAITHFUL) - 1:
                 raise
             faithful += 1
+        except VerificationError:
+            if not _is_right_in_double(
+                model, example_inputs, partial(operate, remove=remove, fuse=fuse)
+            ):
+                raise
+            break
     carry_on(made, before, edits=edits, plan=plan, training_form=not fuse)
     return made
+
+
+def _is_right_in_double(
+    model: nn.Module, example_inputs: Any, removing: Callable[[nn.Module], nn.Module]
+) -> bool:
+    """Whether the same removal is exact in float64: what it changes is then rounding alone.
+
+    A net whose activations grow without bound magnifies rounding more than anything shows that could
+    be asked of it in float32.
+    """
+    if any(p.dtype == torch.float64 for p in model.parameters()):
+        return False
+    inputs = tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t,
+        example_inputs,
+    )
+    try:
+        wide = copy_model(model, PruneError).double()
+        carry(wide, dataclasses.replace(provenance_of(model), inputs=ExampleInputs.of(inputs)))
+        removing(wide)
+    except Exception:  # of a forward that knows no float64, or of the comparison
+        return False
+    return True
 
 
 def _at_zero(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
