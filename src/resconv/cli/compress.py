@@ -48,7 +48,7 @@ def compress(
     """
     from resconv import run as runs
     from resconv.cli.messages import as_options
-    from resconv.run.report.table import rows
+    from resconv.run.report.table import epochs_note, rows
     from resconv.run.surgery import in_convs
 
     run = runs.begin(out, config, fresh=fresh, say=lambda text: typer.echo(as_options(text)))
@@ -60,6 +60,8 @@ def compress(
         ["", "dense", "compact", "change"],
         rows(metrics),
     )
+    if note := epochs_note(metrics):
+        typer.echo(note)
     say_warnings(metrics)
     typer.echo("Written:")
     for name in (

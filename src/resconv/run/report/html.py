@@ -14,7 +14,7 @@ from resconv.planning.plan import Plan
 from resconv.preprocessing import resized_side
 
 from ..metrics import History, Metrics
-from .table import rows
+from .table import epochs_note, rows
 
 __all__ = ["write_report"]
 
@@ -51,6 +51,7 @@ def write_report(
         config=config,
         metrics=metrics,
         rows=rows(metrics),
+        epochs=epochs_note(metrics),
         resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
         units=units,
         num_removed=len(removed),
