@@ -299,6 +299,20 @@ def test_steps_are_those_of_the_training_loop(batches, epochs, warmup, accumulat
     assert count_steps(batches, epochs, 0, accumulate) == batches * epochs // accumulate
 
 
+def test_a_run_that_ends_before_its_zeros_keeps_its_net_and_says_so(place):
+    def stop(trainer):
+        trainer.stop = trainer.epoch == 1
+
+    yolo = YOLO(str(place / "tiny11n.yaml"))
+    yolo.add_callback("on_train_epoch_end", stop)
+    arguments = {**arguments_for(place), "epochs": EPOCHS, "name": "early"}
+    with pytest.warns(UserWarning, match="should be 0"):
+        yolo.train(trainer=trainer(macs=0.8), **arguments)
+    assert yolo.trainer.compact is None
+    assert not weights(place, "early", "compact.pt").exists()
+    assert resconv.gates(yolo.model)
+
+
 def test_a_file_cut_short_by_a_kill_is_not_left(place, trained, monkeypatch):
     from resconv.integrations.ultralytics import checkpoints, training
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = [
     "OURS",
+    "PART",
     "digest",
     "sweep",
     "sync_folder",
@@ -19,7 +20,8 @@ __all__ = [
 
 # What begins so is ours: a folder that holds nothing else counts as empty.
 OURS = ".resconv-"
-_PART = f"{OURS}part-"
+# And this is a folder with files that are not whole.
+PART = f"{OURS}part-"
 
 
 def write_together(paths: Sequence[Path], write: Callable[[Sequence[Path]], None]) -> None:
@@ -34,7 +36,7 @@ def write_together(paths: Sequence[Path], write: Callable[[Sequence[Path]], None
     """
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as beside:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PART) as beside:
         probe = Path(beside) / f"{OURS}mode"
         probe.touch()
         mode = probe.stat().st_mode & 0o777  # what the user's umask leaves; writers differ
@@ -76,9 +78,7 @@ def sweep(folder: Path) -> int:
     if folder.is_symlink() or not folder.is_dir():
         return 0
     found = [
-        p
-        for p in folder.iterdir()
-        if p.name.startswith(_PART) and p.is_dir() and not p.is_symlink()
+        p for p in folder.iterdir() if p.name.startswith(PART) and p.is_dir() and not p.is_symlink()
     ]
     for part in found:
         shutil.rmtree(part, ignore_errors=True)  # which follows no links

@@ -102,14 +102,22 @@ class Apart(nn.Module):
 
     def __init__(self, activation: Any) -> None:
         super().__init__()
-        whole = copy(activation)
-        whole.inplace = False
-        vars(self)["whole"] = whole  # not among the modules, where it would be found
+        own = copy(activation)
+        own.inplace = False
+        # Not among the modules, where ultralytics would find them. The layers of a net share one
+        # activation, as they do in the net that its source builds.
+        vars(self).update(own=own, shared=activation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the activation returns, in a tensor of its own."""
-        result: torch.Tensor = vars(self)["whole"](x)
+        result: torch.Tensor = vars(self)["own"](x)
         return result
+
+    def undone(self) -> nn.Module:
+        """Return the activation, which no longer overwrites its input anywhere."""
+        shared: Any = vars(self)["shared"]
+        shared.inplace = False
+        return shared  # type: ignore[no-any-return]
 
 
 def _keep_apart(net: nn.Module) -> None:
@@ -163,7 +171,7 @@ def of_its_own_class(net: nn.Module) -> nn.Module:
     net = copy_model(net, ConversionError)
     for name, module in list(net.named_modules()):
         if isinstance(module, Apart):
-            set_submodule(net, name, vars(module)["whole"].train(module.training))
+            set_submodule(net, name, module.undone())
     if isinstance(net, _Fusing):
         itself: Any = net
         itself.__class__ = type(net).__mro__[2]

@@ -13,7 +13,7 @@ from ultralytics.utils.patches import torch_load
 from ultralytics.utils.torch_utils import unwrap_model
 
 from resconv.errors import BudgetError, RunError
-from resconv.files import OURS, write_atomic
+from resconv.files import PART, sweep, write_atomic
 from resconv.nn.gates import copy_zeros, gates
 from resconv.selection.sparsifier import Sparsifier
 from resconv.storage.store import save
@@ -72,6 +72,7 @@ class SparseTraining(BaseTrainer):  # type: ignore[misc]
                 f"time={self.args.time}: the number of steps must be known, so that all zeros are "
                 "there in time. Give epochs=... instead."
             )
+        sweep(self.wdir)  # what a killed run left half written
         self.aims = self._aims_of_run()
         self.add_callback("on_train_epoch_start", SparseTraining._start_epoch)
         self.add_callback("on_train_batch_start", SparseTraining._start_batch)
@@ -178,7 +179,7 @@ class SparseTraining(BaseTrainer):  # type: ignore[misc]
 
     def save_model(self) -> bool:
         last, best = self.last, self.best
-        with tempfile.TemporaryDirectory(dir=self.wdir, prefix=OURS) as beside:
+        with tempfile.TemporaryDirectory(dir=self.wdir, prefix=PART) as beside:
             self.last, self.best = Path(beside) / last.name, Path(beside) / best.name
             try:
                 saved: bool = super().save_model()
