@@ -63,13 +63,13 @@ def test_a_file_for_a_device_computes_the_same_and_says_how_to_feed_it(suffix, t
     classifier = prediction.open_classifier(done.path)
     assert classifier.preprocessing == OWN
     torch.testing.assert_close(classifier.probabilities(pixels), likely, rtol=1e-4, atol=1e-5)
-    resconv.save(model, tmp_path / "net", example_inputs=x)
-    assert compare(tmp_path / "net", done.path).max_rel_error < 1e-4
+    resconv.export(model, tmp_path / "net.pt2", x)
+    assert compare(tmp_path / "net.pt2", done.path, trust_source=True).max_rel_error < 1e-4
     with torch.no_grad():
         model[-1].bias += 0.1
-    resconv.save(model, tmp_path / "other", example_inputs=x)
+    resconv.export(model, tmp_path / "other.pt2", x)
     with pytest.raises(resconv.ResConvError, match="disagree"):
-        compare(tmp_path / "other", done.path)
+        compare(tmp_path / "other.pt2", done.path, trust_source=True)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
