@@ -286,7 +286,8 @@ def unet() -> nn.Module:
 def reach(*only: str) -> Iterator[Row]:
     """Count the units of each net and what is left with all of them gone: identities alone, and all kinds.
 
-    Each smallest net is made, and its outputs are compared with those of the gated net.
+    Each smallest net is made, its outputs are compared with those of the gated net, and it is timed in
+    ONNX Runtime on one thread beside the whole net.
     """
     for name, side in _REACH:
         if only and name.partition(":")[2] not in only:
@@ -297,6 +298,7 @@ def reach(*only: str) -> Iterator[Row]:
         net = randomise(net.eval(), 0, x)
         row: Row = {"net": name.partition(":")[2], "side": side}
         x = x[:1]
+        made = {"dense": net}
         row["MACs (M)"] = round(resconv.profile(net, x).macs / 1e6)
         for how, units in (("before", ("layers", "blocks")), ("after", "all")):
             try:
@@ -316,12 +318,19 @@ def reach(*only: str) -> Iterator[Row]:
             compact = resconv.prune(gated, resconv.Plan(going))
             with zeroed(gated, going):
                 error = resconv.verify(gated, compact, x).max_rel_error
+            made[how] = compact
             macs = resconv.profile(compact, x).macs
             row |= {
                 f"units {how}": len(costs.names),
                 f"left {how}": round(macs / costs.macs, 4),
                 f"error {how}": f"{error:.0e}",
             }
+        with tempfile.TemporaryDirectory() as folder:
+            files = {
+                n: resconv.export(m, Path(folder) / f"{n}.onnx", x).path for n, m in made.items()
+            }
+            ms = _medians({n: onnx_runner(f, x, 1) for n, f in files.items()}, 30)
+        row |= {f"latency {n}": round(ms[n] / ms["dense"], 4) for n in made if n != "dense"}
         kinds = Counter(kind.partition(":")[0] for kind in costs.kinds.values())
         yield row | {"kinds after": dict(kinds)}
 

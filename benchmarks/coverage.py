@@ -1,12 +1,13 @@
 """Convert, prune, train, save and export nets of other packages: which ones work.
 
-    python -m benchmarks.coverage [others] [SECONDS] [onnx] [MODEL ...]
+    python -m benchmarks.coverage [others] [SECONDS] [anew] [onnx] [MODEL ...]
 
 One small variant of every family of timm and all of torchvision; with ``others``, the nets of
-benchmarks/zoo.yaml. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes
-on where it stopped (SECONDS bounds one call; named models or packages are done again), and writes
-docs/coverage.md from the logs. A first pass does all but the ONNX files, a second one (with ``onnx`` the only
-one) writes these, which takes ten times as long. benchmarks/coverage_steps.py says what is tried.
+benchmarks/zoo.yaml. Appends to benchmarks/results/coverage.jsonl (coverage_others.jsonl), goes on where it
+stopped (SECONDS bounds one call; named models or packages are done again, with ``anew`` all whose row is
+of another commit), and writes docs/coverage.md from the logs. A first pass does all but the ONNX files, a
+second one (with ``onnx`` the only one) writes these, which takes ten times as long: a first pass that is
+done again keeps what was found about the file, with its commit. coverage_steps.py says what is tried.
 
 A net has a process of its own, with limits of memory and CPU time: a crash or a hang is a row.
 """
@@ -31,7 +32,7 @@ from .zoo import OTHERS, timm_families, torchvision_sizes
 
 RESULTS = Path(__file__).parent / "results"
 LOGS = {False: RESULTS / "coverage.jsonl", True: RESULTS / "coverage_others.jsonl"}
-FIRST_PASS = ("faults", "reached", "total_seconds")
+FIRST_PASS = ("faults", "reached", "total_seconds", "commit", "variances")
 MEMORY_BYTES, SECONDS, TORCH_PRUNING_SECONDS = 10 * 2**30, 300, 60
 
 
@@ -74,6 +75,8 @@ def apart(name: str, onnx: bool) -> Row:
             row |= {"tp": "hangs or crashes", "tp_reason": why}
         case "ended":
             pass
+        case "ONNX":
+            row |= {"outcome": "no ONNX from torch", "reason": f"ONNX: {why}"}
         case step:
             row |= {"outcome": "crashed", "reason": f"{step}: {why}", "reached": step}
     return row
@@ -83,7 +86,7 @@ def _child(pipe: Connection, name: str, onnx: bool) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     row = one(name, onnx, pipe.send)
-    if not onnx:
+    if not onnx and name.partition(":")[0] in OTHERS:
         pipe.send(row | {"step": "torch-pruning"})
         signal.setitimer(signal.ITIMER_VIRTUAL, TORCH_PRUNING_SECONDS)
         row |= torch_pruning(name)
@@ -103,6 +106,7 @@ def main() -> None:
     jobs = other_jobs() if others else zoo_jobs()
     limit = next((float(a) for a in wanted if a.replace(".", "").isdigit()), float("inf"))
     again = {a for a in wanted if ":" in a or a in OTHERS}
+    anew = "anew" in wanted
     log = LOGS[others]
     log.parent.mkdir(parents=True, exist_ok=True)
     last = read(log)
@@ -112,7 +116,8 @@ def main() -> None:
             row = last.get(label, {"outcome": ""})
             if again and not again & {label, label.partition(":")[0], *names}:
                 continue
-            due = row["outcome"] == "pruned" if onnx else again or not row["outcome"]
+            done = row["outcome"] and not (anew and row["commit"] != at)
+            due = row["outcome"] == "pruned" if onnx else again or not done
             if not due:
                 continue
             if time.monotonic() - begun > limit:
@@ -123,7 +128,12 @@ def main() -> None:
                 if not found.pop("nothing", False):
                     break
             if onnx:  # what the first pass found stays
+                found |= {"onnx_commit": at}
                 found = row | {k: v for k, v in found.items() if k not in FIRST_PASS}
+            elif found["outcome"] == "pruned" and row["outcome"] == "complete":
+                found["outcome"] = "complete"
+                found |= {k: row[k] for k in ("onnx_error", "onnx_seconds")}
+                found["onnx_commit"] = row.get("onnx_commit", row["commit"])
             last[label] = found
             with log.open("a") as file:
                 file.write(json.dumps(found) + "\n")

@@ -66,7 +66,7 @@ def write(rows: list[Row], labels: list[str]) -> None:
     header = ["", "models", "not run yet", *OUTCOMES, "other faults", "all pruned"]
     lines = [_rates(title, rows, some) for title, some in groups.items()]
     about = RATES.format(**numbers, moving=sum(p > 1e-3 for p in power))
-    text = f"{stamp('python -m benchmarks.coverage')} {commits}.\n\n"
+    text = f"{stamp('python -m benchmarks.coverage')} {commits}.{_older_files(rows)}\n\n"
     text += table([*header, "right in ONNX Runtime"], lines) + f"\n{about}"
     write_section("Rates", text, PAGE)
     write_section("Not complete", _reasons(rows), PAGE)
@@ -89,13 +89,20 @@ def write_others(rows: list[Row], labels: list[str]) -> None:
     packages = len({r["job"].split(":")[0] for r in rows})
     text = f"{stamp('python -m benchmarks.coverage others')} "
     text += "; ".join(f"{n} nets at commit {c}" for c, n in commits)
-    text += f". {len(rows)} of {len(labels)} nets, of {packages} packages; a net can be in several "
+    text += f".{_older_files(rows)} {len(rows)} of {len(labels)} nets, of {packages} packages; a net can be in several "
     text += f"lines.\n\n{table(['', f'nets of {len(rows)}'], lines)}\n{OTHERS}"
     write_section("Other packages", text, PAGE)
     write_section("Other packages: not done", _reasons(rows), PAGE)
     about = "A random half of the units removed; `alone`: units that were removed one by one, of "
     about += "those tried; backward, pickle: the nets that fail.\n\n"
     write_section("Other packages: every net", about + _every(rows), PAGE)
+
+
+def _older_files(rows: list[Row]) -> str:
+    """Say how many ONNX files were written and run by an earlier commit than the rest of their row."""
+    tried = [r for r in rows if "onnx_error" in r]
+    older = sum(r.get("onnx_commit", r["commit"]) != r["commit"] for r in tried)
+    return f" {older} of {len(tried)} ONNX files are of an earlier commit." if older else ""
 
 
 def _rates(title: str, rows: list[Row], labels: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What the fuzzing makes: for each kind of file a good one, random changes of it, and its reader."""
 
 import copy
+import functools
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 import resconv
 from resconv import data, nets
 from resconv.analysis.input_spec import make_inputs
+from resconv.errors import RunError
 from resconv.latency.table import LatencyTable, TimedNet, processor
 from resconv.planning.plan import Plan
 from resconv.run.config import Config
@@ -31,6 +34,7 @@ from resconv.run.report.table import rows
 from resconv.selection.outcome import Snapshot
 from resconv.storage.runtimes import open_file
 from resconv.storage.schema import read_header, seal
+from resconv.train.checkpoints import CHECKPOINT_FILES, LAST, Checkpoints, choose_checkpoint
 
 __all__ = ["CANARY", "KINDS", "Kind"]
 
@@ -178,6 +182,69 @@ def any_table(content: bytes, rng: random.Random) -> bytes:
     names = rng.choice((["image", "label"], ["image", "image"], ["label", "image"], ["a", "label"]))
     out = io.BytesIO()
     pq.write_table(pa.table([images, labels], names=names), out)
+    return out.getvalue()
+
+
+_GIB_TENSOR = {"shape": [2**28], "dtype": "float32"}
+# What a description of a few bytes can ask for: none of it may be made.
+LARGE: dict[str, dict[str, Any]] = {
+    "four tensors of 1 GiB": {"inputs": {"tuple": [_GIB_TENSOR] * 4}},
+    "20,000 edits": {"edits": [{"op": "identity", "path": "conv1"}] * 20_000},
+    **{
+        what: {"source": {"name": name, "kwargs": kwargs}}
+        for what, name, kwargs in (
+            ("a window of 96", "timm:swin_tiny_patch4_window7_224", {"window_size": 96}),
+            ("a million times as deep", "timm:efficientnet_b0", {"depth_multiplier": 1e6}),
+            ("layers without end", "timm:convnext_atto", {"depths": [500] * 4}),
+            ("a large net in a small file", "torchvision:vgg16", {}),
+            ("a wide net", "timm:vit_tiny_patch16_224", {"embed_dim": 12288}),
+            ("large images", "timm:vit_tiny_patch16_224", {"img_size": 16_000}),
+        )
+    },
+}
+
+
+def large_header(content: bytes, rng: random.Random) -> bytes:
+    """Let the description of a saved net ask for much, with a checksum that is right."""
+    return json.dumps(seal(json.loads(content) | rng.choice(list(LARGE.values())))).encode()
+
+
+def large_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """Return a header of 99 MB, or one that gives a few bytes a size of terabytes."""
+    if rng.random() < 0.5:
+        header = b"{" + b" " * (99 * 10**6) + b"}"
+        return len(header).to_bytes(8, "little") + header
+    size = int.from_bytes(content[:8], "little")
+    tree = json.loads(content[8 : 8 + size])
+    for entry in tree.values():
+        entry["shape"] = [2**40]
+    header = json.dumps(tree).encode()
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+@functools.cache
+def _packed_zeros() -> bytes:
+    """Return a torch file of 2 MB with 2 GiB of zeros in it."""
+    small, out = io.BytesIO(), io.BytesIO()
+    torch.save({"fc.weight": torch.zeros(2**12)}, small)
+    with zipfile.ZipFile(small) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            with new.open(name, "w", force_zip64=True) as entry:
+                if name.endswith("/data/0"):
+                    for _ in range(2**7):
+                        entry.write(bytes(2**24))
+                else:
+                    entry.write(old.read(name))
+    return out.getvalue()
+
+
+def large_archive(content: bytes, rng: random.Random) -> bytes:
+    """Return a torch file that unpacks to far more than it is, or whose tensors are views without end."""
+    if rng.random() < 0.5:
+        return _packed_zeros()
+    out = io.BytesIO()
+    wide = torch.zeros(1).expand(2**33)
+    torch.save(dict.fromkeys(torch.load(io.BytesIO(content), weights_only=True), wide), out)
     return out.getvalue()
 
 
@@ -329,6 +396,29 @@ def read_data(folder: Path, kind: str) -> str:
     return "" if all(math.isfinite(n) for n in (*loaded.mean, *loaded.std)) else "no statistics"
 
 
+def make_checkpoints(folder: Path, name: str) -> Path:
+    for epoch in (1, 2):
+        state = {"Bound": {"bound": "mine", "random": []}}
+        Checkpoints().save_checkpoint({"epoch": epoch, "callbacks": state}, folder / LAST)
+    for path in folder.iterdir():  # what a resume moves or removes is there again for the next
+        _KEPT[path.name] = path.read_bytes()
+    return folder / name
+
+
+def read_checkpoints(folder: Path, name: str) -> str:
+    """Choose the checkpoint to go on from: a whole one, or none and why."""
+    said: list[str] = []
+    found = choose_checkpoint(folder, "mine", said.append)
+    epoch = None if found is None else torch.load(found, weights_only=True)["epoch"]
+    changed = (folder / name).is_file() and (folder / name).read_bytes() != _KEPT[name]
+    for other in CHECKPOINT_FILES:
+        if other != name:
+            (folder / other).write_bytes(_KEPT[other])
+    if epoch is None or (changed and name == LAST):
+        raise RunError(" ".join(said))
+    return "" if epoch in (1, 2) else "another checkpoint"
+
+
 def _weights(name: str, mutate: Mutate, share: int) -> Kind:
     return Kind(lambda f: make_weights(f, name), mutate, lambda f: read_weights(f, name), share)
 
@@ -341,6 +431,19 @@ def _run(name: str) -> Kind:
     return Kind(lambda f: make_run(f, name), any_json, read_run, 6)
 
 
+def _refused(kind: Kind) -> Kind:
+    """Return a kind whose mutants must all be refused; the file itself is read as ever."""
+
+    def read(folder: Path) -> str:
+        return kind.read(folder) or ("taken" if _KEPT.pop("mutated", False) else "")
+
+    def mutate(content: bytes, rng: random.Random) -> bytes:
+        _KEPT["mutated"] = True
+        return kind.mutate(content, rng)
+
+    return Kind(kind.make, mutate, read, kind.share)
+
+
 KINDS = {
     "weights .safetensors": _weights("net.safetensors", any_safetensors, 8),
     "weights .pt": _weights("net.pt", any_archive, 8),
@@ -348,6 +451,15 @@ KINDS = {
     "model.safetensors": Kind(
         lambda f: make_saved(f, "model.safetensors"), any_safetensors, read_saved, 2
     ),
+    "weights .safetensors, large": _refused(_weights("net.safetensors", large_safetensors, 1)),
+    "weights .pt, large": _refused(_weights("net.pt", large_archive, 1)),
+    "model.json, large": _refused(
+        Kind(lambda f: make_saved(f, "model.json"), large_header, read_saved)
+    ),
+    **{
+        n: Kind(partial(make_checkpoints, name=n), m, partial(read_checkpoints, name=n), 2)
+        for n, m in ((LAST, any_archive), ("checkpoints.json", any_json))
+    },
     ".onnx": _file("net.onnx", any_bytes, 3),
     ".pt2, not trusted": _file("net.pt2", any_archive, 1),
     ".pt2, trusted": _file("net.pt2", any_bytes, 1, True),

@@ -301,7 +301,8 @@ def coverage() -> str:
 def reach() -> str:
     """Say what can go of nets, by layers and blocks alone and by every kind of unit."""
     lines = []
-    for r in rows(experiment="reach"):
+    newest = {r["net"]: r for r in rows(experiment="reach")}
+    for r in newest.values():
         kinds = sorted(r["kinds after"].items(), key=lambda k: -k[1])
         lines.append(
             [
@@ -309,11 +310,13 @@ def reach() -> str:
                 f"{r['units before']} to {r['units after']}",
                 f"{r['left before']:.1%}",
                 f"{r['left after']:.1%}",
+                *(f"{r[k]:.1%}" if k in r else "" for k in ("latency before", "latency after")),
                 ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds),
             ]
         )
     made = rows(experiment="reach")[-1]
-    header = ["net", "units", "MACs left: layers, blocks", "MACs left: all kinds", "kinds"]
+    header = ["net", "units", "MACs left: layers, blocks", "all kinds"]
+    header += ["latency left: layers, blocks", "all kinds", "kinds"]
     return (
         f"{table(header, lines)}\n\n`{made['command']}`, {made['date']}, commit {made['commit']}."
     )

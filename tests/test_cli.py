@@ -268,6 +268,7 @@ def test_a_run_that_failed_before_training_does_not_lock_its_folder(tmp_path, mo
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "2 GiB"),
         (RuntimeError("x\n[enforce] DefaultCPUAllocator: can't allocate memory: y"), "Allocator"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
+        (ImportError("a.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space.* Make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/a/b"), "/a/b: No such file.* gone"),
@@ -276,6 +277,19 @@ def test_a_run_that_failed_before_training_does_not_lock_its_folder(tmp_path, mo
 )
 def test_what_fails_outside_is_said_in_words(error, words):
     assert re.search(words, str(in_words(error)))
+
+
+def test_no_memory_is_said_where_none_is_left_to_say_it(monkeypatch, capfd):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("resconv.cli.messages.as_options", full)
+    assert compress("/dev/null/out") == 2
+    assert "There is not enough memory. Ask for less" in capfd.readouterr().err
+    # Negative control: another fault of what shows errors is not taken for it.
+    monkeypatch.setattr("resconv.cli.messages.as_options", lambda text: [][0])
+    with pytest.raises(IndexError):
+        compress("/dev/null/out")
 
 
 def test_what_nobody_foresaw_ends_in_one_panel_and_a_file(tmp_path, monkeypatch, capsys):

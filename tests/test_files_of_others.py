@@ -12,6 +12,7 @@ import torch
 from msgspec import Struct
 
 import resconv
+from benchmarks.mutants import LARGE
 from resconv import nets
 from resconv.analysis.input_spec import InputSpec, make_inputs
 from resconv.errors import LoadError, PlanError, ResConvError, RunError
@@ -162,25 +163,6 @@ def forge(folder, **values):
     file.write_text(json.dumps(seal({**json.loads(file.read_text()), **values})))
 
 
-TENSOR = {"shape": [2**28], "dtype": "float32"}
-LARGE = {
-    "four tensors of 1 GiB": {"inputs": {"tuple": [TENSOR] * 4}},
-    "20,000 edits": {"edits": [{"op": "identity", "path": "conv1"}] * 20_000},
-    "a window of 96": {
-        "source": {"name": "timm:swin_tiny_patch4_window7_224", "kwargs": {"window_size": 96}}
-    },
-    "a million times as deep": {
-        "source": {"name": "timm:efficientnet_b0", "kwargs": {"depth_multiplier": 1e6}}
-    },
-    "layers without end": {
-        "source": {"name": "timm:convnext_atto", "kwargs": {"depths": [500] * 4}}
-    },
-    "a large net in a small file": {"source": {"name": "torchvision:vgg16", "kwargs": {}}},
-    "a wide net": {"source": {"name": "timm:vit_tiny_patch16_224", "kwargs": {"embed_dim": 12288}}},
-    "large images": {
-        "source": {"name": "timm:vit_tiny_patch16_224", "kwargs": {"img_size": 16_000}}
-    },
-}
 # The memory is that of a process of its own, whose limit is on what it writes to.
 READ = """
 import resource, sys, torch, json

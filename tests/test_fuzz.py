@@ -7,7 +7,8 @@ import pytest
 from benchmarks import fuzz, mutants
 from resconv.errors import RunError
 
-SAMPLE = {"model.json": 20, ".onnx": 20, ".pt2, not trusted": 5, ".pt2, trusted": 5}
+SAMPLE = {name: 4 for name in mutants.KINDS if name.endswith("large")}
+SAMPLE |= {"model.json": 20, ".onnx": 20, ".pt2, not trusted": 5, ".pt2, trusted": 5}
 
 
 @pytest.mark.parametrize("name", mutants.KINDS)

@@ -13,7 +13,7 @@ __all__ = ["in_words", "is_out_of_memory", "is_own"]
 
 _MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|"
-    r"_STATUS_ALLOC_FAILED|std::bad_alloc|killed by signal: Killed",
+    r"failed to map segment|_STATUS_ALLOC_FAILED|std::bad_alloc|killed by signal: Killed",
     re.IGNORECASE,
 )
 
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)))
+    return isinstance(error, RuntimeError | ImportError) and bool(_MEMORY.search(str(error)))
 
 
 # What a slip in a program raises, and torch seldom does.

@@ -1,6 +1,8 @@
 """The commands of ``resconv``, one thin file each."""
 
+import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -53,11 +55,30 @@ def run_app(application: typer.Typer) -> int:
         _leave(None)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        from .messages import show_error  # which loads torch
-
-        return show_error(_leave(error) or error)
+        return _show(_leave(error) or error)
     _leave(None)
     return 0
+
+
+# Made here, for there may be no memory to make it when it is needed.
+_NO_MEMORY = (
+    b"resconv: There is not enough memory. Ask for less: a smaller --batch-size or --image-size, or fewer "
+    b"images (--limit 1000). Finished stages of a run are kept.\n"
+)
+
+
+def _show(error: Exception) -> int:
+    """Show the error and return the exit status, even where no memory is left to show it with."""
+    traceback.clear_frames(error.__traceback__)  # which may hold what filled the memory
+    try:
+        from .messages import show_error  # which loads torch
+
+        return show_error(error)
+    except Exception as other:
+        if not isinstance(error, MemoryError) and not isinstance(other, MemoryError):
+            raise
+        os.write(2, _NO_MEMORY)
+        return 2
 
 
 def _leave(error: Exception | None) -> Any:
