@@ -36,7 +36,8 @@ def export(
     to: Annotated[
         Path | None,
         typer.Option(
-            help="A .onnx, .pt2 (torch.export) or .xml (OpenVINO) file; default: model.onnx there."
+            help="A .onnx, .pt2 (torch.export), .xml (OpenVINO), .pte (ExecuTorch) or .tflite (LiteRT) file; default: "
+            "model.onnx there."
         ),
     ] = None,
     with_preprocessing: Annotated[

@@ -20,7 +20,10 @@ EXAMPLES = """
 
 Net = Annotated[
     Path,
-    typer.Argument(help="A run folder, a saved network, .onnx, .xml or .pt2.", show_default=False),
+    typer.Argument(
+        help="A run folder, a saved network, .onnx, .xml, .pt2, .pte or .tflite.",
+        show_default=False,
+    ),
 ]
 
 

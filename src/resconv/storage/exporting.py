@@ -2,6 +2,7 @@
 
 .onnx   ONNX, read back by ONNX Runtime      .pt2   torch.export, loads without this package
 .xml    OpenVINO IR (with a .bin beside it), by its own converter
+.pte    ExecuTorch, and  .tflite  LiteRT, of one batch size (see device.py)
 """
 
 import json
@@ -35,6 +36,7 @@ from ..surgery.verification import (
     tolerance_for,
 )
 from ..version import __version__
+from .device import DEVICE_SUFFIXES, EXTRAS, convert_for_device, has_converter
 from .runtimes import SUFFIXES, first_line, open_file, quietly, run_onnx, tensors_of
 
 __all__ = ["Exported", "export", "onnx_bytes", "run_onnx"]
@@ -102,8 +104,9 @@ def export(
 ) -> Exported:
     """Write an ordinary network for another runtime, and check the file by running it.
 
-    The ending chooses the format: ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO, with a ``.bin``). The
-    batch is open where the network allows it; then the file is run at another batch size too. The
+    The ending chooses the format: ``.onnx``, ``.pt2``, ``.xml`` (OpenVINO, with a ``.bin``), ``.pte``
+    (ExecuTorch) or ``.tflite`` (LiteRT). The batch is open where the network allows it; then the file is run
+    at another batch size too. In a ``.pte`` or ``.tflite`` it is the example's, of pixels 1. The
     plan, the version, the signature of the inputs and how images become inputs (the keys of
     :func:`resconv.preprocessing.to_metadata`) are written into the file. It is moved into place only when
     its outputs agree; ``model`` is left as it was. An ONNX file of more than 1.9 GB has its weights beside
@@ -141,8 +144,8 @@ def export(
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ExportError(
-            f"{path} ends in {path.suffix or 'nothing'!r}: networks are written as .onnx, .pt2 or "
-            ".xml (OpenVINO)."
+            f"{path} ends in {path.suffix or 'nothing'!r}: networks are written as .onnx, .pt2, .xml "
+            "(OpenVINO), .pte (ExecuTorch) or .tflite (LiteRT)."
         )
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
@@ -167,6 +170,8 @@ def export(
                 "normalised. Give it: resconv.export(..., preprocessing=Preprocessing(...))."
             )
         net, inputs = _from_pixels(net, preprocessing, pixels, softmax)
+        if path.suffix in DEVICE_SUFFIXES:
+            inputs = inputs[:1]
     else:
         example_inputs = example_inputs_of(example_inputs, model)
         require_examples(example_inputs)
@@ -177,14 +182,23 @@ def export(
         meta["inputs"] = json.dumps(to_plain(describe_inputs(inputs)))
     if plan is not None:
         meta["plan"] = plan.to_json()
+    if dynamic_size and path.suffix in DEVICE_SUFFIXES:
+        raise ExportError(
+            f"{path}: a {path.suffix} reads images of one size. Leave height and width fixed."
+        )
     dims = ((1, 2) if pixels == "nhwc" else (2, 3)) if dynamic_size else ()
     if dynamic_size and not any(t.ndim == 4 for t in tensors_of(inputs)):
         raise ExportError(
             f"{type(net).__name__} reads no images (N, C, H, W), so it has no height and width to leave open."
         )
     job = _Job(net, path, inputs, meta, opset, tolerance, dims)
-    write = {".onnx": _write_onnx, ".pt2": _write_pt2, ".xml": _write_openvino}[path.suffix]
-    return write(job)
+    writers = {
+        ".onnx": _write_onnx,
+        ".pt2": _write_pt2,
+        ".xml": _write_openvino,
+        **dict.fromkeys(DEVICE_SUFFIXES, _write_device),
+    }
+    return writers[path.suffix](job)
 
 
 def _from_pixels(
@@ -267,10 +281,10 @@ def _attempts(job: _Job) -> list[_Attempt]:
 
     args, kwargs = as_call(inputs)
     sized = tree_map(open_sizes, kwargs or args) if sizes else None
-    return [
-        _Attempt(True, *as_call(two), tree_map(open_dims, kwargs or args)),
-        _Attempt(False, args, kwargs, sized),
-    ]
+    fixed = _Attempt(False, args, kwargs, sized)
+    if job.path.suffix in DEVICE_SUFFIXES:
+        return [fixed]
+    return [_Attempt(True, *as_call(two), tree_map(open_dims, kwargs or args)), fixed]
 
 
 def _write_first(
@@ -502,3 +516,21 @@ def _write_openvino(job: _Job) -> Exported:
     paths = [job.path.with_suffix(".bin"), job.path]
     done = _write_first(job, paths, make, save, "OpenVINO")
     return _result(job, paths, "openvino", None, done)
+
+
+def _write_device(job: _Job) -> Exported:
+    runtime = {".pte": "ExecuTorch", ".tflite": "LiteRT"}[job.path.suffix]
+    extra = EXTRAS[job.path.suffix]
+    if not has_converter(job.path.suffix):
+        raise MissingExtraError(extra, extra, f"Writing a {job.path.suffix}")
+    _refuse_types(job, runtime)
+    if as_call(job.inputs)[1]:
+        raise ExportError(
+            f"{job.path}: {runtime} is given its inputs in order. Give the example as a tuple, not a dict."
+        )
+
+    def make(attempt: _Attempt) -> Callable[[Path], None]:
+        return convert_for_device(job.net, attempt.args, job.path.suffix, job.meta)
+
+    done = _write_first(job, [job.path], make, lambda write, file: write(file), runtime)
+    return _result(job, [job.path], job.path.suffix[1:], None, done)

@@ -1,4 +1,4 @@
-"""Files of other runtimes, opened to be run here: ONNX Runtime, torch.export, OpenVINO.
+"""Files of other runtimes, opened to be run here: ONNX Runtime, torch.export, OpenVINO, ExecuTorch, LiteRT.
 
 What resconv writes into a file beside the network, where the format has room for it: its own
 version, the plan, and the signature of the inputs.
@@ -23,10 +23,11 @@ from ..analysis.inputs import as_call
 from ..errors import LoadError, MissingExtraError, SaveError
 from ..json_files import parse_json
 from ..nets import require_trust
+from .device import DEVICE_SUFFIXES, EXTRAS, open_device_file
 
 __all__ = ["SUFFIXES", "Opened", "first_line", "open_file", "quietly", "run_onnx", "tensors_of"]
 
-SUFFIXES = (".onnx", ".pt2", ".xml")
+SUFFIXES = (".onnx", ".pt2", ".xml", *DEVICE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Opened:
 
 
 def open_file(path: Path, *, trust_source: bool = False) -> Opened:
-    """Open a .onnx, .pt2 or .xml file to run it on the CPU.
+    """Open a .onnx, .pt2, .xml, .pte or .tflite file to run it on the CPU.
 
     A .pt2 is a pickle inside, and reading it runs what it names: only with ``trust_source``.
 
@@ -55,10 +56,15 @@ def open_file(path: Path, *, trust_source: bool = False) -> Opened:
         LoadError: it is missing, of another kind, or cannot be read.
         MissingExtraError: its runtime is not installed.
     """
-    openers = {".onnx": _open_onnx, ".pt2": _open_pt2, ".xml": _open_openvino}
+    openers: dict[str, Callable[[Path], Opened]] = {
+        ".onnx": _open_onnx,
+        ".pt2": _open_pt2,
+        ".xml": _open_openvino,
+        **dict.fromkeys(DEVICE_SUFFIXES, _open_device),
+    }
     if path.suffix not in openers:
         raise LoadError(
-            f"{path}: a run folder, a saved network, .onnx, .pt2 or .xml is needed, not "
+            f"{path}: a run folder, a saved network, {', '.join(SUFFIXES)} is needed, not "
             f"{path.suffix or 'this'!r}."
         )
     if not path.is_file():
@@ -279,6 +285,24 @@ def _open_openvino(path: Path) -> Opened:
     ]
     signature = _signature(texts.get("inputs")) or _from_shapes(shapes)
     return Opened(run, signature, _fixed_batch(shapes), texts)
+
+
+def _open_device(path: Path) -> Opened:
+    try:
+        ready = open_device_file(path)
+    except ImportError as error:
+        extra = EXTRAS[path.suffix]
+        raise MissingExtraError(error.name or extra, extra, f"Reading a {path.suffix}") from error
+    except Exception as error:  # the runtimes' own classes
+        raise LoadError(f"{path} is not a readable {path.suffix}: {first_line(error)}") from error
+    names = [f"input {i}" for i in range(len(ready.inputs))]
+
+    def run(inputs: Any) -> list[Tensor]:
+        return ready.run(list(_by_name(inputs, names, path).values()))
+
+    found: list[tuple[list[Any], str | None]] = [(list(s), dtype) for s, dtype in ready.inputs]
+    signature = _signature(ready.texts.get("inputs")) or _from_shapes(found)
+    return Opened(run, signature, _fixed_batch(found), ready.texts)
 
 
 _OV_TYPES = {
