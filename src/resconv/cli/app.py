@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import compress, evaluate, export, inspect, measure, predict, prune, train, verify
+from . import (
+    compare,
+    compress,
+    evaluate,
+    export,
+    inspect,
+    measure,
+    predict,
+    prune,
+    train,
+    verify,
+)
 from .stopping import STOPPED
 
 __all__ = ["app", "run_app"]
@@ -20,7 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (compress, inspect, train, prune, export, measure, verify, predict, evaluate):
+_COMMANDS = (compress, inspect, train, prune, export, measure, compare, verify, predict, evaluate)
+for module in _COMMANDS:
     module.register(app)
 
 

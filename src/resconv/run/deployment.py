@@ -11,7 +11,7 @@ import resconv
 from resconv.errors import (
     ExportError,
     MissingExtraError,
-    PlanError,
+    ResConvError,
     RunError,
     VerificationError,
 )
@@ -20,7 +20,7 @@ from resconv.latency.timing import machine, onnx_runner, peak_memory, time_toget
 
 from .job import LATENCY, Run
 from .metrics import Exported, History, Measured, Memory, Target, Times
-from .report import write_report
+from .report import nets_of, write_report
 from .surgery import compact_of, removed_units
 from .timing import latency_table
 
@@ -134,7 +134,7 @@ def _optional(run: Run, what: str, read: Callable[[], T]) -> T | None:
     """Return what a file holds that the report can do without, or say what it lacks."""
     try:
         return read()
-    except (RunError, PlanError) as error:
+    except ResConvError as error:
         run.say(f"The report has no {what}: {error}")
         return None
 
@@ -159,6 +159,7 @@ def report(run: Run) -> None:
             _optional(run, "latency of single units", lambda: LatencyTable.load(table))
             if run.config.budget().times
             else None,
+            _optional(run, "drawing of the net", lambda: nets_of(run)),
         )
     except MissingExtraError as error:
         run.warn("report", f"No report: {error}")
