@@ -97,7 +97,7 @@ def _steps(name: str, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
     model = randomise(model, 0, example)
     yield {"step": "convert", "input": _shape(example)}
     start = time.perf_counter()
-    gated = resconv.convert(model, copied(example), units="all", batches=[copied(example)])
+    gated = resconv.convert(model, copied(example), units="all", batches=_batches(example))
     converted = time.perf_counter() - start
     error = relative_error(outputs(gated, example), outputs(model, example))
     yield {"step": "prune", "convert_error": error, "units": len(resconv.gates(gated))}
@@ -153,6 +153,14 @@ def _steps(name: str, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
         resconv.save(compact, folder, plan=plan, example_inputs=copied(example))
         _require_same(resconv.load(folder, model=model), compact, example)
     yield {"step": "end"}
+
+
+def _batches(example: Any) -> list[Any] | None:
+    """Return the example as a batch of training data; None where it is no tensor and no dict."""
+    args, kwargs = as_call(copied(example))
+    if len(args) == 1 and not kwargs:
+        return [args[0]] if isinstance(args[0], Tensor) else None
+    return [kwargs] if kwargs and not args else None
 
 
 @contextmanager

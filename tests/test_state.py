@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 import resconv
 from resconv import nets
+from resconv.data import load
 from resconv.errors import ConversionError
+from resconv.train import Recipe, fit
+from resconv.train.precision import channels_last
 
 from .helpers import randomise, randomise_gates, some_plan
 
@@ -354,3 +357,38 @@ def test_an_example_of_another_type_still_fits(tmp_path, x):
     ):
         assert resconv.gates(resconv.convert(net, example, units="layers"))
         resconv.export(net, tmp_path / "net.pt2", example)
+
+
+class Views(nn.Module):
+    """Reads a feature map in the order of its memory, as many a classifier does."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        )
+        self.fc = nn.Linear(width * 64, 10)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).view(len(x), -1))
+
+
+class Reshapes(Views):
+    def forward(self, x):
+        self.seen = self.conv[1].weight.is_contiguous(memory_format=torch.channels_last)
+        return self.fc(self.conv(x).flatten(1))
+
+
+def test_training_puts_channels_last_where_the_net_takes_it_and_back_after(tmp_path):
+    data = load("digits", limit=64)
+    made = {"views": Views(), "reshapes": Reshapes()}
+    for name, net in made.items():
+        fit(net, data, Recipe(epochs=1, batch_size=32), tmp_path / name, progress=False)
+        assert net.conv[1].weight.is_contiguous()
+    assert made["reshapes"].seen
+    images = torch.zeros(2, 1, 8, 8)
+    with channels_last([made["reshapes"]], images) as fits:
+        assert fits
+    with channels_last(list(made.values()), images) as fits:  # control: all of them, or none
+        assert not fits
+        assert made["reshapes"].conv[1].weight.is_contiguous()

@@ -27,7 +27,7 @@ from resconv.surgery.provenance import example_inputs_of
 
 from .checkpoints import LAST, Bound, Checkpoints, choose_checkpoint
 from .module import Classifier
-from .precision import Precision, choose_precision
+from .precision import Precision, channels_last, choose_precision
 from .ranks import choose_devices, raised_inside
 from .recipe import Recipe
 from .rowlog import RowLog
@@ -90,15 +90,10 @@ def fit(
     precision = precision or choose_precision()
     lightning.seed_everything(recipe.seed, workers=True, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if precision.channels_last:
-        for net in (model, teacher):
-            if net is not None:
-                net.to(memory_format=torch.channels_last)
     module = Classifier(
         model,
         data,
         recipe,
-        channels_last=precision.channels_last,
         teacher=teacher,
         hints=hints,
         cuda_graphs=cuda_graphs,
@@ -142,8 +137,11 @@ def fit(
             benchmark=torch.cuda.is_available(),
             **kwargs,
         )
+        nets = [model] if teacher is None else [model, teacher]
+        images = torch.zeros(2, data.channels, data.image_size, data.image_size)
         try:
-            trainer.fit(module, ckpt_path=None if start is None else str(start))
+            with channels_last(nets, images) as module.channels_last:
+                trainer.fit(module, ckpt_path=None if start is None else str(start))
         except SystemExit:
             if trainer.interrupted:  # Ctrl-C, which Lightning turns into an exit
                 raise KeyboardInterrupt from None

@@ -41,14 +41,14 @@ class Classifier(lightning.LightningModule):
         data: ImageData,
         recipe: Recipe,
         *,
-        channels_last: bool,
         teacher: nn.Module | None = None,
         hints: tuple[str, ...] = (),
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.data, self.recipe, self.channels_last = data, recipe, channels_last
+        self.data, self.recipe = data, recipe
+        self.channels_last = False  # of the batches
         hints = () if teacher is None else hints
         # The student and then its teacher. In lists, so that no weights but the net's are trained or
         # saved, and those once.
