@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import show_table
+from .options import Json, show_json, show_table
 from .stopping import Stoppable
 
 __all__ = ["register"]
@@ -28,18 +28,16 @@ def compare(
     to: Annotated[
         Path | None, typer.Option(help="Write a page with the Pareto front to this .html file.")
     ] = None,
-    json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
+    json: Json = False,
 ) -> None:
     """Put finished runs side by side, and say which nets no other one beats."""
-    import msgspec
-
     from resconv.run.report.comparison import compare_runs, write_comparison
 
     found = compare_runs(runs)
     if to is not None:
         write_comparison(to, found)
     if json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        show_json(found)
         return
     for note in found.notes:
         typer.echo(f"Note: {note}")

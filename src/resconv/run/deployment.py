@@ -20,13 +20,14 @@ from resconv.latency.timing import machine, onnx_runner, peak_memory, time_toget
 
 from .job import LATENCY, Run
 from .metrics import Exported, History, Measured, Memory, Target, Times
-from .report import nets_of, write_report
+from .report import nets_of, write_card, write_report
 from .surgery import compact_of, removed_units
 from .timing import latency_table
 
 __all__ = ["export", "measure", "report"]
 
 T = TypeVar("T")
+_CARD = "README.md"
 
 
 def export(run: Run) -> None:
@@ -148,6 +149,7 @@ def report(run: Run) -> None:
         )
     if run.folder.metrics().removed_units is None:  # a run of an older version
         run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
+    _write_card(run)
     table = run.folder / LATENCY
     try:
         path = write_report(
@@ -165,3 +167,14 @@ def report(run: Run) -> None:
         run.warn("report", f"No report: {error}")
         return
     run.say(f"Report: {path}")
+
+
+def _write_card(run: Run) -> None:
+    """Write the card of the net, which stays when the net is made anew and its licence was filled in."""
+    try:
+        run.folder.claim((_CARD,))
+    except RunError as error:
+        run.say(f"No model card: {error}")
+        return
+    if not write_card(run.folder / _CARD, run.config, run.folder.metrics()):
+        run.say(f"{run.folder / _CARD} was filled in and stays as it is; its figures may be older.")

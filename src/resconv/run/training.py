@@ -7,6 +7,7 @@ import msgspec
 import resconv
 from resconv.errors import RunError
 from resconv.train import evaluate, fit
+from resconv.train.progress import RunProgress
 
 from .config import Config
 from .job import LATENCY, Run, save_state
@@ -48,7 +49,8 @@ def dense(run: Run) -> None:
             run.recipe(epochs, config.dense_rate()),
             run.folder.logs / "dense",
             precision=run.precision,
-            progress=config.training.progress,
+            progress=False,
+            callbacks=_shown(run, "dense"),
             devices=run.devices,
             cuda_graphs=config.training.cuda_graphs,
             bound=run.bound,
@@ -109,7 +111,8 @@ def sparse(run: Run) -> None:
         teacher=teacher,
         hints=hints,
         precision=run.precision,
-        progress=config.training.progress,
+        progress=False,
+        callbacks=_shown(run, "sparse"),
         devices=run.devices,
         cuda_graphs=config.training.cuda_graphs,
         bound=run.bound,
@@ -137,6 +140,17 @@ def sparse(run: Run) -> None:
         top1,
         "give it more sparse_epochs or another lr",
     )
+
+
+def _shown(run: Run, stage: str) -> tuple[RunProgress, ...]:
+    """Return what shows how far the run is."""
+    if not run.config.training.progress:
+        return ()
+    names, epochs = ("dense", "sparse", "finetune"), list(run.config.stage_epochs())
+    if stage != "dense" and run.config.net.weights is not None:
+        epochs[0] = 0  # given, not trained
+    before = sum(epochs[: names.index(stage)])
+    return (RunProgress(stage, before, sum(epochs), run.say if run.speaks else None),)
 
 
 def warn_of_chance(run: Run, stage: str, what: str, top1: float, advice: str) -> None:
@@ -186,7 +200,8 @@ def finetune(run: Run) -> None:
         run.folder.logs / "finetune",
         teacher=run.dense() if config.training.distill else None,
         precision=run.precision,
-        progress=config.training.progress,
+        progress=False,
+        callbacks=_shown(run, "finetune"),
         devices=run.devices,
         cuda_graphs=config.training.cuda_graphs,
         bound=run.bound,

@@ -11,7 +11,7 @@ __all__ = ["Line", "bars", "lines", "nice_ticks", "scatter"]
 
 # Close to a phone's width, so that text is as large there as it says.
 _WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 24, 36
 _MOST_POINTS = 120
 
 
@@ -81,7 +81,12 @@ def lines(
     for place, word in marks:
         across = axes.across(place)
         parts.append(f'<path class="grid" d="M{across} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text x="{across + 3}" y="{_TOP + 9}">{escape(word)}</text>')
+        room = _WIDTH - across > 60
+        anchor = "start" if room else "end"
+        parts.append(
+            f'<text x="{across if room else _WIDTH - 2}" y="{_TOP - 8}" text-anchor="{anchor}">'
+            f"{escape(word)}</text>"
+        )
     for line in series:
         path = " ".join(f"{axes.across(a)},{axes.down(b)}" for a, b in _thinned(line.points))
         words = escape(line.name)

@@ -38,7 +38,7 @@ class Nets:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of training ended with; ``macs`` is a share, None outside of sparse training."""
+    """What an epoch ended with: top-1 in percent; ``macs``, a share, is None outside of sparse training."""
 
     stage: str
     number: int
@@ -82,7 +82,12 @@ def epochs_of(logs: Path) -> list[Epoch]:
             macs = row.get("macs")
             try:
                 found.append(
-                    Epoch(stage, len(found) + 1, float(row["top1"]), float(macs) if macs else None)
+                    Epoch(
+                        stage,
+                        len(found) + 1,
+                        100 * float(row["top1"]),
+                        float(macs) if macs else None,
+                    )
                 )
             except ValueError:  # a log that was edited
                 continue

@@ -57,9 +57,9 @@ def cards(metrics: Metrics, num_images: int | None) -> list[Card]:
         found.append(
             Card(
                 "Size",
-                _short(before),
-                f"{_short(after)} parameters",
-                f"{after / before - 1:+.1%}" if before else "",
+                _short(before).strip(),
+                _short(after).strip(),
+                f"parameters{f', {after / before - 1:+.1%}' if before else ''}",
                 f"{_short(4 * after)}B of float32 weights{macs}",
             )
         )
