@@ -119,7 +119,8 @@ def _preprocessing(metrics: Metrics) -> list[str]:
         "## How images become inputs",
         "",
         f"Channels {images.channel_order or 'as given'}; the shorter side resized "
-        f"({images.interpolation}) to {resized} pixels; the centre square of {images.size} cut out; (pixel / 255 - mean) / std with mean {mean} and std {std}.",
+        f"({images.interpolation}) to {resized} pixels; the centre square of {images.size} "
+        f"cut out; (pixel / 255 - mean) / std with mean {mean} and std {std}.",
         "",
     ]
 
