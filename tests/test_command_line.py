@@ -80,7 +80,7 @@ def made():
     [
         {"macs": 0.25, "mean": (0.5, 0.25, 1 / 3), "std": (1.0, 2.0, 3.0), "distill": True},
         {"num_params": 40_000, "epochs": 0, "pretrained": False, "mirror": False},
-        {"latency": 0.5, "runtime": "onnxruntime", "batch": 4, "precision": "32-true"},
+        {"latency": 0.5, "runtime": "onnxruntime", "latency_batch": 4, "precision": "32-true"},
     ],
 )
 def test_a_runs_own_config_is_read_and_options_win(values, made, tmp_path):
