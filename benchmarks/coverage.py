@@ -75,6 +75,8 @@ def apart(name: str, onnx: bool) -> Row:
             row |= {"tp": "hangs or crashes", "tp_reason": why}
         case "ended":
             pass
+        case "ONNX":
+            row |= {"outcome": "no ONNX from torch", "reason": f"ONNX: {why}"}
         case step:
             row |= {"outcome": "crashed", "reason": f"{step}: {why}", "reached": step}
     return row

@@ -124,7 +124,8 @@ def _steps(name: str, onnx: bool, faults: dict[str, str]) -> Iterator[Row]:
     except resconv.errors.VerificationError as error:
         yield {"outcome": "unstable", "reason": _in_double(gated, plan, example, error)}
     if onnx:
-        yield {"outcome": "complete", "step": "ONNX"} | _write_onnx(compact, model, example, plan)
+        yield {"step": "ONNX"}
+        yield {"outcome": "complete"} | _write_onnx(compact, model, example, plan)
         return
     yield {"step": "power", "power": _power(gated, plan, example)}
     if "prune half" not in faults:

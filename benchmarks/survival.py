@@ -34,7 +34,7 @@ from .page import stamp, table, write_between
 
 QUICK = "--quick" in sys.argv[1:]
 RUN = f"{'train' if QUICK else 'compress'} --model tests.noisy:net --data digits --limit 64 "
-RUN += "--batch-size 16 --macs 0.6 --epochs 2 --sparse-epochs 5 --finetune-epochs 2 --out"
+RUN += "--batch-size 16 --macs 0.6 --epochs 2 --sparse-epochs 5 --finetune-epochs 2 --ema 0.9 --control --out"
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # What a run measures with a clock, or of the machine: no two runs agree in it.

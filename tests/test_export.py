@@ -75,6 +75,33 @@ def test_the_batch_is_open(suffix, small, tmp_path):
     assert (inputs.shape, inputs.dtype) == ((2, 3, 16, 16), "float32")
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_height_and_width_are_open_on_request(suffix, small, tmp_path):
+    compact, plan, x = small
+    strided = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2), compact).eval()
+    done = resconv.export(strided, tmp_path / f"net{suffix}", x, plan=plan, dynamic_size=True)
+    assert done.dynamic_batch
+    other = torch.randn(3, 3, 21, 38)
+    run = open_file(done.path, trust_source=True).run
+    with torch.no_grad():
+        torch.testing.assert_close(run(other)[0], strided(other), rtol=1e-4, atol=1e-5)
+    if suffix == ".xml":  # OpenVINO makes a fixed one anew for other sizes, where it can
+        return
+    fixed = resconv.export(strided, tmp_path / f"fixed{suffix}", x, plan=plan)
+    with pytest.raises(Exception, match=r"(?i)dimension|shape|guard|size"):
+        open_file(fixed.path, trust_source=True).run(other)
+
+
+def test_a_net_of_one_size_is_refused_open_height_and_width(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 4)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(resconv.ResConvError, match=r"leave height and width fixed|cannot run"):
+        resconv.export(net, tmp_path / "net.onnx", x, dynamic_size=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="no height and width"):
+        resconv.export(nn.Linear(3, 2), tmp_path / "net.onnx", x[:, :, 0, 0], dynamic_size=True)
+
+
 class OnlyOne(nn.Module):
     """Reads its batch as a number that tracing fixes."""
 

@@ -16,7 +16,7 @@ from resconv.cli.app import app, run_app
 from resconv.errors import RunError
 from resconv.run import RunFolder
 from resconv.run.pipeline import STAGES
-from resconv.run.report.table import rows
+from resconv.run.report.table import epochs_note, rows
 
 SMALL = [
     "--model",
@@ -102,12 +102,105 @@ def test_the_folder_loads_and_equals_the_onnx(finished):
     assert isinstance(result.exception, resconv.ResConvError)
 
 
+def test_a_run_in_8_bits_is_calibrated_judged_and_reported(finished, tmp_path):
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    result = invoke("export", out, "--int8")
+    assert result.exit_code == 0, result.output
+    assert "13 of 13 layers" not in result.output  # some were removed
+    metrics = RunFolder(out).metrics()
+    found = metrics.int8
+    assert found.num_calibration == 256
+    assert (
+        found.num_quantised == found.num_layers == metrics.num_convs_compact + 1
+    )  # the classifier
+    assert found.num_bytes < found.num_bytes_float
+    # The float file of that run, and this file by all that it says of itself.
+    assert found.top1_float == pytest.approx(metrics.top1_compact, abs=0.5)
+    assert abs(found.top1 - found.top1_float) < 3
+    judged = invoke("evaluate", out / "model-int8.onnx", "digits", "--limit", "256", "--json")
+    assert json.loads(judged.output)["top1"] == found.top1
+    said = invoke("predict", out / "model-int8.onnx", "digits", "--top", "1", "--json")
+    assert len(json.loads(said.output)) == 359
+    assert f"{found.top1:.2f}" in (out / "report.html").read_text().partition("In 8 bits")[2]
+    # It is the run's: it goes when the net that it was made of goes.
+    folder = RunFolder(out)
+    folder.undo(["export"])
+    assert not (out / "model-int8.onnx").exists()
+    assert folder.metrics().int8 is None
+    assert folder.metrics().top1_compact is not None
+
+
+def test_8_bits_are_refused_before_work(finished, tmp_path, monkeypatch):
+    from resconv.run import quantising
+
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    monkeypatch.setattr(quantising, "quantise", lambda *args, **options: pytest.fail("work"))
+    result = invoke("export", out, "--int8", "--to", "net.pt2")
+    assert "--int8 --to net.pt2: files in 8 bits are ONNX" in str(result.exception)
+    saved = tmp_path / "saved"
+    resconv.save(resconv.load(out), saved)
+    result = invoke("export", saved, "--int8")
+    assert "names no images, which --int8 calibrates with" in str(result.exception)
+    content = json.loads((out / "config.json").read_text())
+    content["data"]["source"] = f"folder:{tmp_path / 'gone'}"
+    (out / "config.json").write_text(json.dumps(content))
+    result = invoke("export", out, "--int8")
+    assert isinstance(result.exception, resconv.ResConvError)
+    assert str(tmp_path / "gone") in str(result.exception)
+
+
 def test_a_second_call_does_nothing_again(finished):
     out, _ = finished
     before = (out / "dense.safetensors").stat().st_mtime_ns
     result = invoke("compress", *SMALL, "--macs", "0.5", "--out", out)
-    assert result.output.count("done already") == len(STAGES)
+    assert result.output.count("done already") == len(STAGES) - 1  # no control was asked for
     assert (out / "dense.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_may_be_given_a_control(finished, tmp_path, monkeypatch):
+    """The dense net trained on, to the same bit whether it was stopped or not; what was trained before stays."""
+    import lightning
+
+    from resconv.run import training
+
+    assert "than the dense net" in finished[1]  # without one it is said that the epochs differ
+    assert "than the dense net" in (finished[0] / "report.html").read_text()
+    config = RunFolder(finished[0]).config()
+    config = replace(config, training=replace(config.training, control=True, progress=False))
+    outs = [tmp_path / "whole", tmp_path / "stopped"]
+    jobs = []
+    for out in outs:
+        shutil.copytree(finished[0], out)
+        jobs.append(run.begin(out, config, say=lambda text: None))
+        assert jobs[-1].folder.done() == [s for s in STAGES if s != "control"]
+    run.run_stage(jobs[0], "control")
+    assert jobs[0].folder.done() == ["dense", "sparse", "plan", "prune", "finetune", "control"]
+    metrics = jobs[0].folder.metrics()
+    assert metrics.epochs_control == 5
+    assert metrics.top1_compact == RunFolder(finished[0]).metrics().top1_compact
+    (row,) = [r for r in rows(metrics) if r[0] == "top-1, dense net trained on for 5 epochs (%)"]
+    assert row[1:3] == (f"{metrics.top1_control:.2f}", f"{metrics.top1_compact:.2f}")
+    assert not epochs_note(metrics)
+
+    class Stop(lightning.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        fit = training.fit
+        patch.setattr(training, "fit", lambda *a, **o: fit(*a, **o, callbacks=(Stop(),)))
+        with pytest.raises(KeyboardInterrupt):
+            run.run_stage(jobs[1], "control")
+    assert not (outs[1] / "control.safetensors").exists()
+    run.run_stage(run.open_run(outs[1], lambda text: None), "control")
+    nets = [(out / "control.safetensors").read_bytes() for out in outs]
+    assert nets[0] == nets[1]
+    assert nets[0] != (finished[0] / "dense.safetensors").read_bytes()
+    csv = [(out / "logs" / "control" / "metrics.csv").read_text() for out in outs]
+    assert csv[0] == csv[1]
 
 
 def test_another_configuration_is_refused(finished):

@@ -93,7 +93,7 @@ def compress(
 
 
 def _show(out: Path, config: "Config", metrics: "Metrics") -> None:
-    from resconv.run.report.table import rows
+    from resconv.run.report.table import epochs_note, rows
     from resconv.run.surgery import in_convs
 
     show_table(
@@ -101,6 +101,8 @@ def _show(out: Path, config: "Config", metrics: "Metrics") -> None:
         ["", "dense", "compact", "change"],
         rows(metrics),
     )
+    if note := epochs_note(metrics):
+        typer.echo(note)
     typer.echo("Written:")
     for name in _WRITTEN:
         if (out / name).is_file():

@@ -22,6 +22,8 @@ EXAMPLES = """
   resconv export saved_net --to model.xml
 
   resconv export runs/digits --to app.onnx --with-preprocessing --layout nhwc --softmax
+
+  resconv export runs/digits --int8
 """
 
 
@@ -51,6 +53,18 @@ def export(
         bool,
         typer.Option("--softmax", help="With --with-preprocessing: give probabilities."),
     ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option("--dynamic-size", help="Leave the height and width of images open, too."),
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Write ONNX in 8 bits, calibrated on the run's training images and judged on its test images; "
+            "default: model-int8.onnx there.",
+        ),
+    ] = False,
     trust_source: TrustSource = False,
 ) -> None:
     """Write a compact net for another runtime, and check the file by running it.
@@ -69,6 +83,18 @@ def export(
     options: dict[str, Any] = {}
     if with_preprocessing:
         options = {"pixels": layout, "softmax": softmax}
+    if dynamic_size:
+        if to is None:
+            raise ExportError(
+                "--dynamic-size: the run's own model.onnx stays as it is; add --to FILE."
+            )
+        options["dynamic_size"] = True
+    if int8:
+        _refuse_int8(run, to)
+        opened = runs.open_run(run, typer.echo, trust_source=trust_source)
+        runs.quantise(opened, to, **options)
+        return
+    if with_preprocessing:
         to = to or run / "model-pixels.onnx"
     if (run / "model.json").is_file() and not (run / "config.json").is_file():
         _say(_export_saved(run, to or run / "model.onnx", trust_source, options))
@@ -82,6 +108,19 @@ def export(
     _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan(), **options))
 
 
+def _refuse_int8(run: Path, to: Path | None) -> None:
+    """Refuse what cannot be calibrated or written, before anything is done."""
+    from resconv.errors import ExportError
+
+    if to is not None and to.suffix != ".onnx":
+        raise ExportError(f"--int8 --to {to}: files in 8 bits are ONNX; let it end in .onnx.")
+    if (run / "model.json").is_file() and not (run / "config.json").is_file():
+        raise ExportError(
+            f"{run} is a saved net and names no images, which --int8 calibrates with. Give the run folder that it "
+            "comes from; from Python, resconv.storage.quantising.quantise_onnx takes inputs of your own."
+        )
+
+
 def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str, Any]) -> Any:
     import torch
 
@@ -91,7 +130,7 @@ def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str,
     from resconv.storage.store import read_header
 
     header = read_header(folder)
-    if options:  # pixels are what the preprocessing says
+    if options.get("pixels"):  # which the preprocessing describes
         return resconv.export(
             resconv.load(folder, trust_source=trust_source), to, plan=header.plan, **options
         )
@@ -102,7 +141,7 @@ def _export_saved(folder: Path, to: Path, trust_source: bool, options: dict[str,
         )
     net = resconv.load(folder, trust_source=trust_source)
     inputs = make_inputs(header.inputs, torch.Generator().manual_seed(0))
-    return resconv.export(net, to, inputs, plan=header.plan)
+    return resconv.export(net, to, inputs, plan=header.plan, **options)
 
 
 def _say(done: Any) -> None:

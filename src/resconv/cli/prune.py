@@ -49,7 +49,7 @@ def prune(
         runs.run_stage(current, "plan", again=True)
     else:
         runs.use_plan(current, plan)
-    for stage in ("prune", "finetune"):
+    for stage in ("prune", "finetune", "control"):
         runs.run_stage(current, stage)
     if json:
         show_json(current.folder.metrics())

@@ -36,10 +36,12 @@ def rehearse(
         dense_only=dense_only,
     )
     done = [] if fresh else run.folder.done()
-    stages = [s for s in runs.STAGES if s not in done]
+    has_control = run.config.training.control
+    stages = [s for s in runs.STAGES if s not in done and (s != "control" or has_control)]
     if dense_only:
         stages = [s for s in stages if s == "dense"]
-    epochs = dict(zip(("dense", "sparse", "finetune"), run.config.stage_epochs(), strict=True))
+    dense, sparse, fine = run.config.stage_epochs()
+    epochs = {"dense": dense, "sparse": sparse, "finetune": fine, "control": sparse + fine}
     found: dict[str, Any] = {
         "out": str(out),
         "done": done,

@@ -5,6 +5,7 @@ from resconv.data.datasets import NAMED, check_fit, load, load_val
 from resconv.data.folder import list_images
 from resconv.data.images import Form, decode_all
 from resconv.data.loader import BatchLoader
+from resconv.data.scenes import Scene, make_scenes, write_scenes
 from resconv.data.splits import ImageData, LazySplit, Split
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Form",
     "ImageData",
     "LazySplit",
+    "Scene",
     "Split",
     "check_fit",
     "choose_augment",
@@ -21,4 +23,6 @@ __all__ = [
     "list_images",
     "load",
     "load_val",
+    "make_scenes",
+    "write_scenes",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from resconv.data.digits import load_scans
 from resconv.data.folder import find_folder, list_classes
 from resconv.data.hub import find_hub
 from resconv.data.images import EncodedImage, Form, probe
@@ -259,17 +260,10 @@ def _check_arguments(
 
 
 def _load_digits() -> _Found:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train", "The dataset 'digits'") from error
-    bunch = load_digits()
-    levels = torch.from_numpy(bunch.images)  # 0..16
-    images = (levels * (255 / 16)).round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
+    images, labels, names = load_scans("digits")
     every = _list_pixels("digits", images, labels)
     train, val = (every.take(rows) for rows in split_stratified(labels, 0.2))
-    return train, val, tuple(str(name) for name in bunch.target_names)
+    return train, val, names
 
 
 def _load_cifar(name: str, root: Path, needs_val: bool) -> _Found:

@@ -48,7 +48,7 @@ class Classifier:
             LoadError: it returns something else.
             VerificationError: it does not run on such images.
         """
-        inputs = self._inputs(pixels)
+        inputs = self.inputs(pixels)
         whole = inputs if self.batch is None else _padded(inputs, self.batch)
         parts = [whole] if self.batch is None else list(torch.split(whole, self.batch))
         try:
@@ -69,7 +69,8 @@ class Classifier:
             )
         return out if self.gives_probabilities else out.softmax(1)
 
-    def _inputs(self, pixels: Tensor) -> Tensor:
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Return what the net reads of resized and cropped images, uint8 (N, C, S, S)."""
         if self.input_format == "uint8 nhwc":
             return pixels.permute(0, 2, 3, 1).contiguous()
         if self.input_format == "uint8 nchw":

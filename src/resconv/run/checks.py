@@ -36,6 +36,8 @@ def check(run: Run, done: list[str], *, sparse: bool = True) -> None:
     if sparse:
         require_runtime(config.budget().runtime)
     wanted = ["dense", *(["sparse", "finetune"] if sparse else [])]
+    if sparse and config.training.control:
+        wanted.append("control")
     if all(stage in done for stage in wanted):
         return
     _check_machine(run)

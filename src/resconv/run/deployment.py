@@ -18,7 +18,7 @@ from resconv.errors import (
 from resconv.latency.table import LatencyTable, time_nets
 from resconv.latency.timing import machine, onnx_runner, peak_memory, time_together, torch_runner
 
-from .job import LATENCY, Run
+from .job import INT8_FILES, LATENCY, Run
 from .metrics import Exported, History, Measured, Memory, Target, Times
 from .report import nets_of, write_card, write_report
 from .surgery import compact_of, removed_units
@@ -32,7 +32,7 @@ _CARD = "README.md"
 
 def export(run: Run) -> None:
     path = run.folder / "model.onnx"
-    run.folder.remove(("model.onnx", "model.onnx.data"))  # of another net, perhaps
+    run.folder.remove(("model.onnx", "model.onnx.data", *INT8_FILES))  # of another net, perhaps
     compact = compact_of(run)
     try:
         done = resconv.export(compact, path, run.example(), plan=run.plan())

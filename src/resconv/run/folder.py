@@ -31,7 +31,7 @@ _LATENCY = "latency.json"
 _FIRST = (_CONFIG, _STAGES, _METRICS, _LATENCY)
 # The metrics that every stage adds to.
 _COMMON = {"seconds", "warnings"}
-_TRAINED = ("dense", "sparse", "finetune")
+_TRAINED = ("dense", "sparse", "finetune", "control")
 T = TypeVar("T")
 # Settings by their names, in groups; without those in older versions.
 _Value = bool | int | float | str | list[float] | None
@@ -279,6 +279,17 @@ class RunFolder:
         mark.stages[stage] = record
         mark.write(self.path)
         self.write_json(_STAGES, list(mark.stages))
+
+    def amend(self, stage: str, wrote: Iterable[str], metrics: Iterable[str]) -> None:
+        """Note what was written beside what a done stage left, so that it goes where that goes."""
+        mark = self.mark()
+        record = mark.stages[stage]
+        mark.stages[stage] = msgspec.structs.replace(
+            record,
+            wrote=record.wrote | self.digests(wrote),
+            metrics=sorted({*record.metrics, *metrics}),
+        )
+        mark.write(self.path)
 
     def forget_warnings(self, stages: Iterable[str]) -> None:
         """Drop what was said of stages that are about to be run."""

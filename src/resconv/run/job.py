@@ -27,10 +27,11 @@ from .config import Config
 from .fingerprint import fingerprint
 from .folder import RunFolder
 
-__all__ = ["LATENCY", "Run", "Say", "load_state", "save_state"]
+__all__ = ["INT8_FILES", "LATENCY", "Run", "Say", "load_state", "save_state"]
 
 Say = Callable[[str], None]
 LATENCY = "latency.json"
+INT8_FILES = ("model-int8.onnx", "model-pixels-int8.onnx")
 _BATCHES_TO_FIT = 8
 
 
@@ -188,7 +189,7 @@ class Run:
     def plan(self) -> Plan:
         return Plan.load(self.folder / "plan.json")
 
-    def recipe(self, epochs: int, lr: float) -> Recipe:
+    def recipe(self, epochs: int, lr: float, ema: float | None = None) -> Recipe:
         training = self.config.training
         return Recipe(
             epochs,
@@ -199,6 +200,7 @@ class Run:
             distill=training.distill_share,
             mix=training.mix,
             augment=self.augment,
+            ema=ema,
         )
 
 

@@ -65,6 +65,22 @@ class Exported(_Part, frozen=True):
     max_rel_error: float
 
 
+class Int8(_Part, frozen=True):
+    """The file in 8 bits beside the float file: both judged on the run's test images, and timed in turn."""
+
+    file: str
+    num_bytes: int
+    num_bytes_float: int
+    top1: float
+    top1_float: float
+    latency_ms: float
+    latency_ms_float: float
+    threads: int
+    num_calibration: int
+    num_layers: int
+    num_quantised: int
+
+
 class Preprocessed(_Part, frozen=True):
     """How images become inputs (see resconv.preprocessing)."""
 
@@ -97,10 +113,12 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
     top1_recalibrated: float | None = None
     top1_finetuned: float | None = None
     top1_compact: float | None = None
+    top1_control: float | None = None
     finetuned_kept: bool | None = None
     epochs_dense: int | None = None
     epochs_sparse: int | None = None
     epochs_finetune: int = 0
+    epochs_control: int | None = None
     macs_dense: int | None = None
     macs_compact: int | None = None
     num_params_dense: int | None = None
@@ -115,6 +133,7 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True):
     verify: Verified | None = None
     verify_finetuned: float | None = None
     onnx: Exported | None = None
+    int8: Int8 | None = None
     warnings: dict[str, list[str]] = {}
     latency: dict[str, Times] = {}
     latency_target: Target | None = None

@@ -11,14 +11,15 @@ from resconv import nets
 from resconv.errors import ResConvWarning, RunError
 from resconv.planning.plan import Plan
 from resconv.selection.outcome import Snapshot
+from resconv.storage.quantising import require_quantiser
 from resconv.train import join
 from resconv.train.seeds import seed_all
 
-from . import deployment, exchange, stages, surgery, training
+from . import deployment, exchange, quantising, stages, surgery, training
 from .checks import check
 from .config import Config
 from .folder import RunFolder, log_files
-from .job import Run, Say
+from .job import INT8_FILES, Run, Say
 from .lock import locked
 from .metrics import Metrics
 from .start import settled
@@ -30,6 +31,7 @@ __all__ = [
     "compress",
     "history",
     "open_run",
+    "quantise",
     "rehearse",
     "run_stage",
     "use_plan",
@@ -42,6 +44,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "plan": surgery.plan,
     "prune": surgery.prune,
     "finetune": training.finetune,
+    "control": training.control,
     "export": deployment.export,
     "measure": deployment.measure,
     "report": deployment.report,
@@ -49,7 +52,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 
 
 # The stages that every process takes part in; the leading one does the rest.
-_SHARED = ("dense", "sparse", "finetune")
+_SHARED = ("dense", "sparse", "finetune", "control")
 _TRAINED = ("dense", "sparse")
 
 
@@ -130,11 +133,13 @@ def open_run(path: Path, say: Say | None = print, *, trust_source: bool = False)
 
 
 def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
-    """Run one stage unless it is done; one that is run again undoes those after it.
+    """Run one stage unless it is done, or not asked for; one that is run again undoes those after it.
 
     Raises:
         RunError: a stage before it is missing, what it is to use changed, or the folder is in use.
     """
+    if stage not in _asked(run):
+        return
     with _owned(run):
         # What is done is decided once: the folder changes while the others look.
         bound = run.ranks.by_first(lambda: _prepare(run, stage, again))
@@ -155,6 +160,11 @@ def run_stage(run: Run, stage: str, *, again: bool = False) -> None:
             run.folder.finish(stage, stages.record(run, stage))
 
 
+def _asked(run: Run) -> list[str]:
+    """Return the stages of the run: a control is an option, which a finished run may be given too."""
+    return [s for s in STAGES if s != "control" or run.config.training.control]
+
+
 def _prepare(run: Run, stage: str, again: bool) -> str | None:
     """Return what the stage's checkpoints are bound to, or None where it is done already."""
     order, done = list(STAGES), run.folder.done()
@@ -164,7 +174,7 @@ def _prepare(run: Run, stage: str, again: bool) -> str | None:
             run.say(f"[{stage}] done already.")
             return None
         run.say(f"[{stage}] is done anew: {gone[0]} is missing.")
-    missing = [s for s in order[: order.index(stage)] if s not in done]
+    missing = [s for s in order[: order.index(stage)] if s in _asked(run) and s not in done]
     if missing:
         raise RunError(
             f"{run.folder.path}: the stage {missing[0]!r} has to be run before {stage!r}. "
@@ -229,6 +239,36 @@ def use_plan(run: Run, path: Path) -> None:
         run.folder.added.clear()
         chosen.save(run.folder / "plan.json")
         run.folder.finish("plan", stages.record(run, "plan"))
+
+
+def quantise(run: Run, to: Path | None = None, **options: Any) -> None:
+    """Write the compact net of a run in 8 bits, and put what that costs into its metrics and its report.
+
+    Args:
+        run: its training images calibrate the file, its test images judge it.
+        to: an .onnx file; by default one in the run folder.
+        options: ``pixels`` and ``softmax`` of :func:`resconv.export`.
+
+    Raises:
+        RunError: a stage before is missing, or what it wrote changed.
+        DataError: the run's images are not there any more.
+        ExportError: ONNX Runtime cannot write it.
+        MissingExtraError: onnx or onnxruntime is not installed.
+    """
+    require_quantiser()
+    with _owned(run):
+        if "export" not in run.folder.done():
+            run_stage(run, "export")
+        stages.check(run, "measure")
+        plain, pixels = INT8_FILES
+        own = pixels if options.get("pixels") else plain
+        if to is None:
+            run.folder.claim((own,))
+        found = quantising.quantise(run, to or run.folder / own, **options)
+        run.folder.add_metrics(int8=found)
+        run.folder.amend("export", () if to else (own,), ("int8",))
+        if "report" in run.folder.done():
+            run_stage(run, "report", again=True)
 
 
 def compress(run: Run) -> Metrics | None:

@@ -290,6 +290,15 @@ class Training(_Group, frozen=True, kw_only=True):
         Literal["mixup", "cutmix"] | None,
         about("Blend pairs of images and their labels: mixup or cutmix."),
     ] = None
+    ema: Annotated[
+        float | None,
+        about(
+            "Average the weights over sparse training and finetuning, with this decay: 0.999; default: no average.",
+            above=0,
+            below=1,
+            words="a decay above 0 and below 1",
+        ),
+    ] = None
     recipe: Annotated[
         Literal["transfer", "scratch"] | None,
         about(
@@ -316,6 +325,13 @@ class Training(_Group, frozen=True, kw_only=True):
         ),
     ] = None
     batch_size: Annotated[int, about("Images per training step.", least=1)] = 128
+    control: Annotated[
+        bool,
+        about(
+            "Train the dense net on, too, for as many epochs as sparse training and finetuning have.",
+            bears="nothing",
+        ),
+    ] = False
     seed: Annotated[int, about("Seed of all random numbers.", least=0, below=2**32)] = 0
     precision: Annotated[
         Literal["auto", "32-true", "bf16-mixed", "16-mixed"],

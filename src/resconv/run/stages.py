@@ -9,7 +9,7 @@ from resconv.errors import RunError
 from resconv.files import digest
 
 from .fingerprint import differing_parts
-from .job import LATENCY, Run
+from .job import INT8_FILES, LATENCY, Run
 from .mark import Record
 from .settings import settings as all_settings
 
@@ -25,6 +25,7 @@ READS: dict[str, tuple[str, ...]] = {
     "plan": _GATED,
     "prune": (*_GATED, "plan.json"),
     "finetune": (*_GATED, "plan.json"),
+    "control": ("dense.safetensors",),
     "export": (*_NET, "plan.json"),
     "measure": (*_NET, "plan.json", "dense.safetensors", "model.onnx", "model.onnx.data"),
     "report": ("plan.json", "scales.json"),
@@ -35,7 +36,8 @@ WRITES: dict[str, tuple[str, ...]] = {
     "plan": ("plan.json", LATENCY),
     "prune": _NET,
     "finetune": _NET,
-    "export": ("model.onnx", "model.onnx.data"),
+    "control": ("control.safetensors",),
+    "export": ("model.onnx", "model.onnx.data", *INT8_FILES),
     "measure": ("dense.onnx", "dense.onnx.data"),
     "report": ("report.html",),
 }

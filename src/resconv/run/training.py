@@ -1,12 +1,14 @@
-"""The stages that train: dense, sparse, and finetuning of what is left."""
+"""The stages that train: dense, sparse, finetuning of what is left, and a control."""
 
 import math
+from typing import Any
 
 import msgspec
+from torch import nn
 
 import resconv
 from resconv.errors import RunError
-from resconv.train import evaluate, fit
+from resconv.train import FitResult, evaluate, fit
 from resconv.train.progress import RunProgress
 
 from .config import Config
@@ -16,7 +18,7 @@ from .start import is_trained_first, load_start
 from .surgery import compact_of, removed_units, save_compact
 from .timing import latency_table
 
-__all__ = ["dense", "finetune", "sparse"]
+__all__ = ["control", "dense", "finetune", "sparse"]
 
 
 def dense(run: Run) -> None:
@@ -43,19 +45,7 @@ def dense(run: Run) -> None:
             f"({len(run.data.train):,} images, recipe {config.recipe}, {run.precision.name}: "
             f"{run.precision.reason})."
         )
-        fit(
-            model,
-            run.data,
-            run.recipe(epochs, config.dense_rate()),
-            run.folder.logs / "dense",
-            precision=run.precision,
-            progress=False,
-            callbacks=_shown(run, "dense"),
-            devices=run.devices,
-            cuda_graphs=config.training.cuda_graphs,
-            bound=run.bound,
-            say=run.say,
-        )
+        _fit(run, "dense", model, epochs, config.dense_rate())
     if not run.ranks.leads:
         return
     has_head = is_trained or (start.origin is not None and not start.new_head)
@@ -99,24 +89,16 @@ def sparse(run: Run) -> None:
         f"Sparse training for {_epochs(epochs)}: {len(resconv.gates(model))} units, target "
         f"{_words(config)}."
     )
-    model.train()
-    teacher = run.dense() if config.training.distill else None
-    result = fit(
+    result = _fit(
+        run,
+        "sparse",
         model,
-        run.data,
-        run.recipe(epochs, config.sparse_rate()),
-        run.folder.logs / "sparse",
+        epochs,
+        config.sparse_rate(),
         target=config.budget(),
         latency=table,
-        teacher=teacher,
+        teacher=run.dense() if config.training.distill else None,
         hints=hints,
-        precision=run.precision,
-        progress=False,
-        callbacks=_shown(run, "sparse"),
-        devices=run.devices,
-        cuda_graphs=config.training.cuda_graphs,
-        bound=run.bound,
-        say=run.say,
     )
     if not run.ranks.leads:
         return
@@ -142,11 +124,34 @@ def sparse(run: Run) -> None:
     )
 
 
+def _fit(
+    run: Run, stage: str, model: nn.Module, epochs: int, rate: float, **options: Any
+) -> FitResult:
+    """Train a net in place by the run's recipe and on its devices."""
+    training = run.config.training
+    ema = None if stage == "dense" else training.ema
+    return fit(
+        model.train(),
+        run.data,
+        run.recipe(epochs, rate, ema),
+        run.folder.logs / stage,
+        precision=run.precision,
+        progress=False,
+        callbacks=_shown(run, stage),
+        devices=run.devices,
+        cuda_graphs=training.cuda_graphs,
+        bound=run.bound,
+        say=run.say,
+        **options,
+    )
+
+
 def _shown(run: Run, stage: str) -> tuple[RunProgress, ...]:
     """Return what shows how far the run is."""
     if not run.config.training.progress:
         return ()
-    names, epochs = ("dense", "sparse", "finetune"), list(run.config.stage_epochs())
+    names, epochs = ("dense", "sparse", "finetune", "control"), list(run.config.stage_epochs())
+    epochs.append(epochs[1] + epochs[2] if run.config.training.control else 0)
     if stage != "dense" and run.config.net.weights is not None:
         epochs[0] = 0  # given, not trained
     before = sum(epochs[: names.index(stage)])
@@ -193,20 +198,8 @@ def finetune(run: Run) -> None:
     plan, example = run.plan(), run.example(4)
     model = resconv.prune(run.gated(), plan, fuse=False)
     run.say(f"Finetuning for {_epochs(epochs)}.")
-    fit(
-        model.train(),
-        run.data,
-        run.recipe(epochs, config.finetune_rate()),
-        run.folder.logs / "finetune",
-        teacher=run.dense() if config.training.distill else None,
-        precision=run.precision,
-        progress=False,
-        callbacks=_shown(run, "finetune"),
-        devices=run.devices,
-        cuda_graphs=config.training.cuda_graphs,
-        bound=run.bound,
-        say=run.say,
-    )
+    teacher = run.dense() if config.training.distill else None
+    _fit(run, "finetune", model, epochs, config.finetune_rate(), teacher=teacher)
     if not run.ranks.leads:
         return
     model.eval()
@@ -240,3 +233,21 @@ def finetune(run: Run) -> None:
     warn_of_chance(
         run, "finetune", "The compact net", max(top1, before), "give it more finetune_epochs"
     )
+
+
+def control(run: Run) -> None:
+    """Train the dense net on for as long as the compact one: what the epochs alone are worth."""
+    config = run.config
+    epochs = sum(config.stage_epochs()[1:])
+    model = run.dense()
+    run.say(
+        f"Control: training the dense net on for {_epochs(epochs)}, as many as sparse training and finetuning have."
+    )
+    teacher = run.dense() if config.training.distill else None
+    _fit(run, "control", model, epochs, config.sparse_rate(), teacher=teacher)
+    if not run.ranks.leads:
+        return
+    top1 = evaluate(model, run.data)
+    save_state(model, run.folder / "control.safetensors")
+    run.folder.add_metrics(top1_control=top1, epochs_control=epochs)
+    run.say(f"Control: top-1 {top1:.2f} %.")

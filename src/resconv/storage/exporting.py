@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -74,6 +74,7 @@ class _Job:
     meta: dict[str, str]
     opset: int
     tolerance: float | None
+    open_dims: tuple[int, ...] = ()  # of images: height and width, where their size is to be open
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def export(
     preprocessing: Preprocessing | None = None,
     pixels: PixelLayout | None = None,
     softmax: bool = False,
+    dynamic_size: bool = False,
 ) -> Exported:
     """Write an ordinary network for another runtime, and check the file by running it.
 
@@ -119,6 +121,8 @@ def export(
         pixels: let the file read uint8 pixels of images that are resized and cropped, as ``nchw`` (N, C, H, W) or
             ``nhwc`` (N, H, W, C), and normalise them itself.
         softmax: let it give probabilities in place of logits (with ``pixels``).
+        dynamic_size: leave the height and the width of images open, too; the file is then run at other sizes. A
+            net that cannot be is refused.
 
     Raises:
         ExportError: the model has gates left, the ending is unknown, the exporter refuses, the
@@ -173,7 +177,12 @@ def export(
         meta["inputs"] = json.dumps(to_plain(describe_inputs(inputs)))
     if plan is not None:
         meta["plan"] = plan.to_json()
-    job = _Job(net, path, inputs, meta, opset, tolerance)
+    dims = ((1, 2) if pixels == "nhwc" else (2, 3)) if dynamic_size else ()
+    if dynamic_size and not any(t.ndim == 4 for t in tensors_of(inputs)):
+        raise ExportError(
+            f"{type(net).__name__} reads no images (N, C, H, W), so it has no height and width to leave open."
+        )
+    job = _Job(net, path, inputs, meta, opset, tolerance, dims)
     write = {".onnx": _write_onnx, ".pt2": _write_pt2, ".xml": _write_openvino}[path.suffix]
     return write(job)
 
@@ -242,16 +251,26 @@ def _batched(inputs: Any) -> Callable[[Any], bool]:
     return lambda t: isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == size
 
 
-def _attempts(inputs: Any) -> list[_Attempt]:
+def _attempts(job: _Job) -> list[_Attempt]:
+    inputs = job.inputs
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     two, has_batch = as_batch(inputs, 2), _batched(inputs)
+    sizes = dict.fromkeys(job.open_dims, torch.export.Dim.DYNAMIC)
 
-    def open_batch(t: Any) -> Any:
-        return ({0: batch} if has_batch(t) else {}) if isinstance(t, Tensor) else None
+    def open_dims(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return None
+        return ({0: batch} if has_batch(t) else {}) | open_sizes(t)
+
+    def open_sizes(t: Any) -> Any:
+        return (sizes if t.ndim == 4 else {}) if isinstance(t, Tensor) else None
 
     args, kwargs = as_call(inputs)
-    shapes = tree_map(open_batch, kwargs or args)
-    return [_Attempt(True, *as_call(two), shapes), _Attempt(False, args, kwargs, None)]
+    sized = tree_map(open_sizes, kwargs or args) if sizes else None
+    return [
+        _Attempt(True, *as_call(two), tree_map(open_dims, kwargs or args)),
+        _Attempt(False, args, kwargs, sized),
+    ]
 
 
 def _write_first(
@@ -263,7 +282,7 @@ def _write_first(
 ) -> tuple[Any, bool, Verification]:
     """Write by the first attempt whose file agrees with the network."""
     failures: list[ExportError | VerificationError] = []
-    for attempt in _attempts(job.inputs):
+    for attempt in _attempts(job):
         try:
             with quietly():
                 program = make(attempt)
@@ -275,6 +294,7 @@ def _write_first(
                 ExportError(
                     f"{runtime} cannot take {kind}: {first_line(error)}. Try another format: "
                     f"{', '.join(s for s in SUFFIXES if s != job.path.suffix)}."
+                    + (" Or leave height and width fixed." if job.open_dims else "")
                 )
             )
             continue
@@ -305,12 +325,12 @@ def _write_first(
 
 
 def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
-    """Run the file, at the example's batch and (with an open batch) at two others."""
+    """Run the file, at the example's batch and (with an open batch) at two others, and at other open sizes."""
     try:
         run = open_file(file, trust_source=True).run  # written a moment ago
         sizes = [1, 3] if dynamic else []
         result = None
-        for inputs in (job.inputs, *(as_batch(job.inputs, n) for n in sizes)):
+        for inputs in (job.inputs, *(as_batch(job.inputs, n) for n in sizes), *_other_sizes(job)):
             expected, got = _reference(job.net, inputs), run(inputs)
             checked = compare_outputs(
                 expected, got, tolerance=job.tolerance, least=tolerance_for(job.net)
@@ -325,6 +345,17 @@ def _check(job: _Job, file: Path, dynamic: bool, runtime: str) -> Verification:
         ) from error
     assert result is not None
     return result
+
+
+def _other_sizes(job: _Job) -> Iterator[Any]:
+    """Yield images of twice the height, and of twice the width: multiples, as many nets want."""
+    for dim in job.open_dims:
+
+        def doubled(t: Any, dim: int = dim) -> Any:
+            is_image = isinstance(t, Tensor) and t.ndim == 4
+            return torch.cat([t, t.flip(dim)], dim) if is_image else t
+
+        yield tree_map(doubled, job.inputs)
 
 
 def _reference(net: nn.Module, inputs: Any) -> list[Tensor]:

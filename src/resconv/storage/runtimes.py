@@ -87,7 +87,8 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep an exporter from chattering; its errors still come through."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch")]
+    names = (None, "torch.onnx", "onnxscript", "onnx_ir", "torch")  # None: ONNX Runtime's quantiser
+    loggers = [logging.getLogger(n) for n in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -78,7 +78,8 @@ def fit(
     machine, one a GPU (or CPU processes): with more than one the training runs in processes of its
     own, and the trained weights come back. Under torchrun or SLURM, call this in every process;
     how many there are is then what the launcher says. ``cuda_graphs`` records the net's passes on
-    the GPU (see recorded.py).
+    the GPU (see recorded.py). With ``recipe.ema`` it is the averaged weights that are judged, and that
+    ``model`` has in the end.
 
     Warns:
         ResConvWarning: the zeros of sparse training leave more than the target.
@@ -100,10 +101,10 @@ def fit(
     )
     sparsity: list[SparsityCallback] = []
     if target is not None:
-        sparsity = [SparsityCallback(target, latency=latency)]
+        sparsity = [SparsityCallback(target, net="model", latency=latency)]
     elif gates(model):
         # No pressure, but scalars are moved apart from the weights all the same: they overshoot.
-        sparsity = [SparsityCallback(strength=0.0)]
+        sparsity = [SparsityCallback(net="model", strength=0.0)]
     # One file, written over after every epoch.
     checkpoint = ModelCheckpoint(
         folder,
@@ -159,7 +160,9 @@ def fit(
             raise
     if trainer.interrupted:
         raise KeyboardInterrupt
-    module.model.to("cpu")
+    module.to("cpu")
+    if module.average is not None:
+        model.load_state_dict(module.average.module.state_dict())
     history: list[Snapshot] = []
     if target is not None:
         if spawns:

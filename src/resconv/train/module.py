@@ -16,6 +16,7 @@ from resconv.errors import RunError
 from resconv.recovery.distillation import distillation_loss, hint_loss
 from resconv.recovery.hints import FeatureTap
 
+from .averaging import Average
 from .mixing import Mixing
 from .recipe import Recipe
 from .recorded import RecordedNet, check_recording
@@ -59,6 +60,19 @@ class Classifier(lightning.LightningModule):
         mix = recipe.mix
         self._mixing = None if mix is None else Mixing(mix, data.num_classes, recipe.seed)
         self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
+        # A module, so that it is in the checkpoints; nothing of it is trained.
+        self.average = None if recipe.ema is None else Average(model, recipe.ema)
+
+    @property
+    def outcome(self) -> nn.Module:
+        """The net that is judged, and that training results in."""
+        return self.model if self.average is None else self.average.module
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average is not None:
+            self.average.follow(self.model, self.trainer.global_step)
+            if self.trainer.is_last_batch:  # validation and the checkpoint follow
+                self.average.keep_exact(self.model)
 
     def train_dataloader(self) -> BatchLoader:
         data, recipe = self.data, self.recipe
@@ -170,5 +184,5 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
-        self.accuracy(self.model(images).float(), labels)
+        self.accuracy(self.outcome(images).float(), labels)
         self.log("top1", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)

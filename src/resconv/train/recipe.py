@@ -23,7 +23,8 @@ class Recipe:
     gates alone. ``label_smoothing`` is that of ``torch.nn.functional.cross_entropy``. ``distill`` is the share
     of the loss that follows the teacher, where there is one; ``hints`` weighs what layers read against logits in it.
     ``mix`` ("mixup", "cutmix") trains on images, and labels, blended two by two (see mixing.py).
-    ``augment`` is how images are changed at random; None is what is usual for their size.
+    ``augment`` is how images are changed at random; None is what is usual for their size. ``ema`` is the decay of an
+    average of the weights over the steps, which becomes the trained net (see averaging.py); None is none.
     """
 
     epochs: int
@@ -38,6 +39,7 @@ class Recipe:
     hints: float = 100.0
     mix: str | None = None
     augment: Augment | None = None
+    ema: float | None = None
 
     def batch_on(self, num_images: int) -> int:
         """Return the images of a step, on all ranks together, where there are ``num_images``."""

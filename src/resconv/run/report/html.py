@@ -16,7 +16,7 @@ from ..metrics import History, Metrics
 from . import charts
 from .gathering import Epoch, Nets, command_of, epochs_of, versions
 from .layers import drawn
-from .table import rows
+from .table import epochs_note, rows
 from .words import cards, next_steps
 
 __all__ = ["render", "write_report"]
@@ -51,6 +51,7 @@ def write_report(
         metrics=metrics,
         cards=cards(metrics, judgement and judgement.num_images),
         rows=rows(metrics),
+        epochs=epochs_note(metrics),
         resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
         units=_units(plan, removed, history, latency),
         num_removed=len(removed),

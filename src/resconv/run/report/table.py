@@ -2,7 +2,7 @@
 
 from ..metrics import Metrics
 
-__all__ = ["rows"]
+__all__ = ["epochs_note", "rows"]
 
 
 def rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
@@ -22,6 +22,12 @@ def rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
             table.append((label, "", f"{value:.2f}", ""))
         elif value is not None:
             table.append((label, f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
+    control, compact = metrics.top1_control, metrics.top1_compact
+    if control is not None and compact is not None:
+        label = f"top-1, dense net trained on for {metrics.epochs_control} epochs (%)"
+        table.append(
+            (label, f"{control:.2f}", f"{compact:.2f}", f"{compact - control:+.2f} points")
+        )
     if metrics.epochs_sparse is not None:
         # A short dense training flatters the compact net, which was trained for longer.
         before = metrics.epochs_dense
@@ -69,6 +75,17 @@ def rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
             )
         )
     return table
+
+
+def epochs_note(metrics: Metrics) -> str:
+    """Say how much longer the compact net was trained, where no control tells what that is worth; else empty."""
+    more = (metrics.epochs_sparse or 0) + metrics.epochs_finetune
+    if metrics.top1_control is not None or metrics.top1_dense is None or not more:
+        return ""
+    return (
+        f"The compact net was trained for {more} epoch{'s' * (more != 1)} more than the dense net. What those alone "
+        "are worth, --control tells: it trains the dense net on for as many."
+    )
 
 
 def _change(before: int, after: int) -> str:

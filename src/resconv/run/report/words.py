@@ -72,6 +72,8 @@ def _accuracy(metrics: Metrics, num_images: int | None) -> Card:
     own = metrics.epochs_dense
     more = (metrics.epochs_sparse or 0) + metrics.epochs_finetune
     note = f"epochs: {own} before, {own + more} after" if own is not None else f"{more} epochs more"
+    if metrics.top1_control is not None:
+        note += f"; the dense net trained on as long has {metrics.top1_control:.2f} %"
     if num_images:
         margin = 196 * math.sqrt(after / 100 * (1 - after / 100) / num_images)
         note += f"; {num_images:,} images judge, so \u00b1{margin:.1f} points"
