@@ -101,7 +101,9 @@ def _nets(of: tuple[str, str, str], metrics: Metrics, runtime: str | None) -> li
     for is_dense in (True, False):
         top1 = metrics.top1_dense if is_dense else metrics.top1_compact
         macs = metrics.macs_dense if is_dense else metrics.macs_compact
-        ms = times and (times.dense_ms if is_dense else times.compact_ms)
+        ms = None
+        if times is not None:
+            ms = times.dense_ms if is_dense else times.compact_ms
         if top1 is None:
             continue
         found.append(

@@ -49,7 +49,7 @@ def write_report(
         "template.html",
         config=config,
         metrics=metrics,
-        cards=cards(metrics, judgement and judgement.num_images),
+        cards=cards(metrics, None if judgement is None else judgement.num_images),
         rows=rows(metrics),
         epochs=epochs_note(metrics),
         resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
