@@ -113,9 +113,13 @@ def test_layers_say_what_they_are():
 
 
 def test_no_group_of_layers_is_wider_than_a_phone():
-    layers = [Layer(str(i), "conv", 8, "8x8" if i < 40 else "4x4") for i in range(50)]
+    layers = [Layer(str(i), "conv", 8 + i, "8x8" if i < 41 else "4x4") for i in range(50)]
+    layers.append(Layer("head", "linear", 1000, ""))
     groups = drawn(layers)
     assert [la for group in groups for la in group.layers] == layers
+    assert [len(g.layers) for g in groups] == [13, 14, 14, 9, 1]  # evenly
+    tall = {la.name: h for g in groups for la, h in zip(g.layers, g.heights, strict=True)}
+    assert tall["head"] == tall["49"] == 110 > tall["0"] > 0
     assert all(15 * len(g.layers) <= 300 and len({la.side for la in g.layers}) == 1 for g in groups)
 
 

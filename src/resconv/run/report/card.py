@@ -10,6 +10,7 @@ from resconv.preprocessing import resized_side
 from ..config import Config
 from ..metrics import Metrics
 from .table import rows
+from .words import name_of
 
 __all__ = ["TO_FILL_IN", "card_of", "write_card"]
 
@@ -38,7 +39,7 @@ def card_of(config: Config, metrics: Metrics) -> str:
         "",
         f"# {_plain(net)}, made shallower",
         "",
-        f"A `{_plain(net)}` for the {len(_classes(metrics))} classes of `{_plain(_name_of(source))}`, from "
+        f"A `{_plain(net)}` for the {len(_classes(metrics))} classes of `{_plain(name_of(source))}`, from "
         "which resconv removed layers. What is left are ordinary layers.",
         "",
         "| | before | after | change |",
@@ -83,7 +84,7 @@ def _metadata(config: Config, metrics: Metrics) -> list[str]:
     zoo, _, name = net.partition(":")
     if zoo == "hf-hub" or (zoo == "timm" and "." in name):
         lines.append(f"base_model: {json.dumps(name if zoo == 'hf-hub' else f'timm/{name}')}")
-    kind, known = source.partition(":")[0], _name_of(source)
+    kind, known = source.partition(":")[0], name_of(source)
     if kind == "hf":
         lines.append(f"datasets: {json.dumps([known])}")
     if metrics.top1_compact is not None:
@@ -95,14 +96,6 @@ def _metadata(config: Config, metrics: Metrics) -> list[str]:
         index = [{"name": f"{net}, made shallower", "results": [result]}]
         lines.append(f"model-index: {json.dumps(index)}")
     return lines
-
-
-def _name_of(source: str) -> str:
-    """Return the data's name; where it lies on this machine is nobody else's business."""
-    kind, _, place = source.partition(":")
-    if kind == "hf" or not place:
-        return place or source
-    return Path(place).name or kind
 
 
 def _classes(metrics: Metrics) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ class Compared(Struct, frozen=True):
     """A net of a run; figures that the run did not measure are None.
 
     Attributes:
-        name: the run's folder, and "dense" behind it where it is the net that the run began with.
+        name: the run's folder (its whole path where two are called the same), with "(dense)" behind
+            it where it is the net that the run began with.
         cost: what the front is about: milliseconds, or MACs.
         on_front: whether no other net costs as little and is right as often.
     """
@@ -74,9 +75,11 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
             raise RunError(f"{path} has no compact net yet: the run is not finished.")
     runtime = _common_runtime(figures)
     nets = []
+    short = [path.name for path in paths]
     for path, folder, metrics in zip(paths, folders, figures, strict=True):
         config = folder.config()
-        of = (str(path), config.net.model, config.data.source)
+        name = path.name if short.count(path.name) == 1 else str(path)
+        of = (name, config.net.model, config.data.source)
         nets += _nets(of, metrics, runtime)
     better = [
         net for net in nets if not any(_beats(other, net) for other in nets if other is not net)
@@ -152,17 +155,18 @@ def write_comparison(path: Path, comparison: Comparison) -> Path:
         MissingExtraError: jinja2 is not installed.
     """
     nets = comparison.nets
-    points = [
-        (
+    # Runs that began with one dense net have one point of it.
+    points = {
+        (net.cost, net.top1): (
             net.cost,
             net.top1,
             net.name,
             "dot-front" if net.on_front else "dot-dense" if net.is_dense else "dot",
         )
-        for net in nets
-    ]
+        for net in reversed(nets)
+    }
     front = [(net.cost, net.top1) for net in nets if net.on_front]
     title = f"Top-1 (%) against {comparison.cost}"
-    chart = charts.scatter(title, points, comparison.cost, front)
+    chart = charts.scatter(title, list(points.values()), comparison.cost, front)
     write_text(path, render("comparison.html", comparison=comparison, chart=chart, title=title))
     return path

@@ -17,7 +17,7 @@ from . import charts
 from .gathering import Epoch, Nets, command_of, epochs_of, versions
 from .layers import drawn
 from .table import epochs_note, rows
-from .words import cards, next_steps
+from .words import cards, name_of, next_steps
 
 __all__ = ["render", "write_report"]
 
@@ -48,6 +48,7 @@ def write_report(
     page = render(
         "template.html",
         config=config,
+        data_name=name_of(config.data.source),
         metrics=metrics,
         cards=cards(metrics, None if judgement is None else judgement.num_images),
         rows=rows(metrics),

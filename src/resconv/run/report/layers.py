@@ -1,7 +1,8 @@
 """The layers of a net in the order in which they run, and what became of each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from resconv.planning.plan import Plan
 __all__ = ["Group", "Layer", "computed_layers", "drawn", "judged"]
 
 _KINDS = (nn.modules.conv._ConvNd, nn.Linear)
-_PER_GROUP = 18  # layers that stand side by side on a phone
+_PER_GROUP = 20  # layers that stand side by side on a phone
+_TALLEST, _LEAST = 110, 0.05  # pixels; a share of them
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers side by side whose outputs are of one size."""
+    """Layers side by side whose outputs are of one size, and the heights of their bars."""
 
     side: str
     layers: tuple[Layer, ...]
+    heights: tuple[float, ...]
 
 
 def computed_layers(model: nn.Module, example: Tensor) -> list[Layer]:
@@ -115,13 +118,22 @@ def _why(name: str, kept: bool, plan: Plan, gone: set[str], reasons: Mapping[str
     return reasons.get(name, "no unit: nothing stands beside it that could take its place")
 
 
-def drawn(layers: Iterable[Layer]) -> list[Group]:
-    """Return the layers in groups of one output size, none wider than a phone."""
-    groups: list[Group] = []
-    for layer in layers:
-        last = groups[-1] if groups else None
-        if last and last.side == layer.side and len(last.layers) < _PER_GROUP:
-            groups[-1] = Group(last.side, (*last.layers, layer))
-        else:
-            groups.append(Group(layer.side, (layer,)))
+def drawn(layers: Sequence[Layer]) -> list[Group]:
+    """Return the layers in groups of one output size, none wider than a phone.
+
+    A bar's height is the square root of the layer's channels; a linear layer of many classes is no
+    taller than the widest convolution.
+    """
+    widest = max((la.channels for la in layers if la.side), default=1)
+    groups = []
+    for side, members in groupby(layers, lambda layer: layer.side):
+        run = tuple(members)
+        parts = -(-len(run) // _PER_GROUP)
+        ends = [len(run) * i // parts for i in range(parts + 1)]
+        for start, end in pairwise(ends):
+            part = run[start:end]
+            heights = tuple(
+                round(_TALLEST * max(_LEAST, min(1, la.channels / widest) ** 0.5), 1) for la in part
+            )
+            groups.append(Group(side, part, heights))
     return groups

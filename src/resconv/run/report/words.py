@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..metrics import Metrics
 
-__all__ = ["Card", "cards", "next_steps", "runtime_of"]
+__all__ = ["Card", "cards", "name_of", "next_steps", "runtime_of"]
 
 _BIG_LOSS = 1.0  # points of top-1
 
@@ -19,6 +20,14 @@ class Card:
     after: str
     change: str
     note: str
+
+
+def name_of(source: str) -> str:
+    """Return the data's name; where it lies on this machine is nobody else's business."""
+    kind, _, place = source.partition(":")
+    if kind == "hf" or not place:
+        return place or source
+    return Path(place).name or kind
 
 
 def runtime_of(metrics: Metrics) -> str | None:
