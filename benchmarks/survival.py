@@ -39,7 +39,14 @@ _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.tr
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # What a run measures with a clock, or of the machine: no two runs agree in it.
 _TIMED = ("seconds", "latency", "measured", "machine", "date", "peak_memory_bytes")
-_UNEQUAL = {"resconv-run.json", "config.json", "report.html", "metrics.json", "checkpoints.json"}
+_UNEQUAL = {
+    "resconv-run.json",
+    "config.json",
+    "report.html",
+    "README.md",
+    "metrics.json",
+    "checkpoints.json",
+}
 
 
 @dataclass(frozen=True)

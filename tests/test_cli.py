@@ -407,7 +407,11 @@ def test_the_report_tells_what_is_removed(finished):
     compact = run.open_run(finished, lambda text: None, trust_source=True)
     left = dict(resconv.load(finished, model=compact.create()).named_modules())
     outcome = dict(
-        re.findall(r"<td>(blocks[^<]*)</td>.*?>((?:removed|kept)[^<]*)</td></tr>", page, re.DOTALL)
+        re.findall(
+            r'<th scope="row">(blocks[^<]*)</th><td class="n">[\d.]+</td>\n.*?<td>((?:removed|kept)[^<]*)</td></tr>',
+            page,
+            re.DOTALL,
+        )
     )
     assert set(outcome) == set(resconv.gates(compact.gated()))
     for name, text in outcome.items():

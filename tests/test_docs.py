@@ -5,18 +5,23 @@ The examples of docstrings know ``torch``, ``nn``, ``resconv``, a small ``net`` 
 
 import doctest
 import importlib
+import json
 import re
 import shlex
+import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 from torch import nn
+from typer.testing import CliRunner
 
 import resconv
 from resconv import recovery
 from resconv.cli.app import app
+from resconv.run import Config
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {f"resconv.{n}": getattr(resconv, n) for n in resconv.__all__ if n != "__version__"}
@@ -58,25 +63,20 @@ def test_an_example_that_says_something_else_fails(known):
 
 
 def blocks(page, language):
-    every = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
-    found = [code for kind, code in every if kind == language]
+    every = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", (ROOT / page).read_text(), re.M | re.S)
+    found = [textwrap.dedent(code) for _, kind, code in every if kind == language]
     assert found, page
     return found
 
 
 def test_the_readme_runs_word_for_word(known):
-    """With the net, the inputs and the loop's batches that the reader has."""
     pytest.importorskip("onnxruntime")
-    labels = torch.tensor([0, 1])
-    scope = known | {
-        "example_inputs": known["images"],
-        "batches": [(known["images"], labels)] * 40,
-        "steps": 40,
-    }
+    scope = {}
     for code in blocks("README.md", "python"):
         exec(compile(code, "README.md", "exec"), scope)
     assert Path("compact.onnx").is_file()
-    assert resconv.load("compact", model=known["net"])(known["images"]).shape == (2, 3)
+    assert resconv.load("compact")(scope["images"]).shape == (8, 10)
+    assert scope["sparsifier"].outcome().met
 
 
 def test_the_page_on_several_processes_runs_word_for_word(known, tmp_path):
@@ -111,11 +111,55 @@ def commands(page):
                 yield words[words.index("resconv") + 1 :]
 
 
-PAGES = ("README.md", "docs/first-steps.md", "docs/distributed.md", "docs/pretrained.md")
+@pytest.mark.parametrize("page", ["docs/faq.md", "docs/latency.md"])
+def test_pages_of_small_examples_run_word_for_word(page, known):
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), dict(known))
+
+
+def test_the_tutorial_can_be_followed(known):
+    """Its commands in order, on fewer of its images and for fewer epochs, and its Python."""
+    less = (
+        "--limit 30 --batch-size 6 --image-size 8 --epochs 1 --sparse-epochs 4 --finetune-epochs 0"
+    )
+    draws, loads = blocks("docs/tutorial.md", "python")
+    exec(compile(draws, "docs/tutorial.md", "exec"), {})
+    for words in commands("docs/tutorial.md"):
+        if words[0] == "compress" and "--config" in words:
+            shutil.copytree("runs/half", words[-1])  # as long as the first one
+            continue
+        given = [*words, *shlex.split(less)] if words[0] == "compress" else words
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+        assert Path("runs/half").exists() is (
+            words[0] not in ("doctor", "inspect") and "--dry-run" not in words
+        )
+    exec(compile(loads, "docs/tutorial.md", "exec"), {})
+    for name in ("app.onnx", "compared.html", "runs/half/report.html", "runs/half/README.md"):
+        assert Path(name).is_file(), name
+
+
+PAGES = (
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in (
+            "tutorial",
+            "first-steps",
+            "distributed",
+            "pretrained",
+            "latency",
+            "command-line",
+        )
+    ),
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_command_lines_are_understood(page):
+def test_command_lines_are_understood(page, known):
+    Path("runs/half").mkdir(parents=True)
+    config = Config.of(model="resnet20", data="folder:photos", macs=0.5)
+    Path("runs/half/config.json").write_text(json.dumps(config.content()))
     group = typer.main.get_command(app)
     lines = list(commands(page))
     assert lines

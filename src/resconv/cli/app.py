@@ -7,20 +7,50 @@ from typing import Annotated, Any
 
 import typer
 
-from . import compress, evaluate, export, inspect, measure, predict, prune, train, verify
+from . import (
+    compare,
+    compress,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    measure,
+    predict,
+    prune,
+    train,
+    verify,
+)
 from .stopping import STOPPED
 
 __all__ = ["app", "run_app"]
 
+_STATUSES = (
+    "Exit status: 0 done; 1 an unforeseen error, whose details are in a file; 2 a mistake that the message says "
+    "how to mend; 130 or 143 stopped by Ctrl-C or SIGTERM."
+)
 app = typer.Typer(
     name="resconv",
     help="Make trained convolutional networks shallower: whole layers go, outputs are checked.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_STATUSES,
     pretty_exceptions_enable=False,
 )
-for module in (compress, inspect, train, prune, export, measure, verify, predict, evaluate):
+_COMMANDS = (
+    compress,
+    inspect,
+    train,
+    prune,
+    export,
+    measure,
+    compare,
+    verify,
+    predict,
+    evaluate,
+    doctor,
+)
+for module in _COMMANDS:
     module.register(app)
 
 

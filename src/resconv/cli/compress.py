@@ -1,15 +1,27 @@
 """``resconv compress``: the whole job."""
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from .options import Out, say_warnings, show_table
+from .options import (
+    DryRun,
+    Fresh,
+    Json,
+    Out,
+    Quiet,
+    say_warnings,
+    show_json,
+    show_table,
+    voice,
+)
 from .settings import takes_config
 from .stopping import Resumable
 
 if TYPE_CHECKING:
     from resconv.run import Config
+    from resconv.run.metrics import Metrics
 
 __all__ = ["register"]
 
@@ -26,8 +38,21 @@ EXAMPLES = """
 
   resconv compress --model plainnet56 --data digits --macs 0.5 --epochs 0 --sparse-epochs 30 --out runs/one
 
+  resconv compress --config runs/mine/config.json --macs 0.4 --out runs/smaller --dry-run
+
   torchrun --nproc-per-node 4 -m resconv compress --model resnet56 --data cifar10 --macs 0.5 --out runs/c56
 """
+
+_WRITTEN = (
+    "plan.json",
+    "model.safetensors",
+    "model.json",
+    "README.md",
+    "model.onnx",
+    "latency.json",
+    "metrics.json",
+    "report.html",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +63,10 @@ def register(app: typer.Typer) -> None:
 def compress(
     config: "Config",
     out: Out,
-    fresh: Annotated[bool, typer.Option(help="Move an earlier run in the folder aside.")] = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a network shallower, end to end: train, sparsify, prune, verify, export, measure.
 
@@ -47,14 +75,27 @@ def compress(
     With other settings of finetuning, pruning and finetuning alone are done anew.
     """
     from resconv import run as runs
-    from resconv.cli.messages import as_options
-    from resconv.run.report.table import epochs_note, rows
-    from resconv.run.surgery import in_convs
 
-    run = runs.begin(out, config, fresh=fresh, say=lambda text: typer.echo(as_options(text)))
+    from .rehearsal import rehearse
+
+    if dry_run:
+        rehearse(out, config, fresh=fresh, json=json)
+        return
+    run = runs.begin(out, config, fresh=fresh, say=voice(quiet, json))
     metrics = runs.compress(run)
     if metrics is None:  # another process leads
         return
+    if json:
+        show_json(metrics)
+    elif not quiet:
+        _show(out, config, metrics)
+    say_warnings(metrics, err=json or quiet)
+
+
+def _show(out: Path, config: "Config", metrics: "Metrics") -> None:
+    from resconv.run.report.table import epochs_note, rows
+    from resconv.run.surgery import in_convs
+
     show_table(
         f"{config.net.model} on {config.data.source}: {in_convs(metrics)}",
         ["", "dense", "compact", "change"],
@@ -62,16 +103,7 @@ def compress(
     )
     if note := epochs_note(metrics):
         typer.echo(note)
-    say_warnings(metrics)
     typer.echo("Written:")
-    for name in (
-        "plan.json",
-        "model.safetensors",
-        "model.json",
-        "model.onnx",
-        "latency.json",
-        "metrics.json",
-        "report.html",
-    ):
+    for name in _WRITTEN:
         if (out / name).is_file():
             typer.echo(f"  {out / name}")

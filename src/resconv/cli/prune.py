@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RunPath, TrustSource
+from .options import Json, Quiet, RunPath, TrustSource, say_warnings, show_json, voice
 from .stopping import Resumable
 
 __all__ = ["register"]
@@ -28,6 +28,8 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="A plan written by hand, in place of the run's own.")
     ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
     trust_source: TrustSource = False,
 ) -> None:
     """Remove the planned units of a trained run, verify the compact net, and finetune it.
@@ -35,12 +37,9 @@ def prune(
     A plan that does not fit the run is refused, and the run stays as it was.
     """
     from resconv import run as runs
-    from resconv.cli.messages import as_options
     from resconv.planning.plan import Plan
 
-    current = runs.open_run(
-        run, lambda text: typer.echo(as_options(text)), trust_source=trust_source
-    )
+    current = runs.open_run(run, voice(quiet, json), trust_source=trust_source)
     done = current.folder.done()
     # Stopped while it finetuned: the same command goes on there.
     stopped = "prune" in done and "finetune" not in done
@@ -52,3 +51,7 @@ def prune(
         runs.use_plan(current, plan)
     for stage in ("prune", "finetune", "control"):
         runs.run_stage(current, stage)
+    if json:
+        show_json(current.folder.metrics())
+    if quiet:  # else they were told when they came
+        say_warnings(current.folder.metrics(), err=True)

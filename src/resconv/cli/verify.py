@@ -7,7 +7,7 @@ import typer
 
 from resconv.errors import printable
 
-from .options import TrustSource
+from .options import Json, TrustSource, show_json
 from .stopping import Stoppable
 
 __all__ = ["register"]
@@ -37,12 +37,16 @@ def verify(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest relative error.")] = 1e-4,
+    json: Json = False,
     trust_source: TrustSource = False,
 ) -> None:
     """Run two networks on the same random inputs and compare their outputs."""
     from resconv.storage.comparison import compare
 
     result = compare(a, b, shape=shape, tolerance=tolerance, trust_source=trust_source)
+    if json:
+        show_json(result)
+        return
     typer.echo(
         f"{printable(str(a))} and {printable(str(b))} agree: {result.num_outputs} outputs, largest difference "
         f"{result.max_abs_error:.2e}, relative {result.max_rel_error:.2e} "

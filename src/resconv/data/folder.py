@@ -75,12 +75,13 @@ def list_classes(folder: Path) -> tuple[Listed, tuple[str, ...]]:
     return Listed(images, labels).mixed(), tuple(p.name for p in classes)
 
 
-def list_images(path: Path) -> list[EncodedImage]:
+def list_images(path: str | Path) -> list[EncodedImage]:
     """Return one image file, or every one below a folder, in the order of their names.
 
     Raises:
         DataError: there is none.
     """
+    path = Path(path)
     if path.is_file():
         return [EncodedImage(str(path), path)]
     if not path.is_dir():

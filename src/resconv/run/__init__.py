@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .pipeline import compress as compress
     from .pipeline import open_run as open_run
     from .pipeline import quantise as quantise
+    from .pipeline import rehearse as rehearse
     from .pipeline import run_stage as run_stage
     from .pipeline import use_plan as use_plan
 
@@ -21,7 +22,17 @@ _HOME_OF = {
     "Config": "config",
     "RunFolder": "folder",
     **dict.fromkeys(
-        ("STAGES", "begin", "compress", "open_run", "quantise", "run_stage", "use_plan"), "pipeline"
+        (
+            "STAGES",
+            "begin",
+            "compress",
+            "open_run",
+            "quantise",
+            "rehearse",
+            "run_stage",
+            "use_plan",
+        ),
+        "pipeline",
     ),
 }
 __all__ = sorted(_HOME_OF)

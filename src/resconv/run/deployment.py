@@ -11,7 +11,7 @@ import resconv
 from resconv.errors import (
     ExportError,
     MissingExtraError,
-    PlanError,
+    ResConvError,
     RunError,
     VerificationError,
 )
@@ -20,13 +20,14 @@ from resconv.latency.timing import machine, onnx_runner, peak_memory, time_toget
 
 from .job import INT8_FILES, LATENCY, Run
 from .metrics import Exported, History, Measured, Memory, Target, Times
-from .report import write_report
+from .report import nets_of, write_card, write_report
 from .surgery import compact_of, removed_units
 from .timing import latency_table
 
 __all__ = ["export", "measure", "report"]
 
 T = TypeVar("T")
+_CARD = "README.md"
 
 
 def export(run: Run) -> None:
@@ -134,7 +135,7 @@ def _optional(run: Run, what: str, read: Callable[[], T]) -> T | None:
     """Return what a file holds that the report can do without, or say what it lacks."""
     try:
         return read()
-    except (RunError, PlanError) as error:
+    except ResConvError as error:
         run.say(f"The report has no {what}: {error}")
         return None
 
@@ -148,6 +149,7 @@ def report(run: Run) -> None:
         )
     if run.folder.metrics().removed_units is None:  # a run of an older version
         run.folder.add_metrics(removed_units=removed_units(run, run.gated(), run.plan()))
+    _write_card(run)
     table = run.folder / LATENCY
     try:
         path = write_report(
@@ -159,8 +161,20 @@ def report(run: Run) -> None:
             _optional(run, "latency of single units", lambda: LatencyTable.load(table))
             if run.config.budget().times
             else None,
+            _optional(run, "drawing of the net", lambda: nets_of(run)),
         )
     except MissingExtraError as error:
         run.warn("report", f"No report: {error}")
         return
     run.say(f"Report: {path}")
+
+
+def _write_card(run: Run) -> None:
+    """Write the card of the net, which stays when the net is made anew and its licence was filled in."""
+    try:
+        run.folder.claim((_CARD,))
+    except RunError as error:
+        run.say(f"No model card: {error}")
+        return
+    if not write_card(run.folder / _CARD, run.config, run.folder.metrics()):
+        run.say(f"{run.folder / _CARD} was filled in and stays as it is; its figures may be older.")

@@ -41,7 +41,7 @@ class Run:
     def __init__(
         self,
         folder: RunFolder,
-        say: Say = print,
+        say: Say | None = print,
         ranks: Ranks | None = None,
         config: Config | None = None,
         *,
@@ -65,6 +65,11 @@ class Run:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.data)
         return self._fingerprint
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process tells the user anything."""
+        return self._say is not None
 
     def say(self, text: str) -> None:
         """Tell the user, once where there are several processes."""

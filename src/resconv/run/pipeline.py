@@ -32,6 +32,7 @@ __all__ = [
     "history",
     "open_run",
     "quantise",
+    "rehearse",
     "run_stage",
     "use_plan",
 ]
@@ -60,7 +61,7 @@ def begin(
     config: Config,
     *,
     fresh: bool = False,
-    say: Say = print,
+    say: Say | None = print,
     dense_only: bool = False,
 ) -> Run:
     """Check a run, and make (or open again) its folder; under a launcher, once for all its processes.
@@ -82,13 +83,37 @@ def begin(
     return run
 
 
-def _begin(run: Run, fresh: bool, dense_only: bool) -> None:
+def rehearse(
+    path: Path,
+    config: Config,
+    *,
+    fresh: bool = False,
+    say: Say | None = print,
+    dense_only: bool = False,
+) -> Run:
+    """Check a run as :func:`begin` does, and make nothing.
+
+    Raises:
+        ResConvError: what :func:`begin` would raise.
+    """
+    run = Run(RunFolder(path), say, None, config, trust_source=True)
+    run.use(settled(run))
+    _check(run, fresh, dense_only)
+    return run
+
+
+def _check(run: Run, fresh: bool, dense_only: bool) -> None:
     path, config = run.folder.path, run.config
     if not dense_only:
         config.budget()
     RunFolder.refuse(path, config, fresh=fresh)
     run.owns_folder = not fresh and run.folder.holds(config)
     check(run, [] if fresh else run.folder.done(), sparse=not dense_only)
+
+
+def _begin(run: Run, fresh: bool, dense_only: bool) -> None:
+    path, config = run.folder.path, run.config
+    _check(run, fresh, dense_only)
     folder = RunFolder.begin(path, config, fresh=fresh)
     if folder.path != path:
         with locked(path):
@@ -102,7 +127,7 @@ def _begin(run: Run, fresh: bool, dense_only: bool) -> None:
         run.keep_latency(run.latency)
 
 
-def open_run(path: Path, say: Say = print, *, trust_source: bool = False) -> Run:
+def open_run(path: Path, say: Say | None = print, *, trust_source: bool = False) -> Run:
     """Open a run that is there; its net is built by the user's own code only with ``trust_source``."""
     return Run(RunFolder.open(path), say, trust_source=trust_source)
 

@@ -9,6 +9,7 @@ from torch import nn
 import resconv
 from resconv.errors import RunError
 from resconv.train import FitResult, evaluate, fit
+from resconv.train.progress import RunProgress
 
 from .config import Config
 from .job import LATENCY, Run, save_state
@@ -135,13 +136,26 @@ def _fit(
         run.recipe(epochs, rate, ema),
         run.folder.logs / stage,
         precision=run.precision,
-        progress=training.progress,
+        progress=False,
+        callbacks=_shown(run, stage),
         devices=run.devices,
         cuda_graphs=training.cuda_graphs,
         bound=run.bound,
         say=run.say,
         **options,
     )
+
+
+def _shown(run: Run, stage: str) -> tuple[RunProgress, ...]:
+    """Return what shows how far the run is."""
+    if not run.config.training.progress:
+        return ()
+    names, epochs = ("dense", "sparse", "finetune", "control"), list(run.config.stage_epochs())
+    epochs.append(epochs[1] + epochs[2] if run.config.training.control else 0)
+    if stage != "dense" and run.config.net.weights is not None:
+        epochs[0] = 0  # given, not trained
+    before = sum(epochs[: names.index(stage)])
+    return (RunProgress(stage, before, sum(epochs), run.say if run.speaks else None),)
 
 
 def warn_of_chance(run: Run, stage: str, what: str, top1: float, advice: str) -> None:

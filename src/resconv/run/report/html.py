@@ -1,7 +1,5 @@
 """Fill the page's template with the numbers of a run folder."""
 
-import io
-import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,54 +11,90 @@ from resconv.latency.table import LatencyTable
 from resconv.planning.plan import Plan
 from resconv.preprocessing import resized_side
 
+from ..config import Config
 from ..metrics import History, Metrics
+from . import charts
+from .gathering import Epoch, Nets, command_of, epochs_of, versions
+from .layers import drawn
 from .table import epochs_note, rows
+from .words import cards, name_of, next_steps
 
-__all__ = ["write_report"]
+__all__ = ["render", "write_report"]
+
+_MOST_CLASSES = 20
 
 
 def write_report(
     path: Path,
-    config: Any,
+    config: Config,
     metrics: Metrics,
     plan: Plan,
     history: History,
     latency: LatencyTable | None = None,
+    nets: Nets | None = None,
 ) -> Path:
-    """Write the page about a run to ``path``, and return it.
+    """Write the page about a run to ``path``, in the run's folder, and return it.
 
-    ``latency`` is the run's table, where its target limits the latency.
+    ``latency`` is the run's table, where its target limits the latency; ``nets`` are what its nets
+    show of themselves.
 
     Raises:
-        MissingExtraError: jinja2 or matplotlib is not installed.
+        MissingExtraError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError(error.name or "jinja2", "report", "The report") from error
-    matplotlib.use("Agg")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(
-        files("resconv.run.report").joinpath("template.html").read_text(encoding="utf-8")
-    )
     removed = metrics.removed_units or ()
     inputs = metrics.preprocessing
-    units = _units(plan, removed, history, latency)
-    page = template.render(
+    epochs = epochs_of(path.parent / "logs")
+    judgement = None if nets is None else nets.judgement
+    page = render(
+        "template.html",
         config=config,
+        data_name=name_of(config.data.source),
         metrics=metrics,
+        cards=cards(metrics, None if judgement is None else judgement.num_images),
         rows=rows(metrics),
         epochs=epochs_note(metrics),
         resized=inputs and resized_side(inputs.size, inputs.crop_fraction),
-        units=units,
+        units=_units(plan, removed, history, latency),
         num_removed=len(removed),
         warnings=[text for texts in metrics.warnings.values() for text in texts],
         target=metrics.latency_target,
-        plot=_plot(history, removed, latency),
+        nets=nets,
+        groups=drawn(nets.layers) if nets else (),
+        judgement=judgement,
+        classes=_classes(nets),
+        plots=[p for p in _plots(metrics, history, removed, epochs, latency) if p[1]],
+        latency_bars=_latency_bars(metrics),
+        folder=str(path.parent),
+        command=command_of(config, path.parent),
+        versions=versions(),
+        steps=next_steps(metrics, str(path.parent)),
     )
     write_text(path, page)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page made from one of the templates beside this file.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError(error.name or "jinja2", "report", "The report") from error
+
+    def load(name: str) -> str:
+        return files("resconv.run.report").joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _units(
@@ -83,42 +117,93 @@ def _units(
     ]
 
 
-def _svg(figure: Any) -> str:
-    from matplotlib import pyplot
+def _classes(nets: Nets | None) -> list[Any]:
+    """Return the classes that lost most, first; of many classes some alone."""
+    if nets is None:
+        return []
+    every = list(nets.judgement.classes)
+    if len(every) <= _MOST_CLASSES:
+        return every
+    return sorted(every, key=lambda c: c.compact - (c.dense or 0))[:_MOST_CLASSES]
 
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
-
-def _plot(history: History, removed: Sequence[str], latency: LatencyTable | None) -> str:
-    """Draw the scales over training and, on the same steps below, what the zeros leave."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(9, 5.6), sharex=True, height_ratios=(3, 2), layout="constrained"
+def _plots(
+    metrics: Metrics,
+    history: History,
+    removed: Sequence[str],
+    epochs: Sequence[Epoch],
+    latency: LatencyTable | None,
+) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of what happened during training."""
+    starts = [
+        (e.number, e.stage)
+        for i, e in enumerate(epochs)
+        if i == 0 or epochs[i - 1].stage != e.stage
+    ]
+    found = [
+        (
+            "Top-1 on the validation images after every epoch (%)",
+            charts.lines(
+                "Accuracy over training",
+                [charts.Line("top-1 (%)", "line-main", [(e.number, e.top1) for e in epochs])],
+                "epoch",
+                starts,
+            ),
+        )
+    ]
+    left = [charts.Line("MACs (%)", "line-main", [(s.step, 100 * s.macs) for s in history.steps])]
+    if latency is not None and latency.latency_ms > 0:
+        points = [
+            (s.step, 100 * s.latency_ms / latency.latency_ms)
+            for s in history.steps
+            if s.latency_ms is not None
+        ]
+        left.append(charts.Line("latency, predicted (%)", "line-other", points))
+    found.append(
+        (
+            "What the scales that are 0 leave of the MACs"
+            + (" (and dashed, of the predicted latency)" if len(left) > 1 else "")
+            + ", over sparse training (%)",
+            charts.lines("MACs over sparse training", left, "optimizer step", y=(0, 105)),
+        )
     )
-    steps = [s.step for s in history.steps]
     gone = set(removed)
-    for name in history.steps[-1].scales if history.steps else ():
-        values = [s.scales.get(name, math.nan) for s in history.steps]
-        color, order = ("#c0392b", 2) if name in gone else ("#7f8c8d", 1)
-        above.plot(steps, values, color=color, linewidth=1.1, alpha=0.8, zorder=order)
-    above.plot([], [], color="#c0392b", label=f"removed ({len(gone)})")
-    above.plot([], [], color="#7f8c8d", label="kept")
-    above.set(ylabel="layer scaling factor s")
-    above.set_ylim(bottom=0)
-    macs = [100 * s.macs for s in history.steps]
-    below.step(steps, macs, where="post", color="#2c3e50", label="MACs")
-    times = [s.latency_ms for s in history.steps if s.latency_ms is not None]
-    if latency is not None and latency.latency_ms > 0 and len(times) == len(steps):
-        shares = [100 * t / latency.latency_ms for t in times]
-        below.step(steps, shares, where="post", color="#2980b9", label="latency, predicted")
-    below.set(xlabel="optimizer step", ylabel="left by the zeros (%)")
-    below.set_ylim(0, 105)
-    for axes in (above, below):
-        axes.legend(frameon=False, loc="lower left")
-        axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    scales = [
+        charts.Line(
+            name,
+            "line-gone" if name in gone else "line-kept",
+            [(s.step, s.scales[name]) for s in history.steps if name in s.scales],
+        )
+        for name in (history.steps[-1].scales if history.steps else ())
+    ]
+    scales.sort(key=lambda line: line.kind, reverse=True)  # removed ones lie on top
+    most = max((y for line in scales for _, y in line.points), default=1.0)
+    found.append(
+        (
+            f"The scale of every unit over sparse training: {len(gone)} removed (red), the rest kept",
+            charts.lines(
+                "Scales over sparse training", scales, "optimizer step", y=(0, max(most, 0.1))
+            ),
+        )
+    )
+    return found
+
+
+def _latency_bars(metrics: Metrics) -> list[tuple[str, str]]:
+    """Return (runtime, SVG): each runtime has its own scale of milliseconds."""
+    found = []
+    for runtime, times in metrics.latency.items():
+        found.append(
+            (
+                runtime,
+                charts.bars(
+                    f"Latency in {runtime}",
+                    [
+                        ("dense", times.dense_ms, f"{times.dense_ms:.3g} ms", "bar-before"),
+                        ("compact", times.compact_ms, f"{times.compact_ms:.3g} ms", "bar-after"),
+                    ],
+                    max(times.dense_ms, times.compact_ms),
+                ),
+            )
+        )
+    return found
