@@ -65,7 +65,7 @@ def dense(run: Run) -> None:
     trained = "" if top1 is None else f"top-1 {top1:.2f} %, "
     run.say(f"Dense: {trained}{size.macs:,} MACs, {size.num_params:,} parameters.")
     if top1 is not None:
-        advice = "train for more epochs, or with another lr"
+        advice = "train for more --epochs, or with another --lr"
         if not is_trained:
             advice = f"{start.origin} may be of other classes, or of images prepared in another way"
         warn_of_chance(run, "dense", "The dense net", top1, advice)
@@ -120,7 +120,7 @@ def sparse(run: Run) -> None:
         "sparse",
         "The net after sparse training",
         top1,
-        "give it more sparse_epochs or another lr",
+        "give it more sparse_epochs or another sparse_lr",
     )
 
 
