@@ -152,6 +152,7 @@ def test_quiet_says_nothing(finished):
     assert done.stdout == ""
     loud = invoke("measure", out, "--trust-source")
     assert "latency" in loud.stdout
+    assert not set("┃│━") & set(loud.stdout)  # a table's lines are drawn in a terminal alone
 
 
 def test_the_card_says_how_the_net_is_used(finished, monkeypatch, tmp_path):
