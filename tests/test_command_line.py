@@ -238,6 +238,21 @@ def test_a_line_an_epoch_with_the_time_of_the_whole_run(monkeypatch):
     assert said[-1] == "sparse 11/12, about 40 s left"
 
 
+def test_in_a_terminal_there_is_one_bar_for_all_trainings(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress, "_is_terminal", lambda: True)
+    shown = RunProgress("sparse", before=5, total=20, say=said.append)
+    shown.on_train_start(trainer_at(2), None)
+    bar = shown._bar
+    shown.on_train_batch_end(trainer_at(2, 5))
+    (task,) = bar.tasks
+    assert (task.total, task.completed, task.description) == (20, 7.5, "sparse 3/12")
+    shown.on_train_epoch_end(trainer_at(2, 10, top1=0.5), None)
+    shown.on_exception(trainer_at(2, 10), None, KeyboardInterrupt())
+    assert not bar.live.is_started
+    assert said == []
+
+
 def test_other_processes_and_a_quiet_run_say_nothing():
     said = []
     for say, leads in ((None, True), (said.append, False)):
