@@ -152,6 +152,7 @@ def test_quiet_says_nothing(finished):
     assert done.stdout == ""
     loud = invoke("measure", out, "--trust-source")
     assert "latency" in loud.stdout
+    assert not set("┃│━") & set(loud.stdout)  # a table's lines are drawn in a terminal alone
 
 
 def test_the_card_says_how_the_net_is_used(finished, monkeypatch, tmp_path):
@@ -235,6 +236,21 @@ def test_a_line_an_epoch_with_the_time_of_the_whole_run(monkeypatch):
     now[0] += 10
     again.on_train_epoch_end(trainer_at(10, 10), None)
     assert said[-1] == "sparse 11/12, about 40 s left"
+
+
+def test_in_a_terminal_there_is_one_bar_for_all_trainings(monkeypatch):
+    said = []
+    monkeypatch.setattr(progress, "_is_terminal", lambda: True)
+    shown = RunProgress("sparse", before=5, total=20, say=said.append)
+    shown.on_train_start(trainer_at(2), None)
+    bar = shown._bar
+    shown.on_train_batch_end(trainer_at(2, 5))
+    (task,) = bar.tasks
+    assert (task.total, task.completed, task.description) == (20, 7.5, "sparse 3/12")
+    shown.on_train_epoch_end(trainer_at(2, 10, top1=0.5), None)
+    shown.on_exception(trainer_at(2, 10), None, KeyboardInterrupt())
+    assert not bar.live.is_started
+    assert said == []
 
 
 def test_other_processes_and_a_quiet_run_say_nothing():

@@ -21,7 +21,7 @@ EXAMPLES = """
 """
 
 # What a user installs by name; the others are for working on resconv.
-_EXTRAS = ("train", "onnx", "report", "hf", "openvino")
+_EXTRAS = ("train", "onnx", "report", "hf", "yolo", "openvino")
 
 
 def register(app: typer.Typer) -> None:

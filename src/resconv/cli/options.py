@@ -90,14 +90,18 @@ def say_warnings(metrics: "Metrics", err: bool = False) -> None:
 
 
 def show_table(title: str, header: list[str], rows: list[Any]) -> None:
+    from rich.box import HEAVY_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(printable(title)), title_justify="left")
+    console = Console()
+    # Lines are for eyes; a program reads columns.
+    box = HEAVY_HEAD if console.is_terminal else None
+    table = Table(title=escape(printable(title)), title_justify="left", box=box)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         # A unit or a folder may be called "[red]", or worse.
         table.add_row(*(escape(printable(cell)) for cell in row))
-    Console().print(table)
+    console.print(table)
