@@ -17,6 +17,7 @@ from . import (
     measure,
     predict,
     prune,
+    push,
     train,
     verify,
 )
@@ -48,6 +49,7 @@ _COMMANDS = (
     verify,
     predict,
     evaluate,
+    push,
     doctor,
 )
 for module in _COMMANDS:

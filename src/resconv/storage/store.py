@@ -38,6 +38,7 @@ from ..preprocessing import Preprocessing
 from ..surgery.provenance import Provenance, carry, is_converted, provenance_of
 from ..surgery.verification import relative_error, tolerance_for
 from ..version import __version__
+from . import hub
 from .building import build
 from .filling import check_structure, fill
 from .modules import describe_modules
@@ -130,7 +131,7 @@ def load(
     saved signature.
 
     Args:
-        path: what :func:`save` wrote.
+        path: what :func:`save` wrote, or ``hf://OWNER/NAME`` (``@REVISION``), where ``resconv push`` put it.
         model: the net as it was before pruning, or a function that makes it. Needed where the
             file names no source; it is copied.
         trust_source: allow a source ``package.module:factory``, which imports and runs that
@@ -138,6 +139,7 @@ def load(
             torchvision nets need no permission.
 
     Raises:
+        MissingExtraError: huggingface_hub is not installed, for a place on the hub.
         LoadError: the folder is missing, changed, truncated, from a newer format, hostile, or does
             not fit the model; all faults found are listed.
 
@@ -147,7 +149,7 @@ def load(
         >>> list(resconv.gates(model))
         ['0', '3', '6']
     """
-    folder = Path(path)
+    folder = hub.fetched(str(path)) if str(path).startswith(hub.SCHEME) else Path(path)
     header = read_header(folder)
     tensors = read_weights(folder / "model.safetensors", header)
     if header.gates is not None and header.inputs is not None:
