@@ -50,6 +50,8 @@ OTHERS = {
     "distill": (None, True),
     "distill_share": ("0.3", 0.3),
     "hints": (None, True),
+    "ema": ("0.99", 0.99),
+    "control": (None, True),
     "mix": ("cutmix", "cutmix"),
     "recipe": ("transfer", "transfer"),
     "lr": ("0.2", 0.2),
