@@ -321,19 +321,18 @@ def _first_in_the_way(
     Raises:
         ConversionError: the model does not run as it did without a gate either.
     """
-    reasons = {len(chosen): str(error)}
 
     def attempt(names: Sequence[str]) -> str | None:
         try:
             gated_with(chosen[: len(names)])
         except ConversionError as error:
-            return reasons.setdefault(len(names), str(error))
+            return str(error)
         return None
 
     if attempt([]) is not None:
         raise error
-    count = first_refused([c.unit.name for c in chosen], attempt)
-    return chosen[count - 1], reasons[count].partition(" Some code of")[0].rstrip(".")
+    count, reason = first_refused([c.unit.name for c in chosen], attempt, str(error))
+    return chosen[count - 1], reason.partition(" Some code of")[0].rstrip(".")
 
 
 def _described(model: nn.Module, graph: Graph, example_inputs: Any) -> Provenance:

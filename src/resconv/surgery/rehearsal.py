@@ -52,9 +52,9 @@ def why_prune_fails(gated: nn.Module, chosen: list[Candidate], graph: Graph) -> 
                 return f"removing it fails ({type(error).__name__}: {error})"
         return None
 
+    good = 0
     while (reason := attempt(names)) is not None:
-        count = first_refused(names, attempt)
-        name = names[count - 1]
-        refused[name] = reason if count == len(names) else attempt(names[:count]) or reason
-        names.remove(name)
+        count, reason = first_refused(names, attempt, reason, good)
+        refused[names.pop(count - 1)] = reason
+        good = count - 1
     return refused

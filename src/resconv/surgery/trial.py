@@ -104,28 +104,43 @@ def why_refused(model: nn.Module, graph: Graph, indexed: set[int]) -> dict[str, 
     trials += [(every, low, high, True) for low, high in ((0.5, 1.0), (1.0, 1.0), (1.0, 2.0))]
     trials += [(names, 0.5, 1.0, False) for names in (every, every[::2], every[1::2])]
     for names, low, high, fuse in trials:
-        while attempt(names, low, high, fuse) is not None:
+        good = 0
+        while (reason := attempt(names, low, high, fuse)) is not None:
             free = [n for n in names if n not in refused]
-            count = first_refused(free, partial(attempt, low=low, high=high, fuse=fuse))
-            reason = attempt(free[:count], low, high, fuse)
-            assert reason is not None
+            alike = partial(attempt, low=low, high=high, fuse=fuse)
+            count, reason = first_refused(free, alike, reason, good)
             refused[free[count - 1]] = f"it cannot go together with other units: {reason}"
+            good = count - 1
     return refused
 
 
-def first_refused(names: list[str], attempt: Callable[[Sequence[str]], str | None]) -> int:
-    """Return how many of the names, in their order, are refused for the first time, by halving.
+def first_refused(
+    names: Sequence[str], attempt: Callable[[Sequence[str]], str | None], reason: str, good: int = 0
+) -> tuple[int, str]:
+    """Return how many of the names, in their order, are refused for the first time, and why.
 
-    ``attempt`` returns why units cannot go together, or None. All names together are refused.
+    Args:
+        names: units that cannot go together.
+        attempt: returns why some of them cannot, or None.
+        reason: why all of them cannot.
+        good: so many of the first are known to go. What is in the way often comes in a row, so the
+            next ones are tried first, twice as many each time; then the place is found by halving.
     """
-    good, bad = 0, len(names)
+    bad, step = len(names), 1
+    while good + step < bad:
+        found = attempt(names[: good + step])
+        if found is not None:
+            bad, reason = good + step, found
+            break
+        good, step = good + step, 2 * step
     while bad - good > 1:
         middle = (good + bad) // 2
-        if attempt(names[:middle]) is None:
+        found = attempt(names[:middle])
+        if found is None:
             good = middle
         else:
-            bad = middle
-    return bad
+            bad, reason = middle, found
+    return bad, reason
 
 
 def unabsorbed(model: nn.Module, graph: Graph, remove: tuple[str, ...]) -> list[str]:
