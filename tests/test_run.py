@@ -191,7 +191,7 @@ def test_a_finished_run_may_be_given_a_control(finished, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         fit = training.fit
-        patch.setattr(training, "fit", lambda *a, **o: fit(*a, **o, callbacks=(Stop(),)))
+        patch.setattr(training, "fit", lambda *a, **o: fit(*a, **{**o, "callbacks": (Stop(),)}))
         with pytest.raises(KeyboardInterrupt):
             run.run_stage(jobs[1], "control")
     assert not (outs[1] / "control.safetensors").exists()
