@@ -321,7 +321,7 @@ def test_broken_files_are_named(small, tmp_path):
 
 def test_refusals(small, tmp_path):
     compact, _, x = small
-    with pytest.raises(resconv.ResConvError, match=r"\.onnx, \.pt2 or"):
+    with pytest.raises(resconv.ResConvError, match=r"\.onnx, \.pt2, \.xml"):
         resconv.export(compact, tmp_path / "net.pb", x)
     gated = resconv.convert(
         nets.create("resnet20").eval(), torch.randn(1, 3, 32, 32), units="layers"
