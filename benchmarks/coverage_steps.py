@@ -255,7 +255,7 @@ def _try_plan(
         with zeroed(gated, remove):
             wanted = outputs(gated, example)
         off = relative_error(outputs(compact, example), wanted)
-        if not off <= TOLERANCE:
+        if not off <= max(TOLERANCE, 100 * _rounding(compact, example)):
             _in_double(gated, plan, example, ValueError(f"{off:.0e} off"))
     except Exception as error:
         kinds = {"wrong": resconv.errors.VerificationError, "prune": resconv.ResConvError}

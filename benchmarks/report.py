@@ -302,6 +302,7 @@ def reach() -> str:
     """Say what can go of nets, by layers and blocks alone and by every kind of unit."""
     lines = []
     newest = {r["net"]: r for r in rows(experiment="reach")}
+    has_times = all("latency after" in r for r in newest.values())
     for r in newest.values():
         kinds = sorted(r["kinds after"].items(), key=lambda k: -k[1])
         lines.append(
@@ -310,13 +311,14 @@ def reach() -> str:
                 f"{r['units before']} to {r['units after']}",
                 f"{r['left before']:.1%}",
                 f"{r['left after']:.1%}",
-                *(f"{r[k]:.1%}" if k in r else "" for k in ("latency before", "latency after")),
+                *(f"{r[k]:.1%}" for k in ("latency before", "latency after") if has_times),
                 ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in kinds),
             ]
         )
     made = rows(experiment="reach")[-1]
-    header = ["net", "units", "MACs left: layers, blocks", "all kinds"]
-    header += ["latency left: layers, blocks", "all kinds", "kinds"]
+    header = ["net", "units", "MACs left: layers, blocks", "MACs left: all kinds"]
+    header += ["latency left: layers, blocks", "latency left: all kinds"] if has_times else []
+    header.append("kinds")
     return (
         f"{table(header, lines)}\n\n`{made['command']}`, {made['date']}, commit {made['commit']}."
     )
