@@ -452,7 +452,14 @@ KINDS = {
         lambda f: make_saved(f, "model.safetensors"), any_safetensors, read_saved, 2
     ),
     "weights .safetensors, large": _refused(_weights("net.safetensors", large_safetensors, 1)),
-    "weights .pt, large": _refused(_weights("net.pt", large_archive, 1)),
+    "weights .pt, large": _refused(
+        Kind(
+            # What takes long to pack is packed before the first one is opened.
+            lambda f: make_weights(f, "net.pt" if _packed_zeros() else ""),
+            large_archive,
+            lambda f: read_weights(f, "net.pt"),
+        )
+    ),
     "model.json, large": _refused(
         Kind(lambda f: make_saved(f, "model.json"), large_header, read_saved)
     ),
