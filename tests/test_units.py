@@ -659,3 +659,27 @@ def test_rounding_that_a_net_magnifies_is_told_from_a_fault_in_double(monkeypatc
     monkeypatch.setattr(proof, "_run", wrong)
     with pytest.raises(resconv.errors.VerificationError):
         resconv.prune(gated, plan)
+
+
+class Numbered(nn.Module):
+    """Calls its stages as numbers on them say, as YOLO nets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Down(), Scaled()])
+        for i, stage in enumerate(self.stages):
+            stage.reads = i - 1
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x) if stage.reads == -1 else stage(x, factor=0.5)
+        return x
+
+
+def test_what_comes_in_a_modules_place_has_the_attributes_that_code_reads(tmp_path):
+    net, x = built(Numbered()), images()
+    assert "stages.0" in each_can_go(net, x, "all")
+    gated = resconv.convert(net, x, units="all")
+    compact = resconv.prune(gated, resconv.Plan(("stages.0",)))
+    assert compact.stages[0].reads == -1
+    close(resconv.load(resconv.save(compact, tmp_path), model=net)(x), compact(x))

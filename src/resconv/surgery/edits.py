@@ -22,7 +22,15 @@ from . import edit_kinds as kinds
 from .arguments import template
 from .earlier import as_graph_module
 from .merging import merged
-from .rewritten import Blended, Clone, Factor, Softened, rewrite_forward, stand_in
+from .rewritten import (
+    Blended,
+    Clone,
+    Factor,
+    Softened,
+    attributes_of,
+    rewrite_forward,
+    stand_in,
+)
 from .state import set_submodule
 from .tracing import digest, pass_by, trace_forward
 
@@ -212,9 +220,13 @@ def _with_layers(module: nn.Module, edit: kinds.Replace | kinds.Blend) -> nn.Mod
         raise PruneError(f"Not the layers of a segment at {edit.path!r}: {error}") from error
     if own is not None:
         made.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    found: nn.Module = made[0] if len(made) == 1 else made
     if isinstance(edit, kinds.Blend):
-        return Blended(module, made if len(made) else nn.Identity(), edit.factor)
-    return made[0] if len(made) == 1 else made
+        found = Blended(module, made if len(made) else nn.Identity(), edit.factor)
+    for name, value in attributes_of(module).items():
+        if not hasattr(found, name):  # code around it may read them
+            setattr(found, name, value)
+    return found
 
 
 def _children(module: nn.Module, edit: kinds.Children) -> nn.Module:

@@ -21,6 +21,7 @@ __all__ = [
     "Factor",
     "PassThrough",
     "Softened",
+    "attributes_of",
     "of_user",
     "own_class",
     "rewrite_forward",
@@ -272,7 +273,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, nn.Identity):
         return module
-    kept = _attributes(module)
+    kept = attributes_of(module)
     names = list(inspect.signature(own_class(module).forward).parameters)[1:]
     if not kept and (len(names) <= 1 or not of_user(module)):
         return nn.Identity().train(module.training)
@@ -286,7 +287,7 @@ def of_user(module: nn.Module) -> bool:
     return not own_class(module).__module__.startswith("torch.nn.")
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return the public attributes that are neither tensors, modules, functions nor torch's own."""
     standard = set(vars(nn.Module()))
     for cls in own_class(module).__mro__:
