@@ -36,7 +36,7 @@ import resconv
 from resconv.analysis.inputs import as_call, tensors_in
 from resconv.nn.gates import zeroed
 from resconv.planning.costs import cost_model
-from resconv.surgery.verification import relative_error
+from resconv.surgery.verification import relative_error, round_anew
 from tests.helpers import randomise, randomise_gates, settle, some_plan
 
 from .zoo import build
@@ -317,11 +317,8 @@ def _pickle(nets: dict[str, nn.Module], example: Any) -> dict[str, str]:
 
 def _rounding(net: nn.Module, example: Any) -> float:
     """Return how far the outputs move when every weight is rounded once more."""
-    moved = copy.deepcopy(net)
-    with torch.no_grad():
-        for p in moved.parameters():
-            p.mul_(1 + torch.finfo(p.dtype).eps * (torch.rand_like(p) - 0.5))
-    return relative_error(outputs(moved, example), outputs(net, example))
+    moved = outputs(round_anew(copy.deepcopy(net)), example)
+    return relative_error(moved, outputs(net, example))
 
 
 def _write_onnx(compact: nn.Module, model: nn.Module, example: Any, plan: resconv.Plan) -> Row:

@@ -14,12 +14,42 @@ from resconv.analysis.candidates import compatible
 from resconv.analysis.inputs import as_call, evaluating
 from resconv.analysis.ops import NORMS
 from resconv.planning.costs import cost_model
+from resconv.preprocessing import Preprocessing
 from resconv.surgery.edit_kinds import Edit
 from resconv.surgery.provenance import example_inputs_of, provenance_of
 
-__all__ = ["VARIANCES", "edits_read_again", "randomise", "randomise_gates", "settle", "some_plan"]
+__all__ = [
+    "RGB",
+    "VARIANCES",
+    "Block",
+    "edits_read_again",
+    "randomise",
+    "randomise_gates",
+    "settle",
+    "some_plan",
+]
 
 VARIANCES = (1.0, 4.0)  # by what factors settled variances move
+
+RGB = Preprocessing(
+    size=16,
+    mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.3, 0.1),
+    channel_order="RGB",
+    class_names=tuple("abcde"),
+)
+
+
+class Block(nn.Module):
+    """A residual block of two convs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 def edits_read_again(model: nn.Module) -> tuple[Edit, ...]:

@@ -22,6 +22,8 @@ from resconv.run.job import Run
 from resconv.run.settings import amount
 from resconv.train import fit
 
+from .helpers import Block
+
 NAME = f"{__name__}:Tiny"
 BASE = {
     "--model": NAME,
@@ -40,16 +42,6 @@ BASE = {
 def _wide(monkeypatch):
     """Long paths are not folded."""
     monkeypatch.setenv("COLUMNS", "1000")
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class Tiny(nn.Module):

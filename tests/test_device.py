@@ -10,20 +10,11 @@ import resconv
 from resconv import prediction
 from resconv.errors import ExportError, LoadError, MissingExtraError
 from resconv.nn.pixels import scale_and_shift
-from resconv.preprocessing import Preprocessing
 from resconv.storage import device
 from resconv.storage.comparison import compare
 from resconv.storage.runtimes import open_file
 
-from .helpers import randomise
-
-OWN = Preprocessing(
-    size=16,
-    mean=(0.4, 0.5, 0.6),
-    std=(0.2, 0.3, 0.1),
-    channel_order="RGB",
-    class_names=tuple("abcde"),
-)
+from .helpers import RGB, randomise
 
 
 def net():
@@ -45,7 +36,7 @@ def suffix(request):
 
 def test_a_file_for_a_device_computes_the_same_and_says_how_to_feed_it(suffix, tmp_path):
     model, x = net(), torch.randn(2, 3, 16, 16)
-    done = resconv.export(model, tmp_path / f"net{suffix}", x, preprocessing=OWN)
+    done = resconv.export(model, tmp_path / f"net{suffix}", x, preprocessing=RGB)
     assert not done.dynamic_batch
     opened = open_file(done.path)
     assert opened.batch == 2
@@ -57,11 +48,11 @@ def test_a_file_for_a_device_computes_the_same_and_says_how_to_feed_it(suffix, t
         opened.run(x + 1)  # whose results do not overwrite those before
         torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-5)
     pixels = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
-    scale, shift = scale_and_shift(OWN)
+    scale, shift = scale_and_shift(RGB)
     with torch.no_grad():
         likely = model(pixels * scale + shift).softmax(1)
     classifier = prediction.open_classifier(done.path)
-    assert classifier.preprocessing == OWN
+    assert classifier.preprocessing == RGB
     torch.testing.assert_close(classifier.probabilities(pixels), likely, rtol=1e-4, atol=1e-5)
     resconv.export(model, tmp_path / "net.pt2", x)
     assert compare(tmp_path / "net.pt2", done.path, trust_source=True).max_rel_error < 1e-4
@@ -76,10 +67,10 @@ def test_a_file_for_a_device_computes_the_same_and_says_how_to_feed_it(suffix, t
 def test_a_file_for_a_device_reads_pixels(suffix, layout, tmp_path):
     model, pixels = net(), torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     file = tmp_path / f"net{suffix}"
-    resconv.export(model, file, preprocessing=OWN, pixels=layout, softmax=True)
+    resconv.export(model, file, preprocessing=RGB, pixels=layout, softmax=True)
     classifier = prediction.open_classifier(file)
     assert (classifier.input_format, classifier.batch) == (f"uint8 {layout}", 1)
-    scale, shift = scale_and_shift(OWN)
+    scale, shift = scale_and_shift(RGB)
     with torch.no_grad():
         likely = model(pixels * scale + shift).softmax(1)
     torch.testing.assert_close(classifier.probabilities(pixels), likely, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 import resconv
 from resconv.cli.app import app, run_app
 from resconv.errors import LoadError, SaveError
+from resconv.run.report.card import TO_FILL_IN
 from resconv.storage import hub
 
 
@@ -42,7 +43,7 @@ def remote(tmp_path, monkeypatch):
 def saved(tmp_path):
     net = resconv.nets.create("resnet20", num_classes=4).eval()
     folder = resconv.save(net, tmp_path / "run", example_inputs=torch.zeros(1, 3, 8, 8))
-    (folder / "README.md").write_text("---\nlicense: unknown  # fill in\n---\n")
+    (folder / "README.md").write_text(f"---\n{TO_FILL_IN}\n---\n")
     for name in ("config.json", "report.html", "dense.safetensors", "model.onnx"):
         (folder / name).write_text("x")
     return net, folder

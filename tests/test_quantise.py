@@ -10,11 +10,11 @@ from torch import nn
 import resconv
 from resconv import nets
 from resconv.errors import ExportError
-from resconv.preprocessing import Preprocessing, to_metadata
+from resconv.preprocessing import to_metadata
 from resconv.storage.quantising import quantise_onnx
 from resconv.storage.runtimes import open_file
 
-from .helpers import randomise, randomise_gates, some_plan
+from .helpers import RGB, randomise, randomise_gates, some_plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -118,15 +118,8 @@ def test_a_file_in_8_bits_says_what_the_float_file_says(tmp_path):
     """How images become inputs, and the plan; its normalisation and probabilities stay in float."""
     import onnx
 
-    own = Preprocessing(
-        size=16,
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.3, 0.1),
-        channel_order="RGB",
-        class_names=tuple("abcde"),
-    )
     net = randomise(Upwards(), 0, torch.randn(4, 3, 16, 16)).eval()
-    options = {"preprocessing": own, "pixels": "nhwc", "softmax": True}
+    options = {"preprocessing": RGB, "pixels": "nhwc", "softmax": True}
     whole = exported(net, tmp_path / "whole.onnx", None, **options)
     pixels = torch.randint(256, (32, 16, 16, 3), dtype=torch.uint8)
     done = quantise_onnx(whole, tmp_path / "small.onnx", [pixels])
@@ -134,7 +127,7 @@ def test_a_file_in_8_bits_says_what_the_float_file_says(tmp_path):
     texts = {p.key: p.value for p in model.metadata_props}
     assert (
         texts.items()
-        >= (to_metadata(own) | {"input_format": "uint8 nhwc", "precision": "int8"}).items()
+        >= (to_metadata(RGB) | {"input_format": "uint8 nhwc", "precision": "int8"}).items()
     )
     nodes = {o: n for n in model.graph.node for o in n.output}
     (last,) = (nodes[o.name] for o in model.graph.output)

@@ -30,17 +30,9 @@ from resconv.run.report.judging import judge
 from resconv.run.report.layers import Layer, computed_layers, drawn, judged
 from resconv.selection.outcome import Snapshot
 
+from .helpers import Block
+
 CONFIG = Config.of(model="resnet20", data="digits", macs=0.5)
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 def net(width=4):

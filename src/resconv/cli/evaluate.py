@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import TrustSource, show_table
+from .options import TrustSource, show_json, show_table
 from .predict import Net
 from .stopping import Stoppable
 
@@ -48,8 +48,6 @@ def evaluate(
     trust_source: TrustSource = False,
 ) -> None:
     """Judge a network by labelled images, which are prepared as its own file says."""
-    import msgspec
-
     from resconv import data as datasets
     from resconv import prediction
 
@@ -58,7 +56,7 @@ def evaluate(
     split, names = datasets.load_val(source, classifier.preprocessing, holdout=share, limit=most)
     found = prediction.evaluate(classifier, split, names)
     if json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        show_json(found)
         return
     typer.echo(
         f"{net} on {found.num_images:,} images of {source}: top-1 {found.top1:.2f} %, top-5 "

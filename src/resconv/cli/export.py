@@ -97,7 +97,7 @@ def export(
         return
     if with_preprocessing:
         to = to or run / "model-pixels.onnx"
-    if (run / "model.json").is_file() and not (run / "config.json").is_file():
+    if _is_saved_net(run):
         _say(_export_saved(run, to or run / "model.onnx", trust_source, options))
         return
     current = runs.open_run(run, typer.echo, trust_source=trust_source)
@@ -109,13 +109,18 @@ def export(
     _say(resconv.export(compact_of(current), to, current.example(), plan=current.plan(), **options))
 
 
+def _is_saved_net(folder: Path) -> bool:
+    """Whether the folder holds a saved net, and no run."""
+    return (folder / "model.json").is_file() and not (folder / "config.json").is_file()
+
+
 def _refuse_int8(run: Path, to: Path | None) -> None:
     """Refuse what cannot be calibrated or written, before anything is done."""
     from resconv.errors import ExportError
 
     if to is not None and to.suffix != ".onnx":
         raise ExportError(f"--int8 --to {to}: files in 8 bits are ONNX; let it end in .onnx.")
-    if (run / "model.json").is_file() and not (run / "config.json").is_file():
+    if _is_saved_net(run):
         raise ExportError(
             f"{run} is a saved net and names no images, which --int8 calibrates with. Give the run folder that it "
             "comes from; from Python, resconv.storage.quantising.quantise_onnx takes inputs of your own."

@@ -7,7 +7,7 @@ import typer
 
 from resconv.errors import printable
 
-from .options import ImageSize, TrustSource, example_for
+from .options import ImageSize, TrustSource, example_for, show_json
 from .stopping import Stoppable
 
 if TYPE_CHECKING:
@@ -133,9 +133,7 @@ def inspect(
     if plot is not None:
         inspection.draw(found, plot)
     if json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        show_json(found)
         return
     _show_costs(model, run.config.data.source, found)
     _say_kept(_units_of(net, run.example(), run.config.target.units)[0])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import TrustSource, show_table
+from .options import TrustSource, show_json, show_table
 from .stopping import Stoppable
 
 __all__ = ["Net", "register"]
@@ -42,8 +42,6 @@ def predict(
     trust_source: TrustSource = False,
 ) -> None:
     """Name the likeliest classes of images, which are prepared as the network's own file says."""
-    import msgspec
-
     from resconv import data, prediction
 
     classifier = prediction.open_classifier(net, trust_source=trust_source)
@@ -55,7 +53,7 @@ def predict(
         listed = list(split.encoded)
     found = list(prediction.predict(classifier, listed, top=top))
     if json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        show_json(found)
         return
     rows = [
         (

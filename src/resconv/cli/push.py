@@ -30,6 +30,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Put a network on the Hugging Face hub, with its model card, plan and ONNX files."""
+    from resconv.run.report.card import TO_FILL_IN
     from resconv.storage import hub
 
     card = net / "README.md"
@@ -38,5 +39,5 @@ def push(
         show_json({"place": address})
         return
     typer.echo(f"Pushed: resconv.load({address!r}) loads it.")
-    if card.is_file() and "license: unknown" in card.read_text(encoding="utf-8", errors="replace"):
+    if card.is_file() and TO_FILL_IN in card.read_text(encoding="utf-8", errors="replace"):
         typer.echo(f"Its licence is not filled in yet: see {card}, and push again.")

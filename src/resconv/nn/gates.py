@@ -17,7 +17,7 @@ activations less). ``p * x`` is one fused pass forward, and in the backward pass
 ``p`` is a dot product, so nothing the size of an activation is kept for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ __all__ = [
     "copy_zeros",
     "gates",
     "is_leaf",
+    "kept",
     "zeroed",
 ]
 
@@ -426,16 +427,24 @@ def copy_zeros(source: nn.Module, target: nn.Module) -> None:
 
 
 @contextmanager
-def zeroed(model: nn.Module, names: Iterator[str] | tuple[str, ...]) -> Iterator[None]:
-    """Set the named scales to exactly 0 for the time of the block."""
-    every = gates(model)
-    before = {name: every[name].scale.detach().clone() for name in names}
+def kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put the parameters' values back after the block, whatever was written into them."""
+    before = [(p, p.detach().clone()) for p in parameters]
     try:
-        with torch.no_grad():
-            for name in before:
-                every[name].scale.zero_()
         yield
     finally:
         with torch.no_grad():
-            for name, value in before.items():
-                every[name].scale.copy_(value)
+            for parameter, value in before:
+                parameter.copy_(value)
+
+
+@contextmanager
+def zeroed(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Set the named scales to exactly 0 for the time of the block."""
+    every = gates(model)
+    scales = [every[name].scale for name in names]
+    with kept(scales):
+        with torch.no_grad():
+            for scale in scales:
+                scale.zero_()
+        yield

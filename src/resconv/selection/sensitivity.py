@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..analysis.inputs import evaluating
 from ..latency.table import LatencyTable
-from ..nn.gates import gates
+from ..nn.gates import gates, kept, zeroed
 from ..planning.budget import Budget
 from ..planning.costs import CostModel
 from ..planning.plan import Plan
@@ -45,20 +45,13 @@ def judge(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Judged:
 def without(gated: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let the named units of a converted net be gone for a block: scale 0, and its input as it was."""
     every = gates(gated)
-    changed = [every[n] for n in names]
-    parameters = [p for g in changed for p in (g.scale, g.control) if p is not None]
-    before = [p.detach().clone() for p in parameters]
-    try:
+    names = list(names)
+    controls = [c for n in names if (c := every[n].control) is not None]
+    with kept(controls), zeroed(gated, names):
         with torch.no_grad():
-            for gate in changed:
-                gate.scale.fill_(0.0)
-                if gate.control is not None:
-                    gate.control.fill_(1.0)
+            for control in controls:
+                control.fill_(1.0)
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
 
 
 def sensitivity(gated: nn.Module, batches: Batches) -> dict[str, Judged]:
@@ -91,14 +84,9 @@ def plan_untrained(
     """
     every = gates(gated)
     ranked = sorted(loss_of, key=lambda n: loss_of[n] / max(1, costs.own_macs(n)))
-    before = {n: g.scale.detach().clone() for n, g in every.items()}
-    try:
+    with kept(g.scale for g in every.values()):
         with torch.no_grad():
             # The planner takes the smallest scales first, and none of these is 0.
             for place, name in enumerate(ranked, 1):
                 every[name].scale.fill_(place / len(ranked))
         return plan_measured(gated, example_inputs_of(None, gated), budget, table)[0]
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                every[name].scale.copy_(value)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError, MissingExtraError, SaveError
+from .runtimes import first_line
 from .schema import read_header
 
 __all__ = ["SCHEME", "fetched", "push"]
@@ -48,7 +49,7 @@ def push(path: str | Path, place: str, *, private: bool = False) -> str:
         )
     except Exception as error:  # of the network and the hub
         raise SaveError(
-            f"{folder} could not be pushed to {name} ({_first(error)}). Log in with `hf auth login`, or set "
+            f"{folder} could not be pushed to {name} ({first_line(error)}). Log in with `hf auth login`, or set "
             "HF_TOKEN to a token that may write."
         ) from error
     return f"{SCHEME}{name}" + (f"@{revision}" if revision else "")
@@ -67,7 +68,7 @@ def fetched(place: str) -> Path:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_NET))
     except Exception as error:  # of the network and the hub
         raise LoadError(
-            f"{place} could not be fetched ({_first(error)}). Without a network: fetch its model.json and "
+            f"{place} could not be fetched ({first_line(error)}). Without a network: fetch its model.json and "
             "model.safetensors elsewhere, and load the folder that holds them."
         ) from error
 
@@ -88,7 +89,3 @@ def _hub() -> Any:
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "hf", "The Hugging Face hub") from error
     return huggingface_hub
-
-
-def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

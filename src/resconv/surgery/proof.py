@@ -27,7 +27,7 @@ from ..analysis.recorder import restored
 from ..errors import VerificationError
 from ..nn.gates import gates
 from .copying import copy_model
-from .verification import relative_error
+from .verification import relative_error, round_anew
 
 __all__ = [
     "TrainingDiffersError",
@@ -204,13 +204,9 @@ class Witness:
             "units out of the plan that it does this with."
         )
 
-    @torch.no_grad()
     def _rounding(self) -> float:
         """Return how far the outputs move when every weight is rounded anew."""
-        moved = self.start()
-        for p in moved.parameters():
-            if p.is_floating_point():
-                p.mul_(1 + torch.finfo(p.dtype).eps * (torch.rand_like(p) - 0.5))
+        moved = round_anew(self.start())
         with evaluating(moved):
             return relative_error(_run(moved, self.example_inputs), self.evaluated)
 

@@ -17,7 +17,7 @@ from ..analysis.candidates import Candidate, compatible, conflicts
 from ..analysis.finding import find_branches
 from ..analysis.graph import Graph
 from ..errors import ResConvError
-from ..nn.gates import Gate, gates
+from ..nn.gates import Gate, gates, kept
 from .decisions import MustStayError, Surgery, original_path
 from .edit_kinds import Bypass, Edit
 from .factors import tie_factors
@@ -207,13 +207,8 @@ def _still_run(model: nn.Module, todo: Surgery, edits: list[Edit]) -> str | None
 @contextmanager
 def generic(controls: list[nn.Parameter], low: float = 0.5, high: float = 1.0) -> Iterator[None]:
     """Give the controls values in a range for the time of the block, no two the same in it."""
-    before = [c.item() for c in controls]
-    try:
+    with kept(controls):
         with torch.no_grad():
             for i, control in enumerate(controls):
                 control.fill_(low + (high - low) * (i + 1) / (len(controls) + 1))
         yield
-    finally:
-        with torch.no_grad():
-            for control, value in zip(controls, before, strict=True):
-                control.fill_(value)

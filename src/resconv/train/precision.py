@@ -59,10 +59,10 @@ def channels_last(nets: list[nn.Module], images: Tensor) -> Iterator[bool]:
     in its forward) keeps its own.
     """
     before = [{n for n, p in net.named_parameters() if _is_plain(p)} for net in nets]
-    for net in nets:
-        net.to(memory_format=torch.channels_last)
-    fits = all(_runs(net, images.to(memory_format=torch.channels_last)) for net in nets)
     try:
+        for net in nets:
+            net.to(memory_format=torch.channels_last)
+        fits = all(_runs(net, images.to(memory_format=torch.channels_last)) for net in nets)
         if not fits:
             _put_back(nets, before)
         yield fits
@@ -85,7 +85,7 @@ def _put_back(nets: list[nn.Module], plain: list[set[str]]) -> None:
 def _runs(net: nn.Module, images: Tensor) -> bool:
     own = next(net.parameters())
     try:
-        with evaluating(net), restored(net), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with evaluating(net), restored(net):
             net(images.to(own.device, own.dtype))
     except RuntimeError:  # of the user's forward
         return False
